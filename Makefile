@@ -1,0 +1,61 @@
+# Every target makes its own environment in .venv first (once). `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# Exists only while an install runs: what an interrupted one leaves behind cannot be trusted.
+UNFINISHED := $(VENV)/.unfinished
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types format bench train-mini readme clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## install the tested versions into .venv
+	@echo "Ready. To use it in this shell: source $(VENV)/bin/activate"
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "llava_todre needs Python 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@if [ -e $(UNFINISHED) ]; then \
+	  echo "The last install did not finish; starting over."; rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
+	@echo "Installing into $(VENV), once; a few minutes and 1.5 GB (more if torch comes with CUDA):"
+	@sed -nE 's/^([A-Za-z_-]+)==.*/\1/p' requirements.txt | uniq | xargs | fold -s -w 96 | sed 's/^/  /'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+	@rm -f $(UNFINISHED) && touch $@
+
+demo: $(STAMP) ## prune the bundled model and print the comparison table
+	@$(PY) -m llava_todre.cli demo
+
+test: $(STAMP) ## run the tests (offline, CPU)
+	@$(PY) -m pytest -q
+
+check: lint types test ## what a pull request must pass: lint, format, types, tests
+
+lint: $(STAMP) ## ruff: lint and format check
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+types: $(STAMP) ## mypy, strict on the pure files
+	@$(PY) -m mypy
+
+format: $(STAMP) ## let ruff rewrite the files
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+bench: $(STAMP) ## time selection and prefill on this machine
+	@$(PY) -m llava_todre.bench
+
+train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/train_mini.sh
+
+readme: $(STAMP) ## write the README's table again from the stored results
+	@$(PY) -m llava_todre.readme
+
+clean: ## remove .venv and caches; results and checkpoints stay
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

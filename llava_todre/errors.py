@@ -1,0 +1,24 @@
+"""The one error type a user can cause, and the helper that makes its messages actionable."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TodreError(ValueError):
+    """Bad input: names the key, the value received and what is allowed, on one line."""
+
+
+def unknown(key: str, value: object, allowed: Iterable[str]) -> TodreError:
+    """Return the error for a value outside a closed list, with the closest legal name.
+
+    Args:
+        key: what was being set, e.g. ``"method"``.
+        value: what was received.
+        allowed: the legal names.
+    """
+    names = sorted(allowed)
+    close = difflib.get_close_matches(str(value), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return TodreError(f"{key} {value!r} is unknown.{hint} Allowed: {', '.join(names)}.")

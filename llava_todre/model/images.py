@@ -1,0 +1,215 @@
+"""From an image file to the pixel tensor the vision tower reads. Sizes are (width, height).
+
+Symbols: S side of one tile in pixels (336 for CLIP-L), V views of one image.
+
+AnyRes ("anyres"): choose the canvas among ``image_grid_pinpoints`` that shows most of the image,
+fit and centre the image on it, cut it into tiles of S x S, and put a squeezed thumbnail first.
+"pad": extend to a square with the mean colour. Anything else: the processor's resize and crop.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from llava_todre.errors import TodreError
+
+Size = tuple[int, int]
+
+# What Pillow's decoders let through when the bytes of a file are wrong.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read an image file as RGB; the EXIF orientation is not applied, as in the original.
+
+    Raises:
+        TodreError: no such file, a directory, not a (whole) image, or too many pixels.
+    """
+    if not os.path.exists(path):
+        raise TodreError(f"image {str(path)!r} does not exist.")
+    if os.path.isdir(path):
+        raise TodreError(f"image {str(path)!r} is a directory; give one image file.")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except TodreError as error:
+        raise TodreError(f"image {str(path)!r}: {error}") from None
+    except Image.DecompressionBombError as error:
+        raise TodreError(f"image {str(path)!r} has too many pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        raise TodreError(f"image {str(path)!r} is not an image Pillow can read.") from error
+    except _DECODE_ERRORS as error:
+        raise TodreError(f"image {str(path)!r} is damaged or unreadable: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return the image as 8-bit RGB.
+
+    Transparent pixels become white (the original shows the colour hidden below them, mostly
+    black, which swallows dark text); 16-bit grayscale is scaled to 8 bits instead of clipped.
+    """
+    if not isinstance(image, Image.Image):
+        raise TodreError(f"image must be a PIL image, got {type(image).__name__}.")
+    if min(image.size) < 1:
+        raise TodreError(f"image size {image.size} is empty; both sides need at least one pixel.")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        deep = image.mode != "I" or values.max() > 255
+        image = Image.fromarray((values >> 8 if deep else values).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]] | None, tile: int) -> list[Size]:
+    """Return ``image_grid_pinpoints`` as a list of (width, height), each a multiple of ``tile``."""
+    try:
+        raw = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+        sizes = [(int(width), int(height)) for width, height in raw or ()]
+    except (ValueError, TypeError, SyntaxError):
+        sizes = []
+    if not sizes or any(side < tile or side % tile for size in sizes for side in size):
+        raise TodreError(
+            f"image_grid_pinpoints {pinpoints!r} is not usable; allowed: a list of (width, height)"
+            f" pairs, each side a multiple of the tile size {tile}."
+        )
+    return sizes
+
+
+def select_best_resolution(size: Size, resolutions: Sequence[Size]) -> Size:
+    """Return the canvas that shows most pixels of the image, then the one with least waste.
+
+    Args:
+        size: (width, height) of the image.
+        resolutions: canvases to choose from, (width, height); the first of equals wins.
+    """
+    width, height = _checked(size)
+
+    def fit(canvas: Size) -> tuple[int, int]:
+        scale = min(canvas[0] / width, canvas[1] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - canvas[0] * canvas[1]
+
+    return max(resolutions, key=fit)
+
+
+def anyres_grid_shape(
+    size: Size, pinpoints: str | Sequence[Sequence[int]], tile: int
+) -> tuple[int, int]:
+    """Return (columns, rows) of tiles into which an image of ``size`` is cut."""
+    width, height = select_best_resolution(size, parse_pinpoints(pinpoints, tile))
+    return width // tile, height // tile
+
+
+def unpad_bounds(grid_hw: tuple[int, int], original_size_wh: Size) -> tuple[int, int, int, int]:
+    """Return which rows and columns of a feature canvas show the image and not its padding.
+
+    Rounds as the original ``unpad_image`` does (truncation; transformers' own classes differ for
+    one size in 20,000). For extremely long images the range can be empty, as there.
+
+    Args:
+        grid_hw: (height, width) of the canvas in features.
+        original_size_wh: (width, height) of the image in pixels.
+
+    Returns:
+        (top, bottom, left, right); rows ``top:bottom`` and columns ``left:right`` remain.
+    """
+    height, width = grid_hw
+    original_width, original_height = _checked(original_size_wh)
+    if original_width / original_height > width / height:
+        shown = int(original_height * (width / original_width))
+        pad = (height - shown) // 2
+        return pad, height - pad, 0, width
+    shown = int(original_width * (height / original_height))
+    pad = (width - shown) // 2
+    return 0, height, pad, width - pad
+
+
+def process_images(
+    images: Sequence[Image.Image], image_processor: Any, config: Any
+) -> torch.Tensor | list[torch.Tensor]:
+    """Turn images into pixels the way ``config.image_aspect_ratio`` says.
+
+    Args:
+        images: PIL images; other modes than RGB are converted.
+        image_processor: CLIP's, on its PIL back end.
+        config: has ``image_aspect_ratio`` and, for anyres, ``image_grid_pinpoints``.
+
+    Returns:
+        One tensor when all images give the same shape, else a list with one per image. Shapes:
+        anyres (images, V, 3, S, S), thumbnail first, then tiles row by row; others
+        (images, 3, S, S).
+    """
+    images = [to_rgb(image) for image in images]
+    if not images:
+        raise TodreError("images is empty; give at least one image.")
+    mode = getattr(config, "image_aspect_ratio", None) or "square"
+    if mode == "anyres":
+        tile = image_processor.crop_size["height"]
+        sizes = parse_pinpoints(getattr(config, "image_grid_pinpoints", None), tile)
+        views = [_views(image, image_processor, sizes) for image in images]
+        pixels = [_pixels(item, image_processor) for item in views]
+    elif mode.startswith("anyres"):
+        raise TodreError(
+            f"image_aspect_ratio {mode!r} is not supported; allowed: anyres, pad, square."
+        )
+    elif mode == "pad":
+        colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
+        return _pixels([_expand_to_square(image, colour) for image in images], image_processor)
+    else:
+        return _pixels(images, image_processor)
+    same = all(item.shape == pixels[0].shape for item in pixels)
+    return torch.stack(pixels) if same else pixels
+
+
+def _pixels(images: list[Image.Image], image_processor: Any) -> torch.Tensor:
+    """Resize, crop and normalise: (images, 3, S, S)."""
+    return image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
+
+
+def _views(image: Image.Image, image_processor: Any, sizes: list[Size]) -> list[Image.Image]:
+    """Return the thumbnail and then the tiles of the best canvas, row by row."""
+    tile, edge = image_processor.crop_size["height"], image_processor.size["shortest_edge"]
+    width, height = select_best_resolution(image.size, sizes)
+    canvas = _fit_on_canvas(image, (width, height))
+    corners = [(x, y) for y in range(0, height, tile) for x in range(0, width, tile)]
+    tiles = [canvas.crop((x, y, x + tile, y + tile)) for x, y in corners]
+    return [image.resize((edge, edge)), *tiles]
+
+
+def _fit_on_canvas(image: Image.Image, size: Size) -> Image.Image:
+    """Resize to fit inside ``size``, sides rounded up, and centre on black."""
+    width, height = size
+    scale_x, scale_y = width / image.width, height / image.height
+    if scale_x < scale_y:
+        fitted = (width, min(math.ceil(image.height * scale_x), height))
+    else:
+        fitted = (min(math.ceil(image.width * scale_y), width), height)
+    canvas = Image.new("RGB", size)
+    canvas.paste(image.resize(fitted), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    return canvas
+
+
+def _expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _checked(size: Size) -> Size:
+    if len(size) != 2 or min(size) < 1:
+        raise TodreError(f"image size {tuple(size)} is not a (width, height) of at least 1 pixel.")
+    return size

@@ -1,0 +1,201 @@
+"""From projected views to the visual tokens of a prompt: merging, Stage 1, newline tokens.
+
+Symbols: V views of one image, P patches per view, R x R = P, D decoder width, N merged patch
+    tokens, S merged slots
+(N patch tokens and the newline tokens between them).
+
+Merging only ever re-orders tokens, drops padding and inserts newlines, so it is written once as a
+list of indices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from llava_todre.errors import TodreError
+from llava_todre.model.images import Size, unpad_bounds
+from llava_todre.pruners import Pruner, Selection
+from llava_todre.spans import VisualTokens
+from llava_todre.stats import ImageStats
+
+NEWLINE = -1
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+
+
+def build_projector(kind: str, vision_width: int, width: int) -> nn.Module:
+    """Return the vision-to-language projector named by ``mm_projector_type``.
+
+    Args:
+        kind: ``"linear"``, ``"mlpNx_gelu"`` (N linear layers with GELU between) or ``"identity"``.
+        vision_width: features per patch.
+        width: D.
+    """
+    if kind == "linear":
+        return nn.Linear(vision_width, width)
+    if kind == "identity":
+        return nn.Identity()
+    match = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if match is None:
+        raise TodreError(
+            f"mm_projector_type {kind!r} is not supported; "
+            "allowed: linear, mlp2x_gelu (any depth), identity."
+        )
+    layers: list[nn.Module] = [nn.Linear(vision_width, width)]
+    for _ in range(1, int(match[1])):
+        layers += [nn.GELU(), nn.Linear(width, width)]
+    return nn.Sequential(*layers)
+
+
+def merge_slots(
+    num_views: int, side: int, grid: tuple[int, int] | None, size: Size | None, merge_type: str
+) -> Tensor:
+    """Return which patch stands where in the visual part of a prompt.
+
+    Args:
+        num_views: V.
+        side: R, patches per row of a view.
+        grid: (columns, rows) of crops on the canvas; None for a video or an image without crops.
+        size: (width, height) of the image in pixels, needed for unpadding.
+        merge_type: ``flat`` (views one after the other), ``spatial`` (thumbnail, then the canvas
+            row by row) or ``spatial_unpad`` (the same without padding, and a newline token after
+            every row).
+
+    Returns:
+        (S,) int64: index into the V * P patches, or :data:`NEWLINE`.
+    """
+    if merge_type not in MERGE_TYPES:
+        raise TodreError(
+            f"mm_patch_merge_type {merge_type!r} is not supported; "
+            f"allowed: {', '.join(MERGE_TYPES)}."
+        )
+    patches = torch.arange(num_views * side * side)
+    if merge_type == "flat" or grid is None:
+        return patches
+    newline = torch.tensor([NEWLINE])
+    if num_views == 1:
+        return torch.cat([patches, newline]) if merge_type == "spatial_unpad" else patches
+    columns, rows = grid
+    if columns * rows != num_views - 1:
+        raise TodreError(
+            f"image of {num_views} views does not fit its grid: "
+            f"{columns} x {rows} crops and a thumbnail."
+        )
+    thumbnail, crops = patches[: side * side], patches[side * side :]
+    canvas = (
+        crops.view(rows, columns, side, side).transpose(1, 2).reshape(rows * side, columns * side)
+    )
+    if merge_type == "spatial_unpad":
+        assert size is not None, "unpadding needs the size of the image"
+        top, bottom, left, right = unpad_bounds((rows * side, columns * side), size)
+        canvas = canvas[top:bottom, left:right]
+        canvas = torch.cat([canvas, newline.expand(len(canvas), 1)], dim=1)
+    return torch.cat([thumbnail, canvas.flatten()])
+
+
+@dataclass(frozen=True)
+class EncodedVisual:
+    """One image or video after the projector, before Stage 1; can serve many questions."""
+
+    projected: Tensor
+    """(V * P, D)."""
+    slots: Tensor
+    """(S,) int64 from :func:`merge_slots`."""
+    side: int
+    """R."""
+    is_video: bool
+    cls_attention: Tensor | None
+    """(V * P,), when a method needs it."""
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(N,) index of each merged patch token into the V * P patches."""
+        return self.slots[self.slots != NEWLINE]
+
+    @cached_property
+    def line(self) -> Tensor:
+        """(N,) newline token, counted from 0, that ends the row of each patch token; or -1."""
+        is_patch = self.slots != NEWLINE
+        line = (~is_patch).cumsum(0)[is_patch]
+        has_newline = line < int((~is_patch).sum())
+        thumbnail = (self.patches < self.side**2) & (int(self.slots.max()) >= self.side**2)
+        return line.masked_fill(~has_newline | thumbnail, -1)
+
+    def tokens(self, text_embeds: Tensor | None) -> VisualTokens:
+        """Return what a method selects from."""
+        view, patch = self.patches // self.side**2, self.patches % self.side**2
+        return VisualTokens(
+            features=self.projected[self.patches],
+            view=view,
+            row=patch // self.side,
+            column=patch % self.side,
+            is_video=self.is_video,
+            cls_attention=None if self.cls_attention is None else self.cls_attention[self.patches],
+            text_embeds=text_embeds,
+        )
+
+
+@dataclass(frozen=True)
+class PackedVisual:
+    """What the decoder gets to see of one image or video."""
+
+    embeds: Tensor
+    """(K + newlines, D)."""
+    num_newlines: int
+    stats: ImageStats
+
+
+def needs_selection(pruner: Pruner, slots: Sequence[Tensor]) -> bool:
+    """Return whether the method drops any token; if not, nothing it needs is computed."""
+    sizes = [int((image != NEWLINE).sum()) for image in slots]
+    return any(pruner.budget(size) < size for size in sizes)
+
+
+def prune(
+    visual: EncodedVisual, pruner: Pruner, newline: Tensor | None, text_embeds: Tensor | None
+) -> PackedVisual:
+    """Stage 1: let the method select, then put newline tokens back after rows that kept a token.
+
+    Args:
+        visual: the encoded image or video.
+        pruner: the method; asked only when its budget is below the number of tokens.
+        newline: (D,) the newline embedding, for merge types that have one.
+        text_embeds: (T, D) for methods that need them.
+    """
+    num_tokens = len(visual.patches)
+    budget = pruner.budget(num_tokens)
+    if budget >= num_tokens:
+        selection = Selection(torch.arange(num_tokens, device=visual.slots.device))
+    elif "cls_attention" in pruner.needs and visual.cls_attention is None:
+        raise TodreError(
+            "images were encoded without the [CLS] attention this method needs; "
+            "set the pruner first, then encode."
+        )
+    else:
+        selection = pruner.select(visual.tokens(text_embeds), budget)
+    keep_idx = selection.keep_idx
+    features = selection.features
+    if features is None:
+        features = visual.projected[visual.patches[keep_idx]]
+    stats = ImageStats(num_tokens, keep_idx.cpu())
+    if newline is None or not bool((visual.slots == NEWLINE).any()):
+        return PackedVisual(features, 0, stats)
+
+    is_patch = visual.slots != NEWLINE
+    kept = torch.zeros(num_tokens, dtype=torch.bool, device=keep_idx.device)
+    kept[keep_idx] = True
+    lines = visual.line[kept].unique()
+    keep_newline = torch.zeros(int((~is_patch).sum()), dtype=torch.bool, device=keep_idx.device)
+    keep_newline[lines[lines >= 0]] = True
+    keep_slot = torch.empty_like(is_patch)
+    keep_slot[is_patch], keep_slot[~is_patch] = kept, keep_newline
+
+    chosen = is_patch[keep_slot]
+    embeds = newline.to(features).expand(len(chosen), -1).clone()
+    embeds[chosen] = features
+    return PackedVisual(embeds, int(keep_newline.sum()), stats)

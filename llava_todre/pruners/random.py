@@ -1,0 +1,24 @@
+"""The control every selection rule has to beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from llava_todre.pruners.base import Pruner, Selection, random_generator
+from llava_todre.spans import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(Pruner):
+    """Keep a uniformly random subset, the same for equal ``seed`` and equal number of tokens."""
+
+    seed: int = 0
+    """Vary it to draw again; report several draws."""
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        """Draw ``budget`` tokens without replacement."""
+        cpu = torch.device("cpu")  # so that the draw does not depend on the device
+        order = torch.randperm(len(tokens), generator=random_generator(self.seed, cpu))
+        return Selection(order[:budget].sort().values.to(tokens.features.device))

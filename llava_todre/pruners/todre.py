@@ -1,0 +1,106 @@
+"""ToDRE (arXiv 2505.18757): diverse tokens first, then none once text stops looking at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from llava_todre.errors import TodreError, unknown
+from llava_todre.pruners.base import LayerView, Pruner, Selection, layers_at, random_generator
+from llava_todre.selection import Objective, greedy_diverse
+from llava_todre.spans import Kind, VisualTokens
+
+Pivot = Literal["cls", "random"]
+TextSet = Literal["after_image", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Todre(Pruner):
+    """ToDRE as in version 2 of the paper (19 Nov 2025).
+
+    Stage 1 keeps a diverse subset, grown greedily from a pivot token by cosine similarity in the
+    embedding space of the decoder (section 4.1, Algorithm 1). Stage 2 measures the attention
+    between text and visual tokens after the probe layers and withdraws all visual tokens from the
+    following layer on once both shares are below ``tau`` (section 4.2, Eq. 7). Where the paper is
+    silent: kept tokens stay in reading order, probe layers are ``floor(depth * layers)`` counted
+    from 0, and T is the text after the first visual token.
+    """
+
+    objective: Objective = "max_sum"
+    """Greedy rule of Stage 1: ``max_sum`` (v2) or ``max_min`` (k-center, v1)."""
+    pivot: Pivot = "cls"
+    """First token: the one [CLS] attends to most, or ``random`` (the paper's choice for encoders
+    without [CLS])."""
+    cls_layer: int = -1
+    """Vision layer of the [CLS] attention: -1 is the last (paper), -2 is what LLaVA reads its
+    features from."""
+    probe_depths: tuple[float, ...] = (7 / 8,)
+    """Depths in (0, 1] at which Stage 2 measures; () switches Stage 2 off."""
+    tau: float = 0.10
+    """Threshold on both attention shares of Eq. 7."""
+    text_set: TextSet = "after_image"
+    """The set T of Eq. 7: text after the first visual token, or ``all`` text including the system
+    prompt."""
+    seed: int = 0
+    """For ``pivot = "random"``."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges of the knobs."""
+        super().__post_init__()
+        choices = (("objective", Objective), ("pivot", Pivot), ("text_set", TextSet))
+        for key, allowed in choices:
+            if getattr(self, key) not in get_args(allowed):
+                raise unknown(key, getattr(self, key), get_args(allowed))
+        if not all(0.0 < depth <= 1.0 for depth in self.probe_depths):
+            raise TodreError(
+                f"probe_depths {self.probe_depths!r} is out of range; allowed: 0 < depth <= 1 each."
+            )
+        if not 0.0 <= self.tau <= 1.0:
+            raise TodreError(f"tau {self.tau!r} is out of range; allowed: 0 <= tau <= 1.")
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """[CLS] attention, when it chooses the pivot."""
+        return frozenset({"cls_attention"}) if self.pivot == "cls" else frozenset()
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        """Stage 1: grow a diverse set from the pivot."""
+        picked = greedy_diverse(tokens.features, budget, self.pivot_index(tokens), self.objective)
+        return Selection(picked.sort().values)
+
+    def pivot_index(self, tokens: VisualTokens) -> int:
+        """Return the best token of the thumbnail (AnyRes), of the image, or of all frames."""
+        if self.pivot == "random":
+            device = torch.device("cpu")
+            return int(
+                torch.randint(len(tokens), (), generator=random_generator(self.seed, device))
+            )
+        assert tokens.cls_attention is not None, "the model computes what a method needs"
+        score = tokens.cls_attention
+        if not tokens.is_video:
+            score = score.masked_fill(tokens.view != 0, -torch.inf)
+        return int(score.argmax())
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers at ``probe_depths``."""
+        return layers_at(self.probe_depths, num_layers)
+
+    def at_layer(self, view: LayerView) -> Tensor | None:
+        """Stage 2: withdraw all visual tokens when neither side attends to the other."""
+        visual = view.kinds == Kind.VISUAL
+        if not bool(visual.any()):
+            return None
+        text = ~visual if self.text_set == "all" else view.kinds == Kind.TEXT
+        return ~visual if max(view.attention_ratios(text)) < self.tau else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TodreV1(Todre):
+    """ToDRE as in version 1 of the paper (24 May 2025): greedy k-center, four probe layers."""
+
+    objective: Objective = "max_min"
+    probe_depths: tuple[float, ...] = (4 / 8, 5 / 8, 6 / 8, 7 / 8)
+    tau: float = 0.03

@@ -1,0 +1,24 @@
+"""No pruning: the row every other method is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.base import Pruner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vanilla(Pruner):
+    """Keep every visual token in every layer."""
+
+    retain_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a budget, which would silently be ignored."""
+        if self.retain_ratio != 1.0 or self.retain_tokens is not None:
+            given = self.retain_ratio if self.retain_tokens is None else self.retain_tokens
+            raise TodreError(
+                f"method 'vanilla' keeps every token, "
+                f"but a budget of {given!r} was given; allowed: none."
+            )

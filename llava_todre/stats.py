@@ -1,0 +1,97 @@
+"""What happened to the visual tokens of one prompt, and how long each stage took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a method saw after one decoder layer, and what it did."""
+
+    layer: int
+    """0-based; tokens leave from ``layer + 1`` on."""
+    dropped: int
+    """Prompt tokens dropped, patch and newline tokens alike."""
+    text_to_visual: float | None = None
+    """Share of the text's attention that goes to visual tokens (ToDRE Eq. 7), when measured."""
+    visual_to_text: float | None = None
+    """Share of the visual tokens' attention that goes to the text, when measured."""
+
+
+@dataclass(frozen=True)
+class ImageStats:
+    """Stage 1 on one image or video."""
+
+    num_tokens: int
+    """Patch tokens that would have reached the decoder."""
+    keep_idx: Tensor
+    """(K,) int64, ascending: the ones that did."""
+
+
+@dataclass(frozen=True)
+class PruneStats:
+    """One prompt, from its images to the last decoder layer."""
+
+    images: tuple[ImageStats, ...]
+    text_tokens: int
+    """System and text tokens."""
+    newline_tokens: int
+    """``image_newline`` tokens that reached the decoder."""
+    probes: tuple[Probe, ...]
+    prompt_tokens_per_layer: tuple[int, ...]
+    """All tokens each decoder layer processed during prefill."""
+    visual_tokens_per_layer: tuple[int, ...]
+    """Patch and newline tokens each decoder layer processed during prefill."""
+
+    @property
+    def visual_tokens(self) -> int:
+        """Patch tokens before pruning."""
+        return sum(image.num_tokens for image in self.images)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Patch tokens that reached the decoder."""
+        return sum(len(image.keep_idx) for image in self.images)
+
+    @property
+    def withdrawn_from(self) -> int | None:
+        """First decoder layer that ran without any visual token, if one did."""
+        if self.kept_tokens == 0:
+            return None
+        gone = [layer for layer, count in enumerate(self.visual_tokens_per_layer) if count == 0]
+        return gone[0] if gone else None
+
+
+@dataclass
+class Clock:
+    """Adds up wall-clock milliseconds per stage; does nothing until enabled."""
+
+    enabled: bool = False
+    stages_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a block; waits for the accelerator before and after when enabled."""
+        if not self.enabled:
+            yield
+            return
+        _synchronise()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            _synchronise()
+            elapsed = (time.perf_counter() - start) * 1e3
+            self.stages_ms[name] = self.stages_ms.get(name, 0.0) + elapsed
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

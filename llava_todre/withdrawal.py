@@ -1,0 +1,331 @@
+"""Dropping tokens between decoder layers: hidden states, positions, masks, per-layer KV cache.
+
+Symbols: B batch, L prompt length at layer 0, M prompt length in a later layer, Q query length of
+one forward call, D width.
+
+Withdrawal from layer l on means: the hidden states entering layer l lose those rows, so layers l...
+never write keys for them, while the layers before keep theirs. Nothing is masked; the tokens leave
+the tensors. Three consequences are handled here, for our own decoder and for forward pre-hooks on
+stock ones alike:
+
+* samples decide for themselves, so rows are re-packed to the right and the gap on the left is
+  marked as filler;
+* positions stay what they were (the cosines and sines of RoPE are gathered, not recomputed);
+* every mask the model builds comes from layer 0's length; each later layer gets it re-expressed in
+  its own key axis.
+
+The state of one prompt batch lives on its KV cache (``cache.withdrawal``), so calls, turns and
+models cannot mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners import LayerView, Pruner
+from llava_todre.spans import Kind, Spans
+from llava_todre.stats import Probe
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a decoder layer is called with."""
+
+    hidden_states: Tensor
+    """(B, Q, D)."""
+    attention_mask: Tensor | None
+    """None, (B, keys) for FlashAttention, or (B or 1, 1, Q, keys) bool or additive."""
+    position_embeddings: tuple[Tensor, Tensor]
+    """Cosines and sines of RoPE, (B or 1, Q, head width) each."""
+    position_ids: Tensor | None
+    """(B or 1, Q)."""
+
+
+@dataclass
+class Segment:
+    """The prompt as the layers from ``start`` on hold it, until the next segment starts."""
+
+    start: int
+    columns: Tensor
+    """(B, M) int64 position of each token in layer 0's prompt, ascending and right-aligned."""
+    valid: Tensor
+    """(B, M) bool; False marks padding and filler."""
+    kinds: Tensor
+    """(B, M) int8 of :class:`~llava_todre.spans.Kind`."""
+    step: Tensor | None = None
+    """(B, M) how this segment is gathered from the one before."""
+    prompt_inputs: LayerInputs | None = None
+    decode_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Look at the validity once: every later look would synchronise with the device."""
+        self.ragged = not bool(self.valid.all())
+
+
+class Withdrawal:
+    """Stage 2 for one batch of prompts: asks the method after its probe layers, and obeys."""
+
+    def __init__(self, pruner: Pruner, spans: Spans, num_layers: int) -> None:
+        """Start with every layer holding the whole prompt.
+
+        Args:
+            pruner: the method; its ``probe_layers`` and ``at_layer`` are used.
+            spans: kinds of the (B, L) positions of the prompt.
+            num_layers: number of decoder layers.
+        """
+        self.pruner = pruner
+        self.num_layers = num_layers
+        self.probe_layers = frozenset(pruner.probe_layers(num_layers))
+        batch, length = spans.kinds.shape
+        columns = torch.arange(length, device=spans.kinds.device).expand(batch, length)
+        self.segments = [Segment(0, columns, spans.valid, spans.kinds)]
+        self.probes: list[list[Probe]] = [[] for _ in range(batch)]
+        self.prefilling = True
+
+    # ------------------------------------------------------------------ calls of the decoder
+
+    def begin(self, hidden_states: Tensor, cache: Cache | None) -> None:
+        """Take note of a new forward call, before layer 0.
+
+        Raises:
+            TodreError: the cache cannot hold layers of different lengths, or the prompt arrives in
+                pieces.
+        """
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise TodreError(
+                f"cache {type(cache).__name__} cannot drop tokens per layer; allowed: DynamicCache."
+            )
+        self.prefilling = cache is None or cache.get_seq_length() == 0
+        for segment in self.segments:
+            segment.decode_mask = None
+        if not self.prefilling:
+            return
+        batch, length = hidden_states.shape[:2]
+        prompt = self.segments[0]
+        if length != prompt.columns.shape[1]:
+            raise TodreError(
+                f"prompt of {length} tokens, expected {prompt.columns.shape[1]}: chunked prefill "
+                "and assisted decoding cannot be combined with withdrawal inside the decoder; "
+                "set probe_depths=() or switch them off."
+            )
+        copies = batch // len(prompt.columns)  # beam search repeats every sample
+        if copies > 1:
+            prompt.columns, prompt.valid, prompt.kinds = (
+                tensor.repeat_interleave(copies, dim=0)
+                for tensor in (prompt.columns, prompt.valid, prompt.kinds)
+            )
+            self.probes = [[] for _ in range(batch)]
+
+    def enter(
+        self, layer: int, inputs: LayerInputs, cache: Cache | None, flash: bool
+    ) -> LayerInputs:
+        """Return the inputs of ``layer`` in terms of the tokens it holds.
+
+        Args:
+            layer: 0-based index of the layer about to run.
+            inputs: hidden states as the previous layer left them; mask and positions as built for
+                layer 0.
+            cache: the KV cache of the call, if any.
+            flash: whether the attention implementation takes (B, keys) masks.
+        """
+        segment = self.segment(layer)
+        if segment.start == 0:
+            return inputs
+        if not self.prefilling:
+            assert cache is not None, "only a cached call follows the prefill"
+            if segment.decode_mask is None:
+                num_queries = inputs.hidden_states.shape[1]
+                num_new = cache.get_seq_length() - self.segments[0].columns.shape[1]
+                segment.decode_mask = self._decode_mask(
+                    segment, inputs.attention_mask, num_new, num_queries, flash
+                )
+            return replace(inputs, attention_mask=segment.decode_mask)
+        if layer == segment.start:
+            assert segment.step is not None
+            hidden_states = gather(inputs.hidden_states, segment.step, dim=1)
+            segment.prompt_inputs = self._prompt_inputs(
+                segment, replace(inputs, hidden_states=hidden_states), flash
+            )
+            return segment.prompt_inputs
+        assert segment.prompt_inputs is not None
+        return replace(segment.prompt_inputs, hidden_states=inputs.hidden_states)
+
+    def leave(
+        self,
+        layer: int,
+        module: Any,
+        inputs: LayerInputs,
+        output: Tensor,
+        cache: Cache | None,
+    ) -> None:
+        """Ask the method after a probe layer; if it drops tokens, a segment starts at the next.
+
+        Args:
+            layer: the layer that has run.
+            module: that layer.
+            inputs: what :meth:`enter` returned for it.
+            output: (B, M, D) its output.
+            cache: the KV cache, already updated by the layer.
+        """
+        if not self.prefilling or layer not in self.probe_layers:
+            return
+        segment = self.segment(layer)
+        keep = segment.valid.clone()
+        for sample in range(len(keep)):
+            present = segment.valid[sample].nonzero()[:, 0]
+            view = self._view(sample, present, layer, module, inputs, output, cache)
+            decision = self.pruner.at_layer(view)
+            dropped = 0
+            if decision is not None:
+                keep[sample, present] = decision
+                dropped = len(present) - int(decision.sum())
+            if view.measured or dropped:
+                self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
+        if layer + 1 < self.num_layers and not torch.equal(keep, segment.valid):
+            self._start_segment(layer + 1, segment, keep)
+
+    # ------------------------------------------------------------------ what it knows
+
+    def segment(self, layer: int) -> Segment:
+        """Return the segment that ``layer`` belongs to."""
+        return next(segment for segment in reversed(self.segments) if segment.start <= layer)
+
+    def tokens_per_layer(self, sample: int, kind: Kind | None = None) -> tuple[int, ...]:
+        """Return how many prompt tokens (of one kind) each layer processes for a sample."""
+        counts = {}
+        for segment in self.segments:
+            chosen = segment.valid if kind is None else segment.valid & (segment.kinds == kind)
+            counts[segment.start] = int(chosen[sample].sum())
+        return tuple(counts[self.segment(layer).start] for layer in range(self.num_layers))
+
+    # ------------------------------------------------------------------ mechanics
+
+    def _view(
+        self,
+        sample: int,
+        present: Tensor,
+        layer: int,
+        module: Any,
+        inputs: LayerInputs,
+        output: Tensor,
+        cache: Cache | None,
+    ) -> LayerView:
+        """Return what the method may look at: the ``present`` (N,) columns of one sample."""
+        hidden = inputs.hidden_states[sample]
+        cosines, sines = (
+            table[min(sample, len(table) - 1)] for table in inputs.position_embeddings
+        )
+        attention = module.self_attn
+
+        def project(projection: Any, columns: Tensor) -> Tensor:
+            states = projection(module.input_layernorm(hidden[columns]))  # (R, heads * E)
+            heads = states.view(1, len(columns), -1, attention.head_dim).transpose(1, 2)
+            return apply_rotary_pos_emb(heads, heads, cosines[columns][None], sines[columns][None])[
+                0
+            ][0]
+
+        def keys() -> Tensor:
+            if cache is None:
+                return project(attention.k_proj, present)
+            return cache.layers[layer].keys[sample][:, present]
+
+        return LayerView(
+            layer=layer,
+            num_layers=self.num_layers,
+            kinds=self.segment(layer).kinds[sample][present],
+            hidden_states=output[sample][present],
+            queries=lambda rows: project(attention.q_proj, present[rows]),
+            keys=_once(keys),
+            scaling=attention.scaling,
+        )
+
+    def _start_segment(self, start: int, previous: Segment, keep: Tensor) -> None:
+        """Pack the kept columns (B, M bool) to the right, as many as the longest sample needs."""
+        counts = keep.sum(dim=-1)
+        length = int(counts.max())
+        order = keep.to(torch.int8).argsort(dim=-1, stable=True)[:, keep.shape[1] - length :]
+        valid = torch.arange(length, device=keep.device) >= (length - counts)[:, None]
+        kinds = previous.kinds.gather(1, order).masked_fill(~valid, Kind.PADDING)
+        self.segments.append(Segment(start, previous.columns.gather(1, order), valid, kinds, order))
+
+    def _prompt_inputs(self, segment: Segment, inputs: LayerInputs, flash: bool) -> LayerInputs:
+        """Gather mask and positions, built for layer 0's prompt, at the segment's columns."""
+        mask, columns = inputs.attention_mask, segment.columns
+        length = columns.shape[1]
+        if mask is None and segment.ragged:
+            mask = segment.valid if flash else _causal(length, length, segment.valid)
+        elif mask is not None:
+            rows = mask if mask.ndim == 2 else gather(mask, columns, dim=2)
+            mask = _hide(gather(rows, columns, dim=-1), segment.valid)
+        cosines, sines = (gather(table, columns, dim=1) for table in inputs.position_embeddings)
+        position_ids = inputs.position_ids
+        if position_ids is not None:
+            # Layers rotate by the tables above. FlashAttention's check for packed sequences is the
+            # only reader of the ids, and would take the gap left by the visual tokens for a
+            # boundary between two sequences.
+            position_ids = torch.arange(length, device=columns.device).expand(len(position_ids), -1)
+        return LayerInputs(inputs.hidden_states, mask, (cosines, sines), position_ids)
+
+    def _decode_mask(
+        self, segment: Segment, mask: Tensor | None, num_new: int, num_queries: int, flash: bool
+    ) -> Tensor | None:
+        """Re-express layer 0's mask, ``num_new`` later keys included, in the segment's axis."""
+        if mask is None and not segment.ragged:
+            return None
+        batch, length = segment.columns.shape
+        valid = torch.cat([segment.valid, segment.valid.new_ones(batch, num_new)], dim=1)
+        if mask is None:
+            return valid if flash else _causal(num_queries, length + num_new, valid)
+        first_new = self.segments[0].columns.shape[1]
+        new = torch.arange(first_new, first_new + num_new, device=segment.columns.device)
+        columns = torch.cat([segment.columns, new.expand(batch, -1)], dim=1)
+        return _hide(gather(mask, columns, dim=-1), valid)
+
+
+def gather(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gather ``dim`` of ``tensor`` (B or 1, ...) at ``index`` (B, M), sample by sample."""
+    dim = dim % tensor.ndim
+    index = index.to(tensor.device)
+    if len(index) == 1:
+        return tensor.index_select(dim, index[0])
+    tensor = tensor.expand(len(index), *tensor.shape[1:])
+    shape = [1] * tensor.ndim
+    shape[0], shape[dim] = index.shape
+    target = list(tensor.shape)
+    target[dim] = index.shape[1]
+    return tensor.gather(dim, index.view(shape).expand(target))
+
+
+def _hide(mask: Tensor, valid: Tensor) -> Tensor:
+    """Close the filler columns of a (B, keys) or (B, 1, Q, keys) mask; ``valid`` (B, keys)."""
+    if mask.ndim == 2:
+        return mask.bool() & valid
+    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~valid[:, None, None].to(mask.device), closed)
+
+
+def _causal(num_queries: int, num_keys: int, valid: Tensor) -> Tensor:
+    """Return a (B, 1, Q, keys) bool mask for the last ``num_queries`` of ``num_keys`` positions."""
+    key = torch.arange(num_keys, device=valid.device)
+    query = torch.arange(num_keys - num_queries, num_keys, device=valid.device)
+    return (key <= query[:, None])[None, None] & valid[:, None, None]
+
+
+def _once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return ``compute`` with its first result remembered."""
+    results: list[Tensor] = []
+
+    def remembered() -> Tensor:
+        if not results:
+            results.append(compute())
+        return results[0]
+
+    return remembered
