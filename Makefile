@@ -48,13 +48,13 @@ format: $(STAMP) ## let ruff rewrite the files
 	@$(PY) -m ruff format .
 
 bench: $(STAMP) ## time selection and prefill on this machine
-	@$(PY) -m llava_todre.bench
+	@$(PY) -m eval bench
 
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/train_mini.sh
 
 readme: $(STAMP) ## write the README's table again from the stored results
-	@$(PY) -m llava_todre.readme
+	@$(PY) -m eval readme
 
 clean: ## remove .venv and caches; results and checkpoints stay
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

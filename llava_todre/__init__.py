@@ -1,0 +1,52 @@
+"""Training-free visual-token pruning for LLaVA: ToDRE (arXiv 2505.18757) and what to compare with.
+
+The names below are loaded on first use, so that ``import llava_todre`` and ``todre --help`` do not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava_todre.errors import TodreError
+    from llava_todre.generate import Answer, Request, answer, ask
+    from llava_todre.model.load import load_pretrained_model
+    from llava_todre.pruners import PRUNERS, Pruner, create_pruner
+    from llava_todre.stats import PruneStats
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "TodreError": "errors",
+    "Answer": "generate",
+    "Request": "generate",
+    "answer": "generate",
+    "ask": "generate",
+    "load_pretrained_model": "model.load",
+    "PRUNERS": "pruners",
+    "Pruner": "pruners",
+    "create_pruner": "pruners",
+    "PruneStats": "stats",
+}
+
+__all__ = [
+    "PRUNERS",
+    "Answer",
+    "PruneStats",
+    "Pruner",
+    "Request",
+    "TodreError",
+    "answer",
+    "ask",
+    "create_pruner",
+    "load_pretrained_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

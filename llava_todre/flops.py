@@ -6,7 +6,7 @@ Two kinds of number live here; never compare one with the other.
   feed-forward block of two matrices. Use them for the papers' *ratios*.
 * the rest: FLOPs, two per multiply-add, of every matrix product a real Llama decoder (gated MLP,
   grouped-query attention), CLIP tower or projector does. Norms, activations, softmax, rotary
-  embeddings, biases and additions are left out: they are linear in the tokens and below 1 %.
+  embeddings, biases and additions are left out: together well below 1 % of a 7B prefill.
 
 A pruned prompt has a different length in each layer, so lengths are given per layer:
 ``prompt_tokens_per_layer[l]`` is how many prompt tokens (system + visual + text) layer l processed,

@@ -70,7 +70,7 @@ def greedy_diverse(features: Tensor, budget: int, first: int, objective: Objecti
         raise unknown("objective", objective, get_args(Objective))
 
     rows = unit_rows(features)  # (N, D)
-    gram = rows @ rows.T if num_tokens <= MAX_GRAM_TOKENS else None  # (N, N)
+    gram = rows @ rows.T if _gram_pays(rows, budget) else None  # (N, N)
     accumulate = torch.add if objective == "max_sum" else torch.maximum
     picked = torch.empty(budget, dtype=torch.int64, device=rows.device)
     picked[0] = first
@@ -84,3 +84,13 @@ def greedy_diverse(features: Tensor, budget: int, first: int, objective: Objecti
         closeness[newest] = torch.inf  # stays infinite under both rules
         picked[step] = closeness.argmin()
     return picked
+
+
+def _gram_pays(rows: Tensor, budget: int) -> bool:
+    """Return whether one N x N product is cheaper than ``budget`` products with a single row.
+
+    It always is on a GPU, where small steps cost a launch each; on a CPU only when a good part of
+    the columns is used (measured at N = 2880, D = 1024: 3x slower at 10 %, even at about 25 %).
+    """
+    worth = rows.is_cuda or 6 * budget > len(rows)
+    return worth and len(rows) <= MAX_GRAM_TOKENS

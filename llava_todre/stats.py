@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,17 @@ class Probe:
 class ImageStats:
     """Stage 1 on one image or video."""
 
-    num_tokens: int
-    """Patch tokens that would have reached the decoder."""
+    patches: Tensor
+    """(N,) int64: patch tokens that would have reached the decoder, as view * side**2 + patch."""
+    side: int
+    """Patches per row and column of a view."""
     keep_idx: Tensor
-    """(K,) int64, ascending: the ones that did."""
+    """(K,) int64, ascending, into ``patches``: the ones that did."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Patch tokens before pruning."""
+        return len(self.patches)
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,31 @@ class PruneStats:
         return sum(len(image.keep_idx) for image in self.images)
 
     @property
+    def mean_visual_tokens(self) -> float:
+        """Patch and newline tokens a decoder layer processed, mean over layers."""
+        return sum(self.visual_tokens_per_layer) / len(self.visual_tokens_per_layer)
+
+    @property
     def withdrawn_from(self) -> int | None:
         """First decoder layer that ran without any visual token, if one did."""
         if self.kept_tokens == 0:
             return None
         gone = [layer for layer, count in enumerate(self.visual_tokens_per_layer) if count == 0]
         return gone[0] if gone else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers and lists, for JSON."""
+        return {
+            "visual_tokens": self.visual_tokens,
+            "kept_tokens": self.kept_tokens,
+            "newline_tokens": self.newline_tokens,
+            "text_tokens": self.text_tokens,
+            "mean_visual_tokens": self.mean_visual_tokens,
+            "probes": [asdict(probe) for probe in self.probes],
+            "withdrawn_from": self.withdrawn_from,
+            "visual_tokens_per_layer": list(self.visual_tokens_per_layer),
+            "keep_idx": [image.keep_idx.tolist() for image in self.images],
+        }
 
 
 @dataclass

@@ -122,7 +122,8 @@ class Withdrawal:
                 tensor.repeat_interleave(copies, dim=0)
                 for tensor in (prompt.columns, prompt.valid, prompt.kinds)
             )
-            self.probes = [[] for _ in range(batch)]
+        self.segments = [prompt]
+        self.probes = [[] for _ in range(batch)]
 
     def enter(
         self, layer: int, inputs: LayerInputs, cache: Cache | None, flash: bool
@@ -184,12 +185,12 @@ class Withdrawal:
             view = self._view(sample, present, layer, module, inputs, output, cache)
             decision = self.pruner.at_layer(view)
             dropped = 0
-            if decision is not None:
+            if decision is not None and layer + 1 < self.num_layers:
                 keep[sample, present] = decision
                 dropped = len(present) - int(decision.sum())
             if view.measured or dropped:
                 self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
-        if layer + 1 < self.num_layers and not torch.equal(keep, segment.valid):
+        if not torch.equal(keep, segment.valid):
             self._start_segment(layer + 1, segment, keep)
 
     # ------------------------------------------------------------------ what it knows

@@ -1,0 +1,1 @@
+"""LLaVA in the original's terms: images, vision tower, merging, decoder, loading."""

@@ -189,16 +189,20 @@ def _views(image: Image.Image, image_processor: Any, sizes: list[Size]) -> list[
     return [image.resize((edge, edge)), *tiles]
 
 
-def _fit_on_canvas(image: Image.Image, size: Size) -> Image.Image:
-    """Resize to fit inside ``size``, sides rounded up, and centre on black."""
-    width, height = size
-    scale_x, scale_y = width / image.width, height / image.height
+def fitted_size(size: Size, canvas: Size) -> Size:
+    """Return the size of an image scaled to fit inside ``canvas``, the loose side rounded up."""
+    width, height = canvas
+    scale_x, scale_y = width / size[0], height / size[1]
     if scale_x < scale_y:
-        fitted = (width, min(math.ceil(image.height * scale_x), height))
-    else:
-        fitted = (min(math.ceil(image.width * scale_y), width), height)
+        return width, min(math.ceil(size[1] * scale_x), height)
+    return min(math.ceil(size[0] * scale_y), width), height
+
+
+def _fit_on_canvas(image: Image.Image, size: Size) -> Image.Image:
+    """Scale to fit inside ``size`` and centre on black."""
+    width, height = fitted_size(image.size, size)
     canvas = Image.new("RGB", size)
-    canvas.paste(image.resize(fitted), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
+    canvas.paste(image.resize((width, height)), ((size[0] - width) // 2, (size[1] - height) // 2))
     return canvas
 
 

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_todre.errors import TodreError, unknown
+from llava_todre.flops import DecoderShape
 from llava_todre.model.decoder import PruningLlamaModel
 from llava_todre.model.images import Size, anyres_grid_shape
 from llava_todre.model.multimodal import (
@@ -425,6 +426,19 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             kwargs["past_key_values"] = past_key_values
         return super().generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
+
+    @property
+    def decoder_shape(self) -> DecoderShape:
+        """The decoder's dimensions, for counting FLOPs."""
+        config = self.config
+        return DecoderShape(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            mlp_width=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            vocab=config.vocab_size,
         )
 
     @property

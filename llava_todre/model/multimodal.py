@@ -182,7 +182,7 @@ def prune(
     features = selection.features
     if features is None:
         features = visual.projected[visual.patches[keep_idx]]
-    stats = ImageStats(num_tokens, keep_idx.cpu())
+    stats = ImageStats(visual.patches.cpu(), visual.side, keep_idx.cpu())
     if newline is None or not bool((visual.slots == NEWLINE).any()):
         return PackedVisual(features, 0, stats)
 

@@ -100,7 +100,7 @@ class VisionTower(nn.Module):
         return ViewFeatures(features[:, 1:], attention)
 
 
-def cls_attention(layer: nn.Module, hidden: Tensor) -> Tensor:
+def cls_attention(layer: Any, hidden: Tensor) -> Tensor:
     """Return the attention of [CLS] to the patches in one encoder layer (ToDRE Eq. 3).
 
     Args:

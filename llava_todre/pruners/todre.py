@@ -91,8 +91,8 @@ class Todre(Pruner):
     def at_layer(self, view: LayerView) -> Tensor | None:
         """Stage 2: withdraw all visual tokens when neither side attends to the other."""
         visual = view.kinds == Kind.VISUAL
-        if not bool(visual.any()):
-            return None
+        if not bool(visual.any()) or bool(visual[-1]):
+            return None  # a prompt that ends with an image: its last token predicts the answer
         text = ~visual if self.text_set == "all" else view.kinds == Kind.TEXT
         return ~visual if max(view.attention_ratios(text)) < self.tau else None
 

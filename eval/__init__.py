@@ -1,0 +1,1 @@
+"""Evaluation, used from a checkout: ``python -m eval COMMAND``."""

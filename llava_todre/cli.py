@@ -1,0 +1,199 @@
+"""The ``todre`` command: ``todre generate``, ``todre demo``, ``todre list``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from llava_todre.errors import TodreError
+
+# Commands import what they use when they run: `todre --help` should not wait for torch.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0 fine, 1 bad input or failure, 2 bad usage)."""
+    options = _parser().parse_args(arguments)
+    command = options[options.command]
+    try:
+        _COMMANDS[options.command](command)
+    except KeyboardInterrupt:
+        print("todre: interrupted", file=sys.stderr)
+        return 130
+    except TodreError as error:
+        if options.debug:
+            raise
+        print(f"todre: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="todre", description="Visual-token pruning for LLaVA (ToDRE, arXiv 2505.18757)."
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subcommands(dest="command", required=True)
+    commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
+    commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
+    commands.add_subcommand("list", ArgumentParser(), help="list the pruning methods")
+    return parser
+
+
+def _generate_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Answer a question about one or more images.")
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("--model", required=True, help="checkpoint: a folder or a hub id, original or llava-hf")
+    add("--revision", type=str | None, help="revision of a hub id")
+    add("--image", nargs="+", required=True, metavar="FILE", help="image files, in order")
+    add("--video", action="store_true", help="the images are the frames of one video")
+    add("--question", required=True, help="may contain <image> where each image goes")
+    add("--method", default="todre", help="a name from `todre list`, or a YAML file of configs/")
+    add("--retain-ratio", type=float | None, help="share of visual tokens kept, in (0, 1]")
+    add("--retain-tokens", type=int | None, help="number kept per image, instead of the ratio")
+    add("--option", nargs="+", default=[], metavar="KEY=VALUE", help="other options of the method")
+    add("--protocol", default="native", help="native, or paper (2x2 grid, no unpadding, 2880)")
+    add("--template", default="vicuna_v1", help="conversation template")
+    add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
+    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    add("--device-map", type=str | None, help="e.g. auto, cpu, cuda:0 (default: GPU if any)")
+    add("--attn-implementation", default="sdpa", help="eager, sdpa or flash_attention_2")
+    add("--picture", type=str | None, metavar="PNG", help="draw the kept tokens here")
+    add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def _demo_parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Compare methods on the bundled model; CPU, minutes.")
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("--model", type=str | None, help="checkpoint (default: the bundled one)")
+    add("--methods", nargs="+", default=["random", "todre_v1", "todre"], help="see `todre list`")
+    add("--ratios", nargs="+", type=float, default=[0.25, 0.10], help="shares of tokens kept")
+    add("--num-images", type=int, default=96, help="held-out pictures, nine questions each")
+    add("--out", default="outputs/demo", help="folder for results, table and pictures")
+    add("--fresh", action="store_true", help="forget finished runs in that folder")
+    return parser
+
+
+def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
+    """Return (name, knobs) from ``--method``, ``--retain-*`` and ``--option``."""
+    knobs: dict[str, Any] = {}
+    method = options.method
+    if method.endswith((".yaml", ".yml")):
+        knobs = _read_method_file(Path(method))
+        method = knobs.pop("method", None)
+        if not isinstance(method, str):
+            raise TodreError(f"method file {options.method!r} has no key 'method'.")
+    for item in options.option:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise TodreError(f"option {item!r} is not of the form KEY=VALUE.")
+        knobs[key.replace("-", "_")] = yaml.safe_load(value)
+    for key in ("retain_ratio", "retain_tokens"):
+        if options[key] is not None:
+            knobs[key] = options[key]
+    return method, {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
+
+
+def _read_method_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise TodreError(f"method file {str(path)!r} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise TodreError(f"method file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise TodreError(f"method file {str(path)!r} must hold 'key: value' lines.")
+    return content
+
+
+def _generate(options: Namespace) -> None:
+    from llava_todre.generate import Request, answer
+    from llava_todre.model.images import load_image
+    from llava_todre.model.load import load_pretrained_model
+    from llava_todre.pruners import create_pruner
+    from llava_todre.viz import picture_of
+
+    method, knobs = method_options(options)
+    pruner = create_pruner(method, **knobs)
+    images = [load_image(path) for path in options.image]
+    tokenizer, model, _, _ = load_pretrained_model(
+        options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        device_map=options.device_map,
+        attn_implementation=options.attn_implementation,
+        protocol=options.protocol,
+    )
+    model.set_pruner(pruner)
+    result = answer(
+        model,
+        tokenizer,
+        [Request(options.question, images, options.video)],
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+        timed=True,
+    )[0]
+    if options.picture and not options.video:
+        picture_of(images, result.stats, model).save(options.picture)
+    report = {"answer": result.text, "method": method, **result.stats.as_dict()}
+    report["stages_ms"] = {stage: round(ms, 2) for stage, ms in result.stages_ms.items()}
+    print(json.dumps(report) if options.json else _as_text(report))
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    kept, total = report["kept_tokens"], report["visual_tokens"]
+    lines = [
+        report["answer"],
+        "",
+        f"method     {report['method']}",
+        f"tokens     {kept} of {total} visual tokens kept ({kept / total:.1%}), "
+        f"{report['newline_tokens']} newline, {report['text_tokens']} text",
+    ]
+    for probe in report["probes"]:
+        if probe["text_to_visual"] is not None:
+            lines.append(
+                f"probe      after layer {probe['layer']}: text to visual "
+                f"{probe['text_to_visual']:.3f}, visual to text {probe['visual_to_text']:.3f}"
+            )
+    start = report["withdrawn_from"]
+    where = "never" if start is None else f"from layer {start} on"
+    lines.append(f"withdrawn  {where}")
+    times = ", ".join(f"{stage} {ms:.1f}" for stage, ms in report["stages_ms"].items())
+    lines.append(f"time (ms)  {times}")
+    return "\n".join(lines)
+
+
+def _demo(options: Namespace) -> None:
+    from llava_todre.demo import run_demo
+
+    run_demo(
+        model_path=options.model,
+        methods=options.methods,
+        ratios=options.ratios,
+        num_images=options.num_images,
+        out=Path(options.out),
+        fresh=options.fresh,
+    )
+
+
+def _list(options: Namespace) -> None:
+    from llava_todre.pruners import PRUNERS
+
+    del options
+    for name, method in PRUNERS.items():
+        print(f"{name:10} {(method.__doc__ or '').strip().splitlines()[0]}")
+
+
+_COMMANDS = {"generate": _generate, "demo": _demo, "list": _list}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""``todre demo``: what pruning costs in accuracy and saves in work, on the bundled model.
+
+Every (method, ratio, draw) is one run over the same held-out questions. A finished run is a file
+and is not repeated, so an interrupted demo goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from llava_todre.errors import TodreError
+from llava_todre.flops import decoder_prefill_flops
+from llava_todre.generate import Answer, Request, answer
+from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
+from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.model.load import load_pretrained_model
+from llava_todre.provenance import provenance
+from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.table import as_markdown, as_text
+from llava_todre.viz import contact_sheet, draw_kept, token_boxes
+
+log = logging.getLogger(__name__)
+
+RANDOM_DRAWS = 3
+TIMED_PROMPTS = 24
+PICTURED_SCENES = 3
+_MAX_NEW_TOKENS = 8
+_PICTURE_SCALE = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over the questions."""
+
+    method: str
+    retain_ratio: float
+    draw: int = 0
+    """Which draw of a random method."""
+
+    @property
+    def name(self) -> str:
+        """A name fit for a file."""
+        draw = f"_draw{self.draw}" if self.method == "random" else ""
+        return f"{self.method}_{self.retain_ratio:g}{draw}"
+
+    def pruner(self, image_index: int) -> Pruner:
+        """Return the method for one image; a random method draws afresh for each."""
+        knobs = {"seed": 10_000 * self.draw + image_index} if self.method == "random" else {}
+        return create_pruner(self.method, retain_ratio=self.retain_ratio, **knobs)
+
+
+def bundled_checkpoint() -> Path:
+    """Return the checkpoint that comes with a checkout."""
+    path = Path(__file__).resolve().parents[1] / "checkpoints" / "mini"
+    if not path.is_dir():
+        raise TodreError(f"model {str(path)!r} is missing; run from a checkout or give --model.")
+    return path
+
+
+def plan(methods: Sequence[str], ratios: Sequence[float]) -> list[Run]:
+    """Return the runs: the unpruned model first, then every method at every ratio."""
+    runs = [Run("vanilla", 1.0)]
+    for ratio in ratios:
+        for method in methods:
+            if method != "vanilla":
+                draws = RANDOM_DRAWS if method == "random" else 1
+                runs += [Run(method, ratio, draw) for draw in range(draws)]
+    for run in runs:
+        run.pruner(0)  # so that a wrong name or ratio is reported before anything is computed
+    return runs
+
+
+def run_demo(
+    model_path: str | None,
+    methods: Sequence[str],
+    ratios: Sequence[float],
+    num_images: int,
+    out: Path,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Run the comparison, print its table, write results, table and pictures to ``out``."""
+    if num_images < 1:
+        raise TodreError(f"num_images {num_images} is out of range; allowed: 1 or more.")
+    runs = plan(methods, ratios)
+    path = Path(model_path) if model_path else bundled_checkpoint()
+    tokenizer, model, _, _ = load_pretrained_model(path)
+    samples = held_out(num_images)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+
+    def ask(
+        sample: Sample, questions: Sequence[int], pruner: Pruner, **kwargs: Any
+    ) -> list[Answer]:
+        model.set_pruner(pruner)
+        requests = [Request(sample.questions[i].text, [sample.image]) for i in questions]
+        return answer(model, tokenizer, requests, **kwargs)
+
+    version = _fingerprint(path, num_images)
+    scored = []
+    with tqdm(total=len(runs) * num_images, unit="image", desc="demo") as progress:
+        for run in runs:
+            progress.set_postfix_str(run.name)
+            file = out / "runs" / f"{run.name}.json"
+            result = None if fresh else _finished(file, version)
+            if result is None:
+                result = {"version": version, "run": asdict(run)}
+                result |= _evaluate(run, samples, ask, model, progress)
+                _write(file, json.dumps(result))
+            else:
+                progress.update(num_images)
+            scored.append(result)
+    results = {
+        "what": "todre demo on the bundled mini model; shows mechanism, not evidence on 7B models",
+        "model": path.name,
+        "num_images": num_images,
+        "questions": num_images * len(samples[0].questions),
+        "seed": TEST_SEED,
+        "tasks": list(TASKS),
+        "rows": _rows(scored, _time_prefill(runs, samples, ask)),
+        "runs": scored,
+        **provenance(),
+    }
+    _write(out / "results.json", json.dumps(results, indent=1))
+    _write(out / "table.md", as_markdown(results))
+    pictures = _draw(runs, samples, ask, model, out)
+    print(as_text(results))
+    print(f"\nwritten: {out / 'results.json'}, {out / 'table.md'}, {', '.join(map(str, pictures))}")
+    return results
+
+
+_Ask = Callable[..., list[Answer]]
+
+
+def _evaluate(
+    run: Run, samples: Sequence[Sample], ask: _Ask, model: LlavaLlamaForCausalLM, progress: Any
+) -> dict[str, Any]:
+    """Ask every question of every sample; returns hits per task and means of the statistics."""
+    hits: dict[str, list[int]] = {task: [] for task in TASKS}
+    tokens, layer_tokens, flops, withdrawn = [], [], [], []
+    for index, sample in enumerate(samples):
+        everything = range(len(sample.questions))
+        answers = ask(sample, everything, run.pruner(index), max_new_tokens=_MAX_NEW_TOKENS)
+        for question, given in zip(sample.questions, answers, strict=True):
+            hits[question.task].append(int(_same(given.text, question.answer)))
+            stats = given.stats
+            tokens.append(stats.kept_tokens)
+            layer_tokens.append(stats.mean_visual_tokens)
+            withdrawn.append(stats.withdrawn_from is not None)
+            layers = stats.prompt_tokens_per_layer
+            flops.append(decoder_prefill_flops(model.decoder_shape, layers))
+        progress.update(1)
+    return {
+        "hits": hits,
+        "kept_tokens": statistics.fmean(tokens),
+        "mean_visual_tokens_per_layer": statistics.fmean(layer_tokens),
+        "withdrawn_share": statistics.fmean(withdrawn),
+        "prefill_flops": statistics.fmean(flops),
+    }
+
+
+def _same(given: str, expected: str) -> bool:
+    return given.strip().lower() == expected.strip().lower()
+
+
+def _time_prefill(
+    runs: Sequence[Run], samples: Sequence[Sample], ask: _Ask
+) -> dict[str, dict[str, float]]:
+    """Return speed-ups over the unpruned model by run name.
+
+    The runs take turns on every prompt (batch 1, one question per image, after a warm-up), so
+    that the machine's mood hits all alike; each ratio is the median over the prompts.
+    """
+    timed = [run for run in runs if run.draw == 0]
+    ratios: dict[str, dict[str, list[float]]] = {
+        run.name: {"prefill": [], "first_token": []} for run in timed
+    }
+    for index in range(-2, min(TIMED_PROMPTS, len(samples))):
+        sample = samples[max(index, 0)]
+        spent = {}
+        for run in timed:
+            question = [max(index, 0) % len(sample.questions)]
+            stages = ask(sample, question, run.pruner(0), max_new_tokens=1, timed=True)[0].stages_ms
+            first = stages["vision"] + stages["selection"] + stages["prefill"]
+            spent[run.name] = {"prefill": stages["prefill"], "first_token": first}
+        for name, stages in spent.items():
+            for stage in stages if index >= 0 else ():
+                ratios[name][stage].append(spent["vanilla_1"][stage] / stages[stage])
+    return {
+        name: {stage: statistics.median(values) for stage, values in stages.items()}
+        for name, stages in ratios.items()
+    }
+
+
+def _rows(
+    scored: Sequence[dict[str, Any]], speed: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Return one row per (method, ratio), draws averaged, relative to the first row."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in scored:
+        run = result["run"]
+        groups.setdefault((run["method"], run["retain_ratio"]), []).append(result)
+    rows: list[dict[str, Any]] = []
+    for (method, ratio), results in groups.items():
+        accuracy = {
+            task: statistics.fmean(hit for result in results for hit in result["hits"][task])
+            for task in TASKS
+        }
+        full = rows[0]["accuracy"] if rows else accuracy
+        relative = [accuracy[task] / full[task] for task in TASKS if full[task]]
+        mean = {
+            key: statistics.fmean(result[key] for result in results)
+            for key in results[0]
+            if key not in ("hits", "run", "version")
+        }
+        rows.append(
+            {
+                "method": method,
+                "retain_ratio": ratio,
+                "draws": len(results),
+                "accuracy": accuracy,
+                "average": statistics.fmean(accuracy.values()),
+                "relative_average": statistics.fmean(relative) if relative else 0.0,
+                **mean,
+                "flops_share": mean["prefill_flops"] / (rows or [mean])[0]["prefill_flops"],
+                "prefill_speedup": speed[Run(method, ratio).name]["prefill"],
+                "first_token_speedup": speed[Run(method, ratio).name]["first_token"],
+            }
+        )
+    return rows
+
+
+def _draw(
+    runs: Sequence[Run],
+    samples: Sequence[Sample],
+    ask: _Ask,
+    model: LlavaLlamaForCausalLM,
+    out: Path,
+) -> list[Path]:
+    """Draw the kept tokens of the first scenes, a row per ratio and a column per method."""
+    tile = model.get_vision_tower().config.image_size
+    ratios = sorted({run.retain_ratio for run in runs if run.method != "vanilla"}, reverse=True)
+    paths = []
+    for scene, sample in enumerate(samples[:PICTURED_SCENES]):
+        question = sample.questions[scene % len(sample.questions)]
+        place = [sample.questions.index(question)]
+        rows = []
+        for ratio in ratios or [1.0]:
+            cells: list[tuple[str, Image.Image]] = []
+            shown = [run for run in runs if run.draw == 0 and run.retain_ratio in (ratio, 1.0)]
+            for run in shown:
+                given = ask(sample, place, run.pruner(scene), max_new_tokens=_MAX_NEW_TOKENS)[0]
+                stats = given.stats.images[0]
+                boxes = token_boxes(stats, sample.image.size, model.config, tile)
+                title = f"{run.method}, {len(stats.keep_idx)} tokens: {given.text}"
+                cells.append((title, draw_kept(sample.image, boxes, stats, _PICTURE_SCALE)))
+            rows.append(cells)
+        path = out / f"kept_{scene}.png"
+        contact_sheet(rows, f"{question.text}  ({question.answer})").save(path)
+        paths.append(path)
+    return paths
+
+
+def _fingerprint(model_path: Path, num_images: int) -> str:
+    """Return what a stored run depends on besides its own name."""
+    digest = hashlib.sha256(f"{num_images} {TEST_SEED}".encode())
+    for file in sorted(model_path.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _finished(file: Path, version: str) -> dict[str, Any] | None:
+    """Return the stored result of a run, unless it is absent, damaged or of another version."""
+    try:
+        result: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return result if result.get("version") == version else None
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    draft = file.with_name(file.name + ".part")
+    draft.write_text(text)
+    os.replace(draft, file)

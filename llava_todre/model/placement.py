@@ -1,0 +1,72 @@
+"""Where and how a model runs: device, number format, attention implementation."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from llava_todre.errors import TodreError, unknown
+from llava_todre.model.checkpoint import first_line
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+
+
+def spreads(device_map: Any) -> bool:
+    """Whether a device map names several devices, and so needs accelerate."""
+    if isinstance(device_map, dict):
+        if "disk" in device_map.values():
+            raise TodreError("device_map with 'disk' is not supported; allowed: cpu and GPUs.")
+        return set(device_map) != {""}
+    return device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def target_device(device: Any, device_map: Any) -> torch.device:
+    """Return the device of the model, or of most of it when it is spread."""
+    if spreads(device_map):
+        if importlib.util.find_spec("accelerate") is None:
+            raise TodreError(f"device_map {device_map!r} needs accelerate: pip install accelerate.")
+        device = "auto"
+    elif device_map is not None:
+        device = device_map[""] if isinstance(device_map, dict) else device_map
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise TodreError(
+            f"device {device!r} is not available here ({first_line(error)}); "
+            "allowed: auto, cpu, and devices PyTorch finds such as cuda:0."
+        ) from error
+    return target
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Return the dtype; None for auto."""
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise unknown("dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Raise unless this attention implementation exists and runs on this device."""
+    if name not in ATTENTION:
+        raise unknown("attn_implementation", name, ATTENTION)
+    if name != "flash_attention_2":
+        return
+    if device.type != "cuda":
+        raise TodreError(
+            f"attn_implementation 'flash_attention_2' does not run on {device}; "
+            "allowed here: sdpa, eager."
+        )
+    if importlib.util.find_spec("flash_attn") is None:
+        raise TodreError(
+            "attn_implementation 'flash_attention_2' needs flash-attn: pip install "
+            "'llava-todre[flash]'; or use sdpa."
+        )

@@ -1,0 +1,148 @@
+"""The command line: reports, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from llava_todre.cli import main
+
+GOLDEN = Path(__file__).parent / "golden"
+MODEL = str(GOLDEN / "llava-v1.6-tiny")
+IMAGE = str(GOLDEN / "v16_0.png")
+
+
+def generate(*extra: str, model: str = MODEL, image: str = IMAGE, question: str = "what") -> int:
+    fixed = ["generate", "--model", model, "--image", image, "--question", question]
+    return main([*fixed, "--max-new-tokens", "2", *extra])
+
+
+def test_text_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "kept.png"
+    assert generate("--retain-ratio", "0.25", "--picture", str(picture)) == 0
+    out = capsys.readouterr().out
+    assert "16 of 64 visual tokens kept (25.0%)" in out
+    assert "probe      after layer 7" in out and "withdrawn  never" in out
+    assert "prefill" in out
+    assert Image.open(picture).width > 200
+
+
+def test_json_report_with_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate("--method", "todre_v1", "--option", "tau=1.0", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["withdrawn_from"] == 5
+    assert report["probes"][0]["layer"] == 4
+    assert report["kept_tokens"] == len(report["keep_idx"][0]) == 6
+    assert report["visual_tokens_per_layer"][4] > 0 == report["visual_tokens_per_layer"][5]
+
+
+def test_paper_protocol_keeps_five_views_without_newlines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert generate("--protocol", "paper", "--json", "--retain-ratio", "1") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["visual_tokens"] == 5 * 16
+    assert report["newline_tokens"] == 0
+
+
+def test_every_method_file_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    for file in sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml")):
+        assert generate("--method", str(file)) == 0, file
+    assert "vanilla" in capsys.readouterr().out
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"extra": ["--method", "tudre"]}, "Did you mean 'todre'?"),
+        ({"extra": ["--retain-ratio", "0"]}, "retain_ratio 0.0 is out of range"),
+        ({"extra": ["--retain-ratio", "1.5"]}, "retain_ratio 1.5 is out of range"),
+        ({"extra": ["--retain-ratio", "nan"]}, "retain_ratio nan is out of range"),
+        ({"extra": ["--retain-tokens", "0"]}, "retain_tokens 0 is out of range"),
+        ({"extra": ["--option", "tua=0.1"]}, "Did you mean 'tau'?"),
+        ({"extra": ["--option", "tau=x"]}, "tau 'x'"),
+        ({"extra": ["--option", "probe_depths=0.5"]}, "probe_depths 0.5"),
+        ({"extra": ["--option", "tau"]}, "not of the form KEY=VALUE"),
+        ({"extra": ["--method", "missing.yaml"]}, "method file 'missing.yaml' cannot be read"),
+        ({"extra": ["--template", "vicuna"]}, "Did you mean 'vicuna_v1'?"),
+        ({"extra": ["--protocol", "papr"]}, "Did you mean 'paper'?"),
+        ({"extra": ["--dtype", "float23"]}, "float32"),
+        ({"extra": ["--attn-implementation", "flash"]}, "flash_attention_2"),
+        ({"extra": ["--max-new-tokens", "0"]}, "max_new_tokens 0 is out of range"),
+        ({"extra": ["--picture", "no_such_folder/kept.png"]}, "picture"),
+        ({"question": " "}, "question"),
+        ({"question": "<image> or <image>?"}, "2"),
+        ({"image": "nope.png"}, "image 'nope.png' does not exist"),
+        ({"image": str(GOLDEN)}, "is a directory"),
+        ({"image": str(GOLDEN / "README.md")}, "is not an image"),
+        ({"model": "no_such_folder/x"}, "no_such_folder/x"),
+        ({"model": str(GOLDEN / "clip-v16")}, "not a LLaVA checkpoint"),
+    ],
+)
+def test_each_mistake_gets_one_line_and_no_traceback(
+    arguments: dict[str, str | list[str]], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = arguments.pop("extra", [])
+    assert generate(*extra, **arguments) == 1  # type: ignore[arg-type]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("todre:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def copy_of_model(folder: Path) -> Path:
+    shutil.copytree(GOLDEN, folder / "golden", ignore=shutil.ignore_patterns("*.png", "*_exp*"))
+    return folder / "golden" / "llava-v1.6-tiny"
+
+
+def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truncated = tmp_path / "half.png"
+    truncated.write_bytes(Path(IMAGE).read_bytes()[:5000])
+    assert generate(image=str(truncated)) == 1
+    assert "damaged" in capsys.readouterr().err
+
+    model = copy_of_model(tmp_path)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert generate(model=str(model)) == 1
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_nan_weights_are_reported_as_nan_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = copy_of_model(tmp_path)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.mm_projector.2.bias"][0] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert generate(model=str(model)) == 1
+    assert "NaN or Inf" in capsys.readouterr().err
+
+
+def test_debug_shows_where_it_happened() -> None:
+    command = [sys.executable, "-m", "llava_todre.cli"]
+    wrong = ["generate", "--model", MODEL, "--image", "nope.png", "--question", "what"]
+    plain = subprocess.run([*command, *wrong], capture_output=True, text=True)
+    assert plain.returncode == 1 and "Traceback" not in plain.stderr
+    debug = subprocess.run([*command, "--debug", *wrong], capture_output=True, text=True)
+    assert debug.returncode != 0 and "Traceback" in debug.stderr
+
+
+def test_bad_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--nope", "1"])
+    assert stop.value.code == 2
+    assert "--nope" in capsys.readouterr().err

@@ -1,0 +1,116 @@
+"""Questions in, answers out: batches, several images, video frames, shared encodings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_todre import Request, TodreError, answer, ask, load_pretrained_model
+from llava_todre.model.llava import LlavaLlamaForCausalLM
+
+GOLDEN = Path(__file__).parent / "golden"
+QUESTIONS = ["what is in this picture", "how many cat is left ?", "yes or no"]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, LlavaLlamaForCausalLM]:
+    tokenizer, model, _, _ = load_pretrained_model(GOLDEN / "llava-v1.6-tiny")
+    return tokenizer, model
+
+
+@pytest.fixture
+def images() -> list[Image.Image]:
+    return [Image.open(GOLDEN / f"v16_{i}.png").convert("RGB") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [
+        ("vanilla", {}),
+        ("random", {"retain_ratio": 0.25}),
+        ("todre", {"retain_ratio": 0.25}),
+        ("todre_v1", {"retain_ratio": 0.25, "tau": 0.2}),
+        ("todre_v1", {"retain_ratio": 1.0, "tau": 0.38}),
+    ],
+)
+def test_a_mixed_batch_equals_its_samples_one_by_one(
+    loaded: tuple[Any, Any], images: list[Image.Image], method: str, knobs: dict[str, Any]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner(method, **knobs)
+    requests = [
+        Request(QUESTIONS[0], [images[0]]),
+        Request(QUESTIONS[1], [images[1], images[2]]),
+        Request(QUESTIONS[2], images, is_video=True),
+    ]
+    together = answer(model, tokenizer, requests, max_new_tokens=12)
+    singly = [answer(model, tokenizer, [one], max_new_tokens=12)[0] for one in requests]
+    assert [a.text for a in together] == [a.text for a in singly]
+    for a, b in zip(together, singly, strict=True):
+        assert a.stats.withdrawn_from == b.stats.withdrawn_from
+        assert a.stats.visual_tokens_per_layer == b.stats.visual_tokens_per_layer
+        assert [p.text_to_visual for p in a.stats.probes] == pytest.approx(
+            [p.text_to_visual for p in b.stats.probes], abs=1e-5
+        )
+
+
+def test_samples_of_one_batch_withdraw_at_different_layers(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre_v1", retain_ratio=1.0, tau=0.38)
+    requests = [Request(q, [i]) for q, i in zip(QUESTIONS, images, strict=True)]
+    layers = {a.stats.withdrawn_from for a in answer(model, tokenizer, requests, max_new_tokens=2)}
+    assert len(layers) > 1  # otherwise the mixed-batch test above would be easier than it claims
+
+
+def test_an_image_asked_about_twice_is_encoded_once(
+    loaded: tuple[Any, Any], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre", retain_ratio=0.25)
+    seen: list[int] = []
+    encode = type(model.get_vision_tower()).forward
+
+    def spy(tower: Any, pixels: torch.Tensor, cls_layer: int | None = None) -> Any:
+        seen.append(len(pixels))
+        return encode(tower, pixels, cls_layer)
+
+    monkeypatch.setattr(type(model.get_vision_tower()), "forward", spy)
+    answer(model, tokenizer, [Request(q, [images[0]]) for q in QUESTIONS], max_new_tokens=1)
+    assert seen == [5]  # thumbnail and 2 x 2 crops, once
+
+
+def test_files_and_pil_images_give_the_same_answer(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre", retain_tokens=9)
+    from_file = ask(model, tokenizer, str(GOLDEN / "v16_0.png"), QUESTIONS[0], max_new_tokens=6)
+    from_image = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=6)
+    assert from_file.text == from_image.text
+    assert from_file.stats.kept_tokens == 9
+
+
+def test_stages_are_timed_only_on_request(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre")
+    assert ask(model, tokenizer, images[0], "what", max_new_tokens=3).stages_ms == {}
+    stages = ask(model, tokenizer, images[0], "what", max_new_tokens=3, timed=True).stages_ms
+    assert set(stages) == {"views", "vision", "selection", "prefill", "decode"}
+    assert all(ms > 0 for ms in stages.values())
+
+
+def test_nothing_to_ask(loaded: tuple[Any, Any], images: list[Image.Image]) -> None:
+    tokenizer, model = loaded
+    assert answer(model, tokenizer, []) == []
+    with pytest.raises(TodreError, match="question"):
+        ask(model, tokenizer, images[0], "  ")
+    with pytest.raises(TodreError, match="images is empty"):
+        answer(model, tokenizer, [Request("what", [])])

@@ -1,0 +1,374 @@
+"""Methods: budgets, ranges, presets, pivots, what they ask for and when they withdraw."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import reference
+import torch
+from reference import SYSTEM, TEXT, VISUAL
+from torch import Tensor
+
+from llava_todre.errors import TodreError
+from llava_todre.model import vision
+from llava_todre.pruners import PRUNERS, LayerView, Pruner, Random, Todre, TodreV1, create_pruner
+from llava_todre.pruners.base import NEEDS, layers_at
+from llava_todre.pruners.vanilla import Vanilla
+from llava_todre.spans import VisualTokens
+
+
+def visual_tokens(
+    num_views: int = 1, side: int = 4, is_video: bool = False, seed: int = 0
+) -> VisualTokens:
+    """Return random tokens of some views of ``side`` x ``side`` patches."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.arange(num_views * side * side)
+    patch = index % side**2
+    return VisualTokens(
+        features=torch.randn(len(index), 8, generator=generator),
+        view=index // side**2,
+        row=patch // side,
+        column=patch % side,
+        is_video=is_video,
+        cls_attention=torch.rand(len(index), generator=generator),
+    )
+
+
+def tokens_whose_best_is(index: int, **kwargs: Any) -> VisualTokens:
+    """Return tokens of which ``index`` gets the most [CLS] attention of all."""
+    tokens = visual_tokens(**kwargs)
+    assert tokens.cls_attention is not None
+    tokens.cls_attention[index] = 2.0
+    return tokens
+
+
+# ---------------------------------------------------------------- budget
+
+
+@pytest.mark.parametrize(
+    ("ratio", "num_tokens", "budget"),
+    [
+        (0.10, 2880, 288),
+        (0.25, 2880, 720),
+        (0.10, 576, 58),
+        (0.25, 576, 144),
+        (0.5, 5, 3),
+        (0.5, 7, 4),
+        (0.1, 5, 1),
+        (0.1, 4, 1),
+        (0.001, 576, 1),
+        (0.999, 10, 10),
+        (1.0, 2345, 2345),
+    ],
+)
+def test_ratio_rounds_half_up_and_keeps_at_least_one(ratio, num_tokens, budget):
+    assert Todre(retain_ratio=ratio).budget(num_tokens) == budget
+
+
+def test_number_of_tokens_replaces_the_ratio():
+    pruner = Todre(retain_ratio=0.5, retain_tokens=64)
+    assert [pruner.budget(n) for n in (576, 65, 64, 10)] == [64, 64, 64, 10]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("todre", {"retain_ratio": 0.0}, r"retain_ratio 0\.0 .* 0 < retain_ratio <= 1"),
+        ("todre", {"retain_ratio": -0.1}, r"retain_ratio -0\.1"),
+        ("todre", {"retain_ratio": 1.01}, r"retain_ratio 1\.01"),
+        ("todre", {"retain_ratio": float("nan")}, "retain_ratio nan"),
+        ("random", {"retain_ratio": 2}, "retain_ratio 2"),
+        ("todre", {"retain_tokens": 0}, "retain_tokens 0 .* 1 or more"),
+        ("random", {"retain_tokens": -5}, "retain_tokens -5"),
+        ("todre", {"tau": -0.01}, r"tau -0\.01 .* 0 <= tau <= 1"),
+        ("todre", {"tau": 1.01}, r"tau 1\.01"),
+        ("todre_v1", {"tau": float("nan")}, "tau nan"),
+        ("todre", {"probe_depths": (0.5, 0.0)}, r"probe_depths \(0\.5, 0\.0\) .* 0 < depth <= 1"),
+        ("todre", {"probe_depths": (1.1,)}, r"probe_depths \(1\.1,\)"),
+        ("todre", {"objective": "max_summ"}, "objective 'max_summ' .* mean 'max_sum'"),
+        ("todre", {"pivot": "clss"}, "pivot 'clss' .* mean 'cls'"),
+        ("todre", {"text_set": "after"}, "text_set 'after' .*Allowed: after_image, all"),
+        ("vanilla", {"retain_ratio": 0.5}, r"keeps every token, but a budget of 0\.5"),
+        ("vanilla", {"retain_tokens": 64}, "keeps every token, but a budget of 64"),
+        ("todrev1", {}, "method 'todrev1' is unknown. Did you mean 'todre_v1'"),
+        ("pruner", {}, "method 'pruner' is unknown.* Allowed: .*todre, todre_v1, vanilla"),
+        ("todre", {"retain_ration": 0.5}, "'retain_ration' is unknown. Did you mean 'retain_rat"),
+        ("random", {"tau": 0.1}, "option of method 'random': 'tau' is unknown"),
+        ("todre", {"needs": ()}, "'needs' is unknown"),
+    ],
+)
+def test_bad_values_are_named_with_what_is_allowed(method, options, message):
+    with pytest.raises(TodreError, match=message) as caught:
+        create_pruner(method, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_error_is_a_value_error():
+    assert issubclass(TodreError, ValueError)
+
+
+# ---------------------------------------------------------------- presets
+
+
+def test_version_2_of_the_paper_is_the_default():
+    pruner = create_pruner("todre")
+    assert isinstance(pruner, Todre)
+    assert pruner.objective == "max_sum"
+    assert pruner.pivot == "cls"
+    assert pruner.cls_layer == -1
+    assert pruner.probe_depths == (7 / 8,)
+    assert pruner.tau == 0.10
+    assert pruner.text_set == "after_image"
+    assert pruner.retain_ratio == 0.10
+    assert pruner.retain_tokens is None
+
+
+def test_version_1_differs_in_rule_layers_and_threshold_only():
+    old, new = dataclasses.asdict(TodreV1()), dataclasses.asdict(Todre())
+    assert {key: value for key, value in old.items() if value != new[key]} == {
+        "objective": "max_min",
+        "probe_depths": (4 / 8, 5 / 8, 6 / 8, 7 / 8),
+        "tau": 0.03,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "num_layers", "layers"),
+    [
+        ("todre", 32, (28,)),
+        ("todre", 40, (35,)),
+        ("todre", 8, (7,)),
+        ("todre_v1", 32, (16, 20, 24, 28)),
+        ("todre_v1", 40, (20, 25, 30, 35)),
+        ("vanilla", 32, ()),
+        ("random", 32, ()),
+    ],
+)
+def test_probe_layers_of_the_presets(method, num_layers, layers):
+    assert create_pruner(method).probe_layers(num_layers) == layers
+
+
+def test_depths_become_layers_from_zero_sorted_and_without_repeats():
+    assert layers_at((), 32) == ()
+    assert layers_at((1.0,), 32) == (31,)
+    assert layers_at((0.5, 0.25, 0.26), 8) == (2, 4)
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+def test_methods_are_frozen_dataclasses_that_can_be_keys(method):
+    pruner = create_pruner(method)
+    assert isinstance(pruner, Pruner)
+    assert pruner == create_pruner(method)
+    assert hash(pruner) == hash(create_pruner(method))
+    assert pruner.needs <= NEEDS
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pruner.retain_ratio = 0.5  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- Stage 1
+
+
+@pytest.mark.parametrize("method", ["todre", "todre_v1", "random"])
+@pytest.mark.parametrize("budget", [1, 7, 79])
+def test_selections_are_ascending_unique_and_exact(method, budget):
+    tokens = visual_tokens(num_views=5)
+    selection = create_pruner(method).select(tokens, budget)
+    assert selection.features is None
+    assert selection.keep_idx.dtype == torch.int64
+    assert len(selection.keep_idx) == budget
+    assert (selection.keep_idx.diff() > 0).all()
+    assert torch.equal(selection.keep_idx, create_pruner(method).select(tokens, budget).keep_idx)
+
+
+@pytest.mark.parametrize("objective", ["max_sum", "max_min"])
+def test_todre_grows_its_set_from_the_pivot(objective):
+    tokens = tokens_whose_best_is(11)
+    picked = reference.greedy_diverse(tokens.features, 6, 11, objective)
+    got = Todre(objective=objective).select(tokens, 6).keep_idx
+    assert got.tolist() == sorted(picked)
+
+
+def test_pivot_of_one_view_is_its_best_token():
+    assert Todre().pivot_index(tokens_whose_best_is(13)) == 13
+
+
+def test_pivot_of_crops_comes_from_the_thumbnail_alone():
+    tokens = tokens_whose_best_is(40, num_views=5)
+    assert tokens.cls_attention is not None
+    thumbnail = int(tokens.cls_attention[:16].argmax())
+    assert Todre().pivot_index(tokens) == thumbnail
+
+
+def test_pivot_of_a_video_is_the_best_token_of_its_best_frame():
+    assert Todre().pivot_index(tokens_whose_best_is(40, num_views=5, is_video=True)) == 40
+
+
+def test_random_pivot_depends_on_the_seed_alone():
+    tokens, same = visual_tokens(num_views=5), visual_tokens(num_views=5, seed=1)
+    pivots = {seed: Todre(pivot="random", seed=seed).pivot_index(tokens) for seed in range(40)}
+    assert pivots == {s: Todre(pivot="random", seed=s).pivot_index(same) for s in range(40)}
+    assert all(0 <= pivot < 80 for pivot in pivots.values())
+    assert len(set(pivots.values())) > 20
+
+
+def test_random_selection_depends_on_seed_and_number_of_tokens_alone():
+    first = Random(seed=3).select(visual_tokens(), 5).keep_idx
+    assert torch.equal(first, Random(seed=3).select(visual_tokens(seed=9), 5).keep_idx)
+    assert not torch.equal(first, Random(seed=4).select(visual_tokens(), 5).keep_idx)
+
+
+def test_random_selection_is_uniform():
+    tokens, draws = visual_tokens(), 400
+    hits = torch.zeros(16)
+    for seed in range(draws):
+        hits[Random(seed=seed).select(tokens, 4).keep_idx] += 1
+    spread = (draws * 0.25 * 0.75) ** 0.5
+    assert (hits - draws / 4).abs().max() < 4 * spread
+
+
+def test_random_selection_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    Random().select(visual_tokens(), 4)
+    Todre(pivot="random").pivot_index(visual_tokens())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_vanilla_never_selects():
+    assert [Vanilla().budget(n) for n in (1, 576, 2880)] == [1, 576, 2880]
+    with pytest.raises(NotImplementedError):
+        Vanilla().select(visual_tokens(), 3)
+
+
+# ---------------------------------------------------------------- nothing that no one needs
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "calls"),
+    [
+        ("todre", {}, 1),
+        ("todre_v1", {"cls_layer": -2}, 1),
+        ("todre", {"pivot": "random"}, 0),
+        ("todre", {"retain_ratio": 1.0}, 0),
+        ("todre", {"retain_tokens": 80}, 0),
+        ("random", {}, 0),
+        ("vanilla", {}, 0),
+    ],
+)
+def test_cls_attention_is_computed_only_for_a_pivot(
+    tiny_llava, monkeypatch, method, options, calls
+):
+    asked = []
+    original = vision.cls_attention
+
+    def spy(layer: torch.nn.Module, hidden: Tensor) -> Tensor:
+        asked.append(layer)
+        return original(layer, hidden)
+
+    monkeypatch.setattr(vision, "cls_attention", spy)
+    model = tiny_llava()
+    pruner = model.set_pruner(method, **options)
+    with torch.no_grad():
+        model(
+            input_ids=torch.tensor([[1, 5, -200, 7]]),
+            images=torch.randn(1, 5, 3, 56, 56),
+            image_sizes=[(112, 112)],
+        )
+    layers = model.get_vision_tower().vision_tower.encoder.layers
+    assert asked == [layers[pruner.cls_layer]] * calls
+
+
+def test_methods_that_ignore_the_text_are_not_given_it(tiny_llava):
+    """And those that ask get the embeddings of the text after the image."""
+    given = []
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Recorder(Pruner):
+        def select(self, tokens: VisualTokens, budget: int) -> Any:
+            given.append(tokens)
+            return Random().select(tokens, budget)
+
+    class Reader(Recorder):
+        needs = frozenset({"text_embeds"})
+
+    model = tiny_llava()
+    prompt = {
+        "input_ids": torch.tensor([[1, 5, -200, 7, 8]]),
+        "images": torch.randn(1, 5, 3, 56, 56),
+        "image_sizes": [(112, 112)],
+    }
+    with torch.no_grad():
+        for pruner in (Recorder(), Reader()):
+            model.set_pruner(pruner)
+            model(**prompt)
+    assert given[0].text_embeds is None and given[0].cls_attention is None
+    assert given[1].cls_attention is None
+    assert torch.equal(given[1].text_embeds, model.get_input_embeddings().weight[[7, 8]])
+
+
+# ---------------------------------------------------------------- Stage 2
+
+
+def measured_view(kinds: list[int], to_visual: float, to_text: float) -> LayerView:
+    """Return a view whose attention ratios are given."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Measured(LayerView):
+        def attention_ratios(self, text: Tensor) -> tuple[float, float]:
+            self.measured["text"] = text.sum().item()
+            return to_visual, to_text
+
+    unused: Any = None
+    tensor = torch.tensor(kinds, dtype=torch.int8)
+    return Measured(28, 32, tensor, unused, unused, unused, 1.0)
+
+
+KINDS = [SYSTEM] * 2 + [VISUAL] * 4 + [TEXT] * 3
+
+
+@pytest.mark.parametrize(
+    ("to_visual", "to_text", "withdraws"),
+    [
+        (0.09, 0.09, True),
+        (0.09, 0.0, True),
+        (0.10, 0.0, False),
+        (0.0, 0.10, False),
+        (0.09, 0.11, False),
+        (0.11, 0.09, False),
+        (0.0, 0.0, True),
+    ],
+)
+def test_visual_tokens_leave_when_both_ratios_are_below_tau(to_visual, to_text, withdraws):
+    keep = Todre(tau=0.10).at_layer(measured_view(KINDS, to_visual, to_text))
+    if withdraws:
+        assert keep is not None
+        assert keep.tolist() == [True] * 2 + [False] * 4 + [True] * 3
+    else:
+        assert keep is None
+
+
+def test_tau_zero_never_withdraws():
+    assert Todre(tau=0.0).at_layer(measured_view(KINDS, 0.0, 0.0)) is None
+
+
+@pytest.mark.parametrize(("text_set", "count"), [("after_image", 3), ("all", 5)])
+def test_the_text_set_is_an_option(text_set, count):
+    view = measured_view(KINDS, 0.0, 0.0)
+    Todre(text_set=text_set).at_layer(view)
+    assert view.measured["text"] == count
+
+
+def test_without_visual_tokens_nothing_is_measured():
+    view = measured_view([SYSTEM, SYSTEM, TEXT], 0.0, 0.0)
+    assert Todre().at_layer(view) is None
+    assert view.measured == {}
+
+
+@pytest.mark.parametrize("text_set", ["after_image", "all"])
+@pytest.mark.parametrize("kinds", [[SYSTEM, VISUAL], [SYSTEM, VISUAL, TEXT, VISUAL]])
+def test_a_prompt_that_ends_with_an_image_keeps_it(kinds, text_set):
+    """Its last token predicts the answer (and Eq. 7 has no value for an empty T)."""
+    assert Todre(text_set=text_set).at_layer(measured_view(kinds, 0.0, 0.0)) is None
