@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -33,20 +33,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message on one line and exit with 2."""
+        del ex
+        print(
+            f"todre: error: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr
+        )
+        self.exit(2)
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="todre", description="Visual-token pruning for LLaVA (ToDRE, arXiv 2505.18757)."
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(dest="command", required=True)
     commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
     commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
-    commands.add_subcommand("list", ArgumentParser(), help="list the pruning methods")
+    commands.add_subcommand("list", _Parser(), help="list the pruning methods")
     return parser
 
 
 def _generate_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Answer a question about one or more images.")
+    parser = _Parser(description="Answer a question about one or more images.")
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", required=True, help="checkpoint: a folder or a hub id, original or llava-hf")
@@ -70,7 +82,7 @@ def _generate_parser() -> ArgumentParser:
 
 
 def _demo_parser() -> ArgumentParser:
-    parser = ArgumentParser(description="Compare methods on the bundled model; CPU, minutes.")
+    parser = _Parser(description="Compare methods on the bundled model; CPU, minutes.")
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", type=str | None, help="checkpoint (default: the bundled one)")
@@ -121,6 +133,8 @@ def _generate(options: Namespace) -> None:
     from llava_todre.pruners import create_pruner
     from llava_todre.viz import picture_of
 
+    if options.picture and options.video:
+        raise TodreError("picture is drawn for images only; leave out --picture or --video.")
     method, knobs = method_options(options)
     pruner = create_pruner(method, **knobs)
     images = [load_image(path) for path in options.image]
@@ -141,11 +155,18 @@ def _generate(options: Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         timed=True,
     )[0]
-    if options.picture and not options.video:
-        picture_of(images, result.stats, model).save(options.picture)
+    if options.picture:
+        _save(picture_of(images, result.stats, model), options.picture)
     report = {"answer": result.text, "method": method, **result.stats.as_dict()}
     report["stages_ms"] = {stage: round(ms, 2) for stage, ms in result.stages_ms.items()}
     print(json.dumps(report) if options.json else _as_text(report))
+
+
+def _save(picture: Any, path: str) -> None:
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        raise TodreError(f"picture {path!r} cannot be written: {error}") from None
 
 
 def _as_text(report: dict[str, Any]) -> str:

@@ -68,6 +68,8 @@ def answer(
         timed: measure the stages views, vision, selection, prefill and decode.
         generate_kwargs: passed to ``generate``, e.g. ``num_beams``; greedy unless given otherwise.
     """
+    if max_new_tokens < 1:
+        raise TodreError(f"max_new_tokens {max_new_tokens} is out of range; allowed: 1 or more.")
     if not requests:
         return []
     model.clock.enabled, model.clock.stages_ms = timed, {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-import torch
 from torch import Tensor
 
 
@@ -68,9 +67,3 @@ class Spans:
     def visual(self) -> Tensor:
         """(B, L) bool: patch and newline tokens."""
         return self.kinds == Kind.VISUAL
-
-
-def text_kinds(length: int, after_image: bool, device: torch.device) -> Tensor:
-    """Return (length,) kinds of a piece of text before or after the first visual token."""
-    kind = Kind.TEXT if after_image else Kind.SYSTEM
-    return torch.full((length,), kind, dtype=torch.int8, device=device)

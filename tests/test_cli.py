@@ -70,11 +70,11 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ({"extra": ["--method", "tudre"]}, "Did you mean 'todre'?"),
         ({"extra": ["--retain-ratio", "0"]}, "retain_ratio 0.0 is out of range"),
         ({"extra": ["--retain-ratio", "1.5"]}, "retain_ratio 1.5 is out of range"),
-        ({"extra": ["--retain-ratio", "nan"]}, "retain_ratio nan is out of range"),
+        ({"extra": ["--option", "retain_ratio=.nan"]}, "retain_ratio nan is out of range"),
         ({"extra": ["--retain-tokens", "0"]}, "retain_tokens 0 is out of range"),
         ({"extra": ["--option", "tua=0.1"]}, "Did you mean 'tau'?"),
-        ({"extra": ["--option", "tau=x"]}, "tau 'x'"),
-        ({"extra": ["--option", "probe_depths=0.5"]}, "probe_depths 0.5"),
+        ({"extra": ["--option", "tau=x"]}, "tau 'x' is out of range"),
+        ({"extra": ["--option", "probe_depths=0.5"]}, "probe_depths 0.5 is not a list"),
         ({"extra": ["--option", "tau"]}, "not of the form KEY=VALUE"),
         ({"extra": ["--method", "missing.yaml"]}, "method file 'missing.yaml' cannot be read"),
         ({"extra": ["--template", "vicuna"]}, "Did you mean 'vicuna_v1'?"),
@@ -89,7 +89,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ({"image": str(GOLDEN)}, "is a directory"),
         ({"image": str(GOLDEN / "README.md")}, "is not an image"),
         ({"model": "no_such_folder/x"}, "no_such_folder/x"),
-        ({"model": str(GOLDEN / "clip-v16")}, "not a LLaVA checkpoint"),
+        ({"model": str(GOLDEN / "clip-v16")}, "not of a LLaVA checkpoint"),
     ],
 )
 def test_each_mistake_gets_one_line_and_no_traceback(
@@ -141,8 +141,25 @@ def test_debug_shows_where_it_happened() -> None:
     assert debug.returncode != 0 and "Traceback" in debug.stderr
 
 
-def test_bad_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--nope", "1"], "--nope"),
+        (["--retain-ratio", "much"], "much"),
+        (["--max-new-tokens", "1.5"], "1.5"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exits_with_2(
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["generate", "--nope", "1"])
+        generate(*wrong)
     assert stop.value.code == 2
-    assert "--nope" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_missing_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", MODEL])
+    assert "image" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from llava_todre.model.multimodal import NEWLINE, merge_slots
 from llava_todre.stats import ImageStats
 from llava_todre.viz import draw_kept, token_boxes
 
-TILE, SIDE = 56, 4
+TILE, SIDE = 56, 8
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 PROCESSOR = CLIPImageProcessorPil(
     size={"shortest_edge": TILE},
@@ -55,14 +55,14 @@ def test_a_token_sees_the_colour_that_its_box_covers(size: tuple[int, int], mode
         assert colour[0] == pytest.approx(middle[0], abs=9)
         assert colour[1] == pytest.approx(middle[1], abs=9)
         compared += 1
-    assert compared > len(seen) // 2
+    assert compared >= len(seen) // 4
 
 
 def test_only_kept_tokens_stay_bright() -> None:
     size = (112, 112)
     config, stats = layout(size, "anyres")
-    kept = ImageStats(stats.patches, SIDE, torch.tensor([16 + 0]))  # first crop token
+    kept = ImageStats(stats.patches, SIDE, torch.tensor([SIDE**2]))  # first token of a crop
     image = Image.new("RGB", size, "white")
     picture = np.asarray(draw_kept(image, token_boxes(stats, size, config, TILE), kept))
-    assert (picture[:14, :14] == 255).all()
+    assert (picture[:7, :7] == 255).all()
     assert picture[20:, 20:].max() < 120

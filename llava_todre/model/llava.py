@@ -9,87 +9,31 @@ Stage 1 happens in ``prepare_inputs_labels_for_multimodal``, Stage 2 in the forw
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
-from llava_todre.model.decoder import PruningLlamaModel
-from llava_todre.model.images import Size, anyres_grid_shape
-from llava_todre.model.multimodal import (
-    EncodedVisual,
-    PackedVisual,
-    build_projector,
-    merge_slots,
-    needs_selection,
-    prune,
-)
-from llava_todre.model.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
+from llava_todre.model.images import Size
+from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune
+from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
+from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import Pruner, create_pruner
-from llava_todre.spans import Kind, Spans, text_kinds
+from llava_todre.spans import Kind
 from llava_todre.stats import Clock, PruneStats
 from llava_todre.withdrawal import Withdrawal
 
-MODALITIES = ("image", "video")
 Images = Tensor | Sequence[Tensor] | Sequence[EncodedVisual]
 Prepared = tuple[
     Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None
 ]
-
-
-class LlavaConfig(LlamaConfig):
-    """Llama's configuration, LLaVA's ``mm_*`` keys, and the tower's as ``vision_config``."""
-
-    model_type = "llava_llama"
-
-    mm_projector_type: str = "linear"
-    mm_hidden_size: int = 1024
-    mm_vision_tower: str | None = None
-    mm_vision_select_layer: int = -2
-    mm_vision_select_feature: str = "patch"
-    mm_patch_merge_type: str = "flat"
-    image_aspect_ratio: str = "square"
-    image_grid_pinpoints: Any = None
-    tokenizer_model_max_length: int | None = None
-    tokenizer_padding_side: str = "right"
-    vision_config: Any = None
-
-
-class LlavaLlamaModel(PruningLlamaModel):
-    """The decoder together with tower, projector and newline embedding."""
-
-    config_class = LlavaConfig
-
-    def __init__(self, config: LlavaConfig) -> None:
-        """Build without weights; nothing is downloaded."""
-        super().__init__(config)
-        self.vision_tower = VisionTower(
-            config.vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
-        )
-        self.mm_projector = build_projector(
-            config.mm_projector_type, config.mm_hidden_size, config.hidden_size
-        )
-        self.image_newline = None
-        if "unpad" in config.mm_patch_merge_type:
-            self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
-
-
-@dataclass
-class _Prompt:
-    """One spliced sample, or the growing list of its pieces."""
-
-    embeds: list[Tensor]
-    kinds: list[Tensor]
-    labels: list[Tensor]
-    visuals: list[PackedVisual]
 
 
 class LlavaLlamaForCausalLM(LlamaForCausalLM):
@@ -109,7 +53,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.pruner: Pruner = create_pruner("vanilla")
         self.clock = Clock()
-        self._last: tuple[list[_Prompt], Withdrawal] | None = None
+        self._last: tuple[list[SplicedPrompt], Withdrawal] | None = None
         self.post_init()
 
     def get_model(self) -> LlavaLlamaModel:
@@ -147,54 +91,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         entries: list[Any] = list(images)
         if entries and isinstance(entries[0], EncodedVisual):
             return entries
-        views: list[Tensor] = [entry if entry.ndim == 4 else entry[None] for entry in entries]
-        sizes: list[Any] = [None] * len(views) if image_sizes is None else list(image_sizes)
-        kinds = list(modalities or ["image"] * len(views))
-        if not len(views) == len(sizes) == len(kinds):
-            raise TodreError(
-                f"images has {len(views)} entries, but image_sizes {len(sizes)} and modalities "
-                f"{len(kinds)}; they must agree."
-            )
-        for kind in kinds:
-            if kind not in MODALITIES:
-                raise unknown("modality", kind, MODALITIES)
-        tower = self.get_vision_tower()
-        slots = [
-            self._slots(len(view), size, kind == "video")
-            for view, size, kind in zip(views, sizes, kinds, strict=True)
-        ]
-        wanted = "cls_attention" in self.pruner.needs and needs_selection(self.pruner, slots)
-        parameter = next(tower.parameters())
         with self.clock.stage("vision"):
-            pixels = torch.cat([view.to(parameter.device, parameter.dtype) for view in views])
-            encoded = tower(pixels, self.pruner.cls_layer if wanted else None)
-            projected = self.model.mm_projector(encoded.patches)  # (all views, P, D)
-        counts = [len(view) for view in views]
-        attention = [None] * len(views) if not wanted else encoded.cls_attention.split(counts)
-        return [
-            EncodedVisual(
-                projected=features.flatten(0, 1),
-                slots=slot.to(features.device),
-                side=tower.side,
-                is_video=kind == "video",
-                cls_attention=None if score is None else score.flatten(),
-            )
-            for features, slot, kind, score in zip(
-                projected.split(counts), slots, kinds, attention, strict=True
-            )
-        ]
-
-    def _slots(self, num_views: int, size: Size | None, is_video: bool) -> Tensor:
-        config, tower = self.config, self.get_vision_tower()
-        merge_type = config.mm_patch_merge_type
-        grid = None
-        if not is_video and config.image_aspect_ratio == "anyres" and merge_type != "flat":
-            if size is None:
-                raise TodreError(
-                    "image_sizes is missing; AnyRes needs the (width, height) of every image."
-                )
-            grid = anyres_grid_shape(size, config.image_grid_pinpoints, tower.config.image_size)
-        return merge_slots(num_views, tower.side, grid, size, merge_type)
+            return self.model.encode(entries, image_sizes, modalities, self.pruner)
 
     # ------------------------------------------------------------------ prompts
 
@@ -214,7 +112,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
         Args:
             input_ids: (B, T) with :data:`IMAGE_TOKEN_INDEX` where an image or video goes.
-            position_ids: passed through as None unless given.
+            position_ids: None, or anything to have those of the new prompt returned.
             attention_mask: (B, T), 1 for real tokens; None when nothing is padded.
             past_key_values: a cache to use; an empty one is created when a method works inside the
                 decoder.
@@ -231,45 +129,30 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """
         self._last = None
         if images is None:
-            if bool((input_ids == IMAGE_TOKEN_INDEX).any()):
-                raise TodreError("images is missing, but the prompt contains '<image>'.")
+            _refuse_placeholders(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         visuals = self.encode_images(images, image_sizes, modalities)
-        real = (
-            torch.ones_like(input_ids, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
-        ids = [row[keep] for row, keep in zip(input_ids, real, strict=True)]
-        targets = (
-            [None] * len(ids)
-            if labels is None
-            else [row[keep] for row, keep in zip(labels, real, strict=True)]
-        )
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids = [row[keep.bool()] for row, keep in zip(input_ids, real, strict=True)]
+        targets = [
+            None if labels is None else labels[index][keep.bool()]
+            for index, keep in enumerate(real)
+        ]
         expected = sum(int((row == IMAGE_TOKEN_INDEX).sum()) for row in ids)
         if expected != len(visuals):
             raise TodreError(
-                f"prompt has {expected} '<image>' placeholders, "
-                f"but {len(visuals)} images were given."
+                f"prompt has {expected} '<image>' placeholders, but {len(visuals)} images were "
+                "given; they must agree."
             )
         with self.clock.stage("selection"):
-            remaining = iter(visuals)
-            packed: dict[int, PackedVisual] = {}
-            prompts = [
-                self._splice(row, target, remaining, packed)
-                for row, target in zip(ids, targets, strict=True)
-            ]
-        left = (padding_side or self.config.tokenizer_padding_side) == "left"
-        embeds = self._pad([torch.cat(prompt.embeds) for prompt in prompts], 0.0, left)
-        kinds = self._pad([torch.cat(prompt.kinds) for prompt in prompts], Kind.PADDING, left)
-        spans = Spans(kinds)
+            prompts = self._splice(ids, targets, visuals)
+        side = padding_side or self.config.tokenizer_padding_side
+        embeds, spans, labels = pad_prompts(prompts, side)
         limit = self.config.max_position_embeddings
         if embeds.shape[1] > limit:
             raise TodreError(
                 f"prompt of {embeds.shape[1]} tokens is longer than the {limit} the model can read."
             )
-        if labels is not None:
-            labels = self._pad([torch.cat(prompt.labels) for prompt in prompts], IGNORE_INDEX, left)
         withdrawal = Withdrawal(self.pruner, spans, self.config.num_hidden_layers)
         self._last = prompts, withdrawal
         if withdrawal.probe_layers:
@@ -280,49 +163,28 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return None, position_ids, mask, past_key_values, embeds, labels
 
     def _splice(
-        self, ids: Tensor, labels: Tensor | None, visuals: Any, packed: dict[int, PackedVisual]
-    ) -> _Prompt:
-        """Build one prompt from (T,) ids, taking its images from the iterator ``visuals``."""
-        prompt = _Prompt([], [], [], [])
-        places = (ids == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist()
-        text = self.get_input_embeddings()(
-            ids.clamp_min(0)
-        )  # (T, D); placeholders are cut out below
-        for start, stop in zip([-1, *places], [*places, len(ids)], strict=True):
-            if start >= 0:
-                visual = next(visuals)
-                self._append_visual(
-                    prompt, visual, text[places[0] + 1 :][ids[places[0] + 1 :] >= 0], packed
-                )
-            piece = slice(start + 1, stop)
-            prompt.embeds.append(text[piece])
-            prompt.kinds.append(text_kinds(stop - start - 1, start >= 0, ids.device))
-            if labels is not None:
-                prompt.labels.append(labels[piece])
-        return prompt
-
-    def _append_visual(
-        self, prompt: _Prompt, visual: EncodedVisual, text: Tensor, packed: dict[int, PackedVisual]
-    ) -> None:
-        """Append one image; ``packed`` remembers selections that do not depend on the question."""
+        self,
+        ids: Sequence[Tensor],
+        labels: Sequence[Tensor | None],
+        visuals: Sequence[EncodedVisual],
+    ) -> list[SplicedPrompt]:
+        """Run Stage 1 on every image, once where the question does not matter, and splice."""
         needs_text = "text_embeds" in self.pruner.needs
-        if needs_text or id(visual) not in packed:
-            newline = self.model.image_newline
-            packed[id(visual)] = prune(visual, self.pruner, newline, text if needs_text else None)
-        chosen = packed[id(visual)]
-        count = len(chosen.embeds)
-        device = prompt.kinds[0].device
-        prompt.visuals.append(chosen)
-        prompt.embeds.append(chosen.embeds.to(text))
-        prompt.kinds.append(torch.full((count,), Kind.VISUAL, dtype=torch.int8, device=device))
-        if prompt.labels:
-            prompt.labels.append(torch.full((count,), IGNORE_INDEX, device=device))
-
-    @staticmethod
-    def _pad(rows: list[Tensor], value: float, left: bool) -> Tensor:
-        return pad_sequence(
-            rows, batch_first=True, padding_value=value, padding_side="left" if left else "right"
-        )
+        packed: dict[int, PackedVisual] = {}
+        remaining = iter(visuals)
+        prompts = []
+        for row, targets in zip(ids, labels, strict=True):
+            text = self.get_input_embeddings()(row.clamp_min(0))  # (T, D)
+            chosen = []
+            for _ in range(int((row == IMAGE_TOKEN_INDEX).sum())):
+                visual = next(remaining)
+                if needs_text or id(visual) not in packed:
+                    question = text[question_rows(row)] if needs_text else None
+                    newline = self.model.image_newline
+                    packed[id(visual)] = prune(visual, self.pruner, newline, question)
+                chosen.append(packed[id(visual)])
+            prompts.append(splice(row, targets, text, chosen))
+        return prompts
 
     # ------------------------------------------------------------------ running
 
@@ -345,6 +207,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         Logits cover the prompt as the decoder saw it: shorter than unpruned after Stage 1. When
         Stage 2 withdrew tokens, only the remaining ones have logits, right-aligned in a batch.
         """
+        if images is None and input_ids is not None and input_ids.shape[1] > 1:
+            _refuse_placeholders(input_ids)
         if inputs_embeds is None and images is not None:
             if input_ids is None:
                 raise TodreError("input_ids is missing; give it together with images.")
@@ -409,7 +273,11 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if "inputs_embeds" in kwargs:
             raise TodreError("inputs_embeds is not accepted; give inputs and images.")
         if images is None or inputs is None:
+            self._last = None
             return super().generate(inputs, **kwargs)
+        for option in ("assistant_model", "prefill_chunk_size"):
+            if kwargs.get(option) is not None:
+                raise TodreError(f"{option} is not supported together with images; leave it out.")
         prepared = self.prepare_inputs_labels_for_multimodal(
             inputs,
             None,
@@ -423,6 +291,11 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         )
         _, _, attention_mask, past_key_values, inputs_embeds, _ = prepared
         if past_key_values is not None:
+            if kwargs.get("cache_implementation") is not None:
+                raise TodreError(
+                    f"cache_implementation {kwargs['cache_implementation']!r} cannot be combined "
+                    "with past_key_values or withdrawal inside the decoder; leave it out."
+                )
             kwargs["past_key_values"] = past_key_values
         return super().generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
@@ -451,8 +324,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return tuple(
             PruneStats(
                 images=tuple(visual.stats for visual in prompt.visuals),
-                text_tokens=sum(len(embeds) for embeds in prompt.embeds)
-                - sum(len(visual.embeds) for visual in prompt.visuals),
+                text_tokens=int((prompt.kinds != Kind.VISUAL).sum()),
                 newline_tokens=sum(visual.num_newlines for visual in prompt.visuals),
                 probes=tuple(withdrawal.probes[index * copies]),
                 prompt_tokens_per_layer=withdrawal.tokens_per_layer(index * copies),
@@ -460,3 +332,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             )
             for index, prompt in enumerate(prompts)
         )
+
+
+def _refuse_placeholders(input_ids: Tensor) -> None:
+    """Raise the error that the embedding would raise as an illegal index."""
+    if bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+        raise TodreError("images is missing, but the prompt contains '<image>'.")

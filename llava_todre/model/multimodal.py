@@ -123,7 +123,7 @@ class EncodedVisual:
         is_patch = self.slots != NEWLINE
         line = (~is_patch).cumsum(0)[is_patch]
         has_newline = line < int((~is_patch).sum())
-        thumbnail = (self.patches < self.side**2) & (int(self.slots.max()) >= self.side**2)
+        thumbnail = (self.patches < self.side**2) & (len(self.projected) > self.side**2)
         return line.masked_fill(~has_newline | thumbnail, -1)
 
     def tokens(self, text_embeds: Tensor | None) -> VisualTokens:
@@ -191,7 +191,8 @@ def prune(
     kept[keep_idx] = True
     lines = visual.line[kept].unique()
     keep_newline = torch.zeros(int((~is_patch).sum()), dtype=torch.bool, device=keep_idx.device)
-    keep_newline[lines[lines >= 0]] = True
+    # Unpadding a strip of one pixel leaves newlines without patches; unpruned, they stay.
+    keep_newline[lines[lines >= 0] if budget < num_tokens else slice(None)] = True
     keep_slot = torch.empty_like(is_patch)
     keep_slot[is_patch], keep_slot[~is_patch] = kept, keep_newline
 

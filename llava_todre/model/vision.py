@@ -76,6 +76,12 @@ class VisionTower(nn.Module):
             cls_layer: vision layer whose [CLS] attention is wanted, negative counts from the last;
                 None skips it.
         """
+        num_layers = self.config.num_hidden_layers
+        if cls_layer is not None and not -num_layers <= cls_layer < num_layers:
+            raise TodreError(
+                f"cls_layer {cls_layer} is out of range; "
+                f"allowed: {-num_layers} to {num_layers - 1}."
+            )
         chunks = [self._encode(chunk, cls_layer) for chunk in pixels.split(MAX_VIEWS)]
         if len(chunks) == 1:
             return chunks[0]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,15 +100,10 @@ class Pruner:
 
     def __post_init__(self) -> None:
         """Check the ranges of the knobs."""
-        if not 0.0 < self.retain_ratio <= 1.0:
-            raise TodreError(
-                f"retain_ratio {self.retain_ratio!r} is out of range; "
-                "allowed: 0 < retain_ratio <= 1."
-            )
-        if self.retain_tokens is not None and self.retain_tokens < 1:
-            raise TodreError(
-                f"retain_tokens {self.retain_tokens!r} is out of range; allowed: 1 or more."
-            )
+        require("retain_ratio", self.retain_ratio, 0.0, 1.0, low_included=False)
+        tokens = self.retain_tokens
+        if tokens is not None and (type(tokens) is not int or tokens < 1):
+            raise TodreError(f"retain_tokens {tokens!r} is out of range; allowed: 1, 2, ...")
 
     def budget(self, num_tokens: int) -> int:
         """Return how many of ``num_tokens`` patch tokens to keep; half rounds up, at least one."""
@@ -129,6 +125,16 @@ class Pruner:
         """Return (N,) bool, which tokens the next layers keep, or None to keep all."""
         del view
         return None
+
+
+def require(key: str, value: Any, low: float, high: float, low_included: bool = True) -> None:
+    """Raise a TodreError unless ``value`` is a number from ``low`` to ``high``."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and (low < value <= high or (low_included and value == low))):
+        sign = "<=" if low_included else "<"
+        raise TodreError(
+            f"{key} {value!r} is out of range; allowed: a number, {low:g} {sign} {key} <= {high:g}."
+        )
 
 
 def layers_at(depths: tuple[float, ...], num_layers: int) -> tuple[int, ...]:

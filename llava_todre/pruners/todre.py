@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.pruners.base import LayerView, Pruner, Selection, layers_at, random_generator
+from llava_todre.pruners.base import (
+    LayerView,
+    Pruner,
+    Selection,
+    layers_at,
+    random_generator,
+    require,
+)
 from llava_todre.selection import Objective, greedy_diverse
 from llava_todre.spans import Kind, VisualTokens
 
@@ -54,12 +61,13 @@ class Todre(Pruner):
         for key, allowed in choices:
             if getattr(self, key) not in get_args(allowed):
                 raise unknown(key, getattr(self, key), get_args(allowed))
-        if not all(0.0 < depth <= 1.0 for depth in self.probe_depths):
+        if not isinstance(self.probe_depths, tuple):
             raise TodreError(
-                f"probe_depths {self.probe_depths!r} is out of range; allowed: 0 < depth <= 1 each."
+                f"probe_depths {self.probe_depths!r} is not a list; allowed: e.g. [0.5, 0.875]."
             )
-        if not 0.0 <= self.tau <= 1.0:
-            raise TodreError(f"tau {self.tau!r} is out of range; allowed: 0 <= tau <= 1.")
+        for depth in self.probe_depths:
+            require("probe_depths", depth, 0.0, 1.0, low_included=False)
+        require("tau", self.tau, 0.0, 1.0)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

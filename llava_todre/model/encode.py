@@ -1,0 +1,117 @@
+"""The multimodal half of LLaVA: tower, projector, newline; images in, encoded visuals out.
+
+Symbols: V views of one image, S side of a view in pixels, P patches per view, D decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from llava_todre.errors import TodreError, unknown
+from llava_todre.model.decoder import PruningLlamaModel
+from llava_todre.model.images import Size, anyres_grid_shape
+from llava_todre.model.multimodal import (
+    EncodedVisual,
+    build_projector,
+    merge_slots,
+    needs_selection,
+)
+from llava_todre.model.vision import VisionTower
+from llava_todre.pruners import Pruner
+
+MODALITIES = ("image", "video")
+
+
+class LlavaConfig(LlamaConfig):
+    """Llama's configuration, LLaVA's ``mm_*`` keys, and the tower's as ``vision_config``."""
+
+    model_type = "llava_llama"
+
+    mm_projector_type: str = "linear"
+    mm_hidden_size: int = 1024
+    mm_vision_tower: str | None = None
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_patch_merge_type: str = "flat"
+    image_aspect_ratio: str = "square"
+    image_grid_pinpoints: Any = None
+    tokenizer_model_max_length: int | None = None
+    tokenizer_padding_side: str = "right"
+    vision_config: Any = None
+
+
+class LlavaLlamaModel(PruningLlamaModel):
+    """The decoder together with tower, projector and newline embedding."""
+
+    config_class = LlavaConfig
+
+    def __init__(self, config: LlavaConfig) -> None:
+        """Build without weights; nothing is downloaded."""
+        super().__init__(config)
+        self.vision_tower = VisionTower(
+            config.vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
+        )
+        self.mm_projector = build_projector(
+            config.mm_projector_type, config.mm_hidden_size, config.hidden_size
+        )
+        self.image_newline = None
+        if "unpad" in config.mm_patch_merge_type:
+            self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+
+    def encode(
+        self,
+        images: Sequence[Tensor],
+        image_sizes: Sequence[Size] | None,
+        modalities: Sequence[str] | None,
+        pruner: Pruner,
+    ) -> list[EncodedVisual]:
+        """Run tower and projector over all views at once; see ``encode_images``."""
+        views = [image if image.ndim == 4 else image[None] for image in images]
+        sizes: list[Any] = [None] * len(views) if image_sizes is None else list(image_sizes)
+        kinds = list(modalities or ["image"] * len(views))
+        if not len(views) == len(sizes) == len(kinds):
+            raise TodreError(
+                f"images has {len(views)} entries, but image_sizes {len(sizes)} and modalities "
+                f"{len(kinds)}; they must agree."
+            )
+        slots = [self._slots(*entry) for entry in zip(views, sizes, kinds, strict=True)]
+        wanted = "cls_attention" in pruner.needs and needs_selection(pruner, slots)
+        parameter = next(self.vision_tower.parameters())
+        pixels = torch.cat([view.to(parameter.device, parameter.dtype) for view in views])
+        encoded = self.vision_tower(pixels, pruner.cls_layer if wanted else None)
+        projected = self.mm_projector(encoded.patches)  # (all views, P, D)
+        counts = [len(view) for view in views]
+        attention = encoded.cls_attention.split(counts) if wanted else [None] * len(views)
+        return [
+            EncodedVisual(
+                projected=features.flatten(0, 1),
+                slots=slot.to(features.device),
+                side=self.vision_tower.side,
+                is_video=kind == "video",
+                cls_attention=None if score is None else score.flatten(),
+            )
+            for features, slot, kind, score in zip(
+                projected.split(counts), slots, kinds, attention, strict=True
+            )
+        ]
+
+    def _slots(self, views: Tensor, size: Size | None, kind: str) -> Tensor:
+        """Return how the patches of one image or video merge; see :func:`merge_slots`."""
+        if kind not in MODALITIES:
+            raise unknown("modality", kind, MODALITIES)
+        config, side = self.config, self.vision_tower.side
+        grid = None
+        is_anyres = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type != "flat"
+        if is_anyres and kind == "image":
+            if size is None:
+                raise TodreError(
+                    "image_sizes is missing; AnyRes needs the (width, height) of every image."
+                )
+            tile = self.vision_tower.config.image_size
+            grid = anyres_grid_shape(size, config.image_grid_pinpoints, tile)
+        return merge_slots(len(views), side, grid, size, config.mm_patch_merge_type)

@@ -1,0 +1,270 @@
+"""Merging views into visual tokens, and packing what Stage 1 keeps, against slow loops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+
+from llava_todre.errors import TodreError
+from llava_todre.model.multimodal import (
+    NEWLINE,
+    EncodedVisual,
+    build_projector,
+    merge_slots,
+    needs_selection,
+    prune,
+)
+from llava_todre.pruners import Pruner, Random, Selection, Todre, Vanilla
+from llava_todre.spans import VisualTokens
+
+# (columns, rows) of crops and (width, height) of an image on them; odd numbers on purpose.
+CANVASES = [
+    ((2, 2), (500, 500)),
+    ((2, 2), (640, 481)),
+    ((2, 2), (333, 640)),
+    ((2, 2), (97, 101)),
+    ((1, 2), (200, 399)),
+    ((2, 1), (399, 200)),
+    ((3, 1), (748, 352)),
+    ((3, 1), (1000, 77)),
+    ((1, 3), (352, 748)),
+    ((1, 3), (31, 1023)),
+    ((1, 3), (1, 4000)),
+    ((3, 1), (4000, 1)),
+]
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep(Pruner):
+    """Keeps the tokens it is told to, with other features if some are given."""
+
+    indices: tuple[int, ...]
+    features: Tensor | None = None
+
+    def budget(self, num_tokens: int) -> int:
+        return min(num_tokens, len(self.indices))
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        assert budget == len(self.indices) < len(tokens)
+        return Selection(torch.tensor(self.indices), self.features)
+
+
+def encoded(
+    num_views: int = 5,
+    side: int = 4,
+    grid: tuple[int, int] | None = (2, 2),
+    size: tuple[int, int] | None = (640, 481),
+    merge_type: str = "spatial_unpad",
+) -> EncodedVisual:
+    """Return a random image of some views."""
+    generator = torch.Generator().manual_seed(num_views * side)
+    projected = torch.randn(num_views * side * side, 8, generator=generator)
+    slots = merge_slots(num_views, side, grid, size, merge_type)
+    return EncodedVisual(projected, slots, side, grid is None, torch.arange(len(projected)) / 7)
+
+
+def rows_of(visual: EncodedVisual) -> tuple[list[int], list[list[int]], list[int]]:
+    """Return the thumbnail's tokens, the tokens of each row with a newline, and the rest."""
+    num_thumbnail = visual.side**2 if len(visual.projected) > visual.side**2 else 0
+    rows, row, token = [], [], 0
+    for slot in visual.slots[num_thumbnail:].tolist():
+        if slot == NEWLINE:
+            rows.append(row)
+            row = []
+        else:
+            row.append(num_thumbnail + token)
+            token += 1
+    return list(range(num_thumbnail)), rows, row
+
+
+def slow_pack(visual: EncodedVisual, keep: set[int], features: Tensor, newline: Tensor) -> Tensor:
+    """Return the kept tokens row by row, with a newline after every row that has one left."""
+    thumbnail, rows, rest = rows_of(visual)
+    embeds = [features[token] for token in thumbnail if token in keep]
+    for row in rows:
+        kept = [features[token] for token in row if token in keep]
+        embeds += [*kept, newline] if kept else []
+    return torch.stack(embeds + [features[token] for token in rest if token in keep])
+
+
+# ---------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+@pytest.mark.parametrize("side", [4, 5, 24])
+@pytest.mark.parametrize(("grid", "size"), CANVASES)
+def test_slots_move_features_as_the_original_does(grid, size, side, merge_type, draw):
+    views = torch.randn(1 + grid[0] * grid[1], side**2, 6, generator=draw)
+    newline = torch.randn(6, generator=draw)
+    slots = merge_slots(len(views), side, grid, size, merge_type)
+    got = torch.cat([views.flatten(0, 1), newline[None]])[slots]  # NEWLINE is the last row
+    assert torch.equal(got, reference.merge_views(views, grid, size, merge_type, newline))
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+@pytest.mark.parametrize("grid", [None, (2, 2)])
+def test_one_view_gets_one_newline_on_a_grid_only(grid, merge_type, draw):
+    views = torch.randn(1, 16, 6, generator=draw)
+    newline = torch.randn(6, generator=draw)
+    slots = merge_slots(1, 4, grid, (5, 5), merge_type)
+    got = torch.cat([views.flatten(0, 1), newline[None]])[slots]
+    assert torch.equal(got, reference.merge_views(views, grid, (5, 5), merge_type, newline))
+    assert len(slots) == (17 if grid and merge_type == "spatial_unpad" else 16)
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+def test_frames_of_a_video_follow_each_other(merge_type):
+    assert torch.equal(merge_slots(3, 4, None, None, merge_type), torch.arange(48))
+
+
+@pytest.mark.parametrize(
+    ("num_views", "merge_type", "message"),
+    [
+        (5, "spatial_unpadded", "'spatial_unpadded' is not supported.*flat, spatial, spatial_unp"),
+        (4, "spatial", "4 views .* 2 x 2 crops"),
+        (6, "spatial_unpad", "6 views .* 2 x 2 crops"),
+    ],
+)
+def test_what_cannot_be_merged_is_named(num_views, merge_type, message):
+    with pytest.raises(TodreError, match=message):
+        merge_slots(num_views, 4, (2, 2), (500, 500), merge_type)
+
+
+# ---------------------------------------------------------------- what a method sees
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+@pytest.mark.parametrize(("grid", "size"), CANVASES)
+def test_every_token_knows_the_newline_of_its_row(grid, size, merge_type):
+    visual = encoded(1 + grid[0] * grid[1], 4, grid, size, merge_type)
+    thumbnail, rows, rest = rows_of(visual)
+    expected = [-1] * len(thumbnail)
+    for number, row in enumerate(rows):
+        expected += [number] * len(row)
+    assert visual.line.tolist() == expected + [-1] * len(rest)
+
+
+def test_tokens_of_one_view_share_its_newline():
+    assert encoded(1, 4).line.tolist() == [0] * 16
+    assert encoded(1, 4, grid=None).line.tolist() == [-1] * 16
+
+
+def test_tokens_know_their_place():
+    visual = encoded(grid=(2, 2), size=(640, 481))
+    tokens = visual.tokens(None)
+    assert len(tokens) == (visual.slots != NEWLINE).sum() == 16 + 6 * 8
+    token = 0
+    for slot in visual.slots.tolist():
+        if slot == NEWLINE:
+            continue
+        place = (int(tokens.view[token]), int(tokens.row[token]), int(tokens.column[token]))
+        assert place == (slot // 16, slot % 16 // 4, slot % 4)
+        assert torch.equal(tokens.features[token], visual.projected[slot])
+        assert tokens.cls_attention[token] == visual.cls_attention[slot]
+        token += 1
+    assert not tokens.is_video
+    assert encoded(3, grid=None).tokens(None).is_video
+
+
+# ---------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+@pytest.mark.parametrize("method", [Vanilla(), Random(retain_ratio=1.0), Todre(retain_ratio=1.0)])
+@pytest.mark.parametrize(("grid", "size"), CANVASES)
+def test_everything_kept_is_everything_in_order(grid, size, method, merge_type, draw):
+    """Newlines included, even those of rows that padding emptied (a strip of one pixel)."""
+    visual = encoded(1 + grid[0] * grid[1], 4, grid, size, merge_type)
+    newline = torch.randn(8, generator=draw)
+    packed = prune(visual, method, newline, None)
+    everything = torch.cat([visual.projected, newline[None]])[visual.slots]
+    assert torch.equal(packed.embeds, everything)
+    assert packed.num_newlines == (visual.slots == NEWLINE).sum()
+    assert packed.stats.keep_idx.tolist() == list(range(packed.stats.num_tokens))
+
+
+@pytest.mark.parametrize("merge_type", MERGE_TYPES)
+@pytest.mark.parametrize(("grid", "size"), CANVASES)
+@pytest.mark.parametrize("budget", [1, 3, 10, 15])
+def test_a_newline_stays_while_its_row_keeps_a_token(grid, size, merge_type, budget, draw):
+    visual = encoded(1 + grid[0] * grid[1], 4, grid, size, merge_type)
+    newline = torch.randn(8, generator=draw)
+    features = visual.projected[visual.slots[visual.slots != NEWLINE]]
+    keep = torch.randperm(len(features), generator=draw)[:budget].sort().values.tolist()
+    packed = prune(visual, Keep(indices=tuple(keep)), newline, None)
+    assert torch.equal(packed.embeds, slow_pack(visual, set(keep), features, newline))
+    assert packed.num_newlines == len(packed.embeds) - budget
+    assert packed.stats.num_tokens == len(features)
+    assert packed.stats.keep_idx.tolist() == keep
+
+
+def test_a_kept_thumbnail_needs_no_newline():
+    packed = prune(encoded(), Keep(indices=(2, 15)), torch.ones(8), None)
+    assert packed.num_newlines == 0
+    assert len(packed.embeds) == 2
+
+
+def test_one_view_keeps_its_newline_at_the_end():
+    visual = encoded(1)
+    packed = prune(visual, Keep(indices=(2, 9)), torch.ones(8), None)
+    expected = torch.cat([visual.projected[[2, 9]], torch.ones(1, 8)])
+    assert torch.equal(packed.embeds, expected)
+
+
+def test_merged_features_stand_where_the_kept_tokens_stood(draw):
+    visual = encoded()
+    newline = torch.randn(8, generator=draw)
+    keep = [3, 17, 18, 25, 60]
+    merged = torch.randn(5, 8, generator=draw)
+    features = torch.zeros(len(visual.patches), 8)
+    features[keep] = merged
+    packed = prune(visual, Keep(indices=tuple(keep), features=merged), newline, None)
+    assert torch.equal(packed.embeds, slow_pack(visual, set(keep), features, newline))
+    flat = encoded(merge_type="flat")
+    packed = prune(flat, Keep(indices=tuple(keep), features=merged), None, None)
+    assert torch.equal(packed.embeds, merged)
+
+
+def test_images_encoded_for_a_method_without_pivot_cannot_be_given_one():
+    visual = EncodedVisual(torch.randn(16, 8), torch.arange(16), 4, False, None)
+    with pytest.raises(TodreError, match=r"without the \[CLS\] attention"):
+        prune(visual, Todre(), None, None)
+    assert len(prune(visual, Todre(retain_ratio=1.0), None, None).embeds) == 16
+
+
+def test_selection_is_needed_when_one_image_is_above_its_budget():
+    small, large = torch.arange(16), torch.cat([torch.arange(17), torch.tensor([NEWLINE])])
+    assert not needs_selection(Todre(retain_tokens=17), [small, large])
+    assert needs_selection(Todre(retain_tokens=16), [small, large])
+    assert not needs_selection(Vanilla(), [small, large])
+
+
+# ---------------------------------------------------------------- the projector
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("linear", [nn.Linear]),
+        ("mlp1x_gelu", [nn.Linear]),
+        ("mlp2x_gelu", [nn.Linear, nn.GELU, nn.Linear]),
+        ("mlp3x_gelu", [nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear]),
+    ],
+)
+def test_projectors_have_the_layers_their_names_tell(kind, layers):
+    projector = build_projector(kind, 6, 10)
+    found = list(projector) if isinstance(projector, nn.Sequential) else [projector]
+    assert [type(layer) for layer in found] == layers
+    assert projector(torch.zeros(3, 6)).shape == (3, 10)
+
+
+def test_identity_changes_nothing_and_other_names_are_errors():
+    assert torch.equal(build_projector("identity", 6, 6)(torch.ones(2, 6)), torch.ones(2, 6))
+    for kind in ("mlp2x_relu", "mlp0x_gelu", "resampler"):
+        with pytest.raises(TodreError, match=f"'{kind}' is not supported.* linear"):
+            build_projector(kind, 6, 10)
