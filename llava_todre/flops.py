@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import TodreError
+from llava_todre.errors import TodreError
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def draw_kept(
     """
     size = (round(image.width * scale), round(image.height * scale))
     bright = image.resize(size, Image.Resampling.NEAREST if scale >= 2 else None)
+    if len(stats.keep_idx) == stats.num_tokens:
+        return bright
     faded = ImageEnhance.Color(bright).enhance(0.25)
     result = Image.blend(faded, Image.new("RGB", size, (24, 26, 32)), 0.72)
     several = int(stats.patches.max()) >= stats.side**2

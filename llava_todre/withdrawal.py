@@ -20,7 +20,7 @@ models cannot mix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,12 @@ class Segment:
     def __post_init__(self) -> None:
         """Look at the validity once: every later look would synchronise with the device."""
         self.ragged = not bool(self.valid.all())
+
+    def present(self, sample: int) -> Tensor:
+        """Return (N,) the columns of one sample that hold a token."""
+        if not self.ragged:
+            return torch.arange(self.valid.shape[1], device=self.valid.device)
+        return self.valid[sample].nonzero()[:, 0]
 
 
 class Withdrawal:
@@ -181,12 +187,12 @@ class Withdrawal:
         segment = self.segment(layer)
         keep = segment.valid.clone()
         for sample in range(len(keep)):
-            present = segment.valid[sample].nonzero()[:, 0]
-            view = self._view(sample, present, layer, module, inputs, output, cache)
+            present = segment.present(sample)
+            view = self._view(segment, sample, present, layer, module, inputs, output, cache)
             decision = self.pruner.at_layer(view)
             dropped = 0
             if decision is not None and layer + 1 < self.num_layers:
-                keep[sample, present] = decision
+                keep[sample, present] = decision.to(keep.device)
                 dropped = len(present) - int(decision.sum())
             if view.measured or dropped:
                 self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
@@ -211,6 +217,7 @@ class Withdrawal:
 
     def _view(
         self,
+        segment: Segment,
         sample: int,
         present: Tensor,
         layer: int,
@@ -220,32 +227,35 @@ class Withdrawal:
         cache: Cache | None,
     ) -> LayerView:
         """Return what the method may look at: the ``present`` (N,) columns of one sample."""
-        hidden = inputs.hidden_states[sample]
-        cosines, sines = (
-            table[min(sample, len(table) - 1)] for table in inputs.position_embeddings
-        )
-        attention = module.self_attn
+        device = output.device  # with a model spread over devices, the next one is not here yet
+        present = present.to(device)
+        hidden = inputs.hidden_states[sample].to(device)
+        tables = [
+            table[min(sample, len(table) - 1)].to(device) for table in inputs.position_embeddings
+        ]
+
+        def chosen(tensor: Tensor) -> Tensor:  # (..., M, width) -> (..., N, width)
+            return tensor.index_select(-2, present) if segment.ragged else tensor
 
         def project(projection: Any, columns: Tensor) -> Tensor:
             states = projection(module.input_layernorm(hidden[columns]))  # (R, heads * E)
-            heads = states.view(1, len(columns), -1, attention.head_dim).transpose(1, 2)
-            return apply_rotary_pos_emb(heads, heads, cosines[columns][None], sines[columns][None])[
-                0
-            ][0]
+            heads = states.unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)[None]
+            cosines, sines = (table[columns][None] for table in tables)
+            return apply_rotary_pos_emb(heads, heads, cosines, sines)[0][0]
 
         def keys() -> Tensor:
             if cache is None:
-                return project(attention.k_proj, present)
-            return cache.layers[layer].keys[sample][:, present]
+                return project(module.self_attn.k_proj, present)
+            return chosen(cache.layers[layer].keys[sample])
 
         return LayerView(
             layer=layer,
             num_layers=self.num_layers,
-            kinds=self.segment(layer).kinds[sample][present],
-            hidden_states=output[sample][present],
-            queries=lambda rows: project(attention.q_proj, present[rows]),
-            keys=_once(keys),
-            scaling=attention.scaling,
+            kinds=segment.kinds[sample].to(device)[present],
+            hidden_states=lambda: chosen(output[sample]),
+            queries=lambda rows: project(module.self_attn.q_proj, present[rows]),
+            keys=functools.cache(keys),
+            scaling=module.self_attn.scaling,
         )
 
     def _start_segment(self, start: int, previous: Segment, keep: Tensor) -> None:
@@ -308,7 +318,7 @@ def gather(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
 def _hide(mask: Tensor, valid: Tensor) -> Tensor:
     """Close the filler columns of a (B, keys) or (B, 1, Q, keys) mask; ``valid`` (B, keys)."""
     if mask.ndim == 2:
-        return mask.bool() & valid
+        return mask.bool() & valid.to(mask.device)
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(~valid[:, None, None].to(mask.device), closed)
 
@@ -318,15 +328,3 @@ def _causal(num_queries: int, num_keys: int, valid: Tensor) -> Tensor:
     key = torch.arange(num_keys, device=valid.device)
     query = torch.arange(num_keys - num_queries, num_keys, device=valid.device)
     return (key <= query[:, None])[None, None] & valid[:, None, None]
-
-
-def _once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return ``compute`` with its first result remembered."""
-    results: list[Tensor] = []
-
-    def remembered() -> Tensor:
-        if not results:
-            results.append(compute())
-        return results[0]
-
-    return remembered

@@ -1,4 +1,4 @@
-"""Tiny models built in code: 8 decoder layers of width 64, a tower of 4 layers and 4 x 4 patches."""
+"""Tiny models built in code: 8 decoder layers of width 64; a tower of 4 layers, 4 x 4 patches."""
 
 from __future__ import annotations
 

@@ -27,6 +27,8 @@ class Run:
     """(N, V)."""
     attention: list[Tensor]
     """(H, N, N) per layer."""
+    hidden: list[Tensor]
+    """(N, D) output of each layer."""
 
 
 class LlamaReference:
@@ -48,7 +50,7 @@ class LlamaReference:
             embeds: (N, D).
             present: (layers, N) bool; a False token is no key of that layer. All by default.
         """
-        hidden, maps = embeds.double(), []
+        hidden, maps, outputs = embeds.double(), [], []
         num_tokens = len(hidden)
         causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
         itself = torch.eye(num_tokens, dtype=torch.bool)  # keeps the rows of dropped tokens finite
@@ -56,8 +58,9 @@ class LlamaReference:
             visible = causal if present is None else causal & (present[layer] | itself)
             hidden, attention = self._layer(layer, hidden, visible)
             maps.append(attention)
+            outputs.append(hidden)
         last = self._norm(hidden, "model.norm")
-        return Run(last @ self.weights["lm_head.weight"].T, maps)
+        return Run(last @ self.weights["lm_head.weight"].T, maps, outputs)
 
     def greedy(
         self, embeds: Tensor, steps: int, present: Tensor | None = None
@@ -161,7 +164,7 @@ def splice(
 
 
 def presence(kinds: Tensor, num_layers: int, plan: dict[int, int]) -> Tensor:
-    """Return (layers, N) bool: after layer ``l`` only every ``plan[l]``-th visual token stays (0: none)."""
+    """Return (layers, N) bool: after layer l only every plan[l]-th visual token stays (0: none)."""
     present = torch.ones(num_layers, len(kinds), dtype=torch.bool)
     for layer, stride in sorted(plan.items()):
         still = [i for i in range(len(kinds)) if kinds[i] == VISUAL and present[layer, i]]
@@ -172,7 +175,7 @@ def presence(kinds: Tensor, num_layers: int, plan: dict[int, int]) -> Tensor:
 
 
 def mass(attention: Tensor, rows: Tensor, columns: Tensor) -> float:
-    """Return ToDRE Eq. 7 from an (H, N, N) map: what ``rows`` pay to ``columns``, of all they pay."""
+    """Return ToDRE Eq. 7 from an (H, N, N) map: what rows pay to columns, of all they pay."""
     if not bool(rows.any()):
         return 0.0
     return float(attention[:, rows][:, :, columns].sum() / attention[:, rows].sum())
@@ -253,5 +256,3 @@ def unpad(canvas: Tensor, size: tuple[int, int]) -> Tensor:
         return canvas[:, pad : height - pad]
     pad = (width - int(image_width * (height / image_height))) // 2
     return canvas[:, :, pad : width - pad]
-
-

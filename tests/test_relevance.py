@@ -214,3 +214,14 @@ def test_the_second_ratio_is_not_computed_when_it_is_zero_by_causality():
     view = LayerView(3, 8, kinds, torch.zeros(17, 1), spy, lambda: keys, SCALING)
     Todre().at_layer(view)
     assert asked == [list(range(12, 17))], "only the rows of the text are projected"
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_a_prompt_that_ends_with_an_image_can_be_measured(tiny_llava, draw, use_cache):
+    model = tiny_llava()
+    model.set_pruner(MeasureAll())
+    image = EncodedVisual(torch.randn(9, 64, generator=draw), torch.arange(9), 4, False, None)
+    model(input_ids=torch.tensor([[1, 5, -200]]), images=[image], use_cache=use_cache)
+    ratios = [(p.text_to_visual, p.visual_to_text) for p in model.last_stats[0].probes]
+    assert ratios == [(0.0, 0.0)] * 8

@@ -1,7 +1,7 @@
-"""Dropping tokens between layers, against a decoder that starts over for every token and only hides.
+"""Dropping tokens between layers, against a decoder that starts over for every token.
 
 The oracle (reference.LlamaReference) has no cache, no padding and no batch: float64 products in
-which a dropped token is no key of the later layers.
+which a dropped token is hidden from the later layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llava_todre.spans import Kind
 from llava_todre.withdrawal import LayerInputs, Withdrawal
 
 STEPS = 12
-TOLERANCE = {"rtol": 0, "atol": 1e-4}  # 2e-5 measured; logits have a spread of 1
+TOLERANCE = {"rtol": 0, "atol": 5e-5}  # 9e-6 measured; logits have a spread of 1
 
 Plan = dict[int, int]
 """Layer -> stride: after it only every stride-th visual token stays (0: none)."""
@@ -151,6 +151,16 @@ def generate(model: LlavaLlamaForCausalLM, samples: list[Sample], **options: Any
     return model.generate(**batch_of(samples), **options, return_dict_in_generate=True)
 
 
+def prepared(model: LlavaLlamaForCausalLM, samples: list[Sample]) -> dict[str, Any]:
+    """Return what to call the model with: left-padded embeddings, mask and cache."""
+    batch = batch_of(samples)
+    _, _, mask, cache, embeds, _ = model.prepare_inputs_labels_for_multimodal(
+        batch["inputs"], None, batch["attention_mask"], None, None, batch["images"],
+        padding_side="left",
+    )  # fmt: skip
+    return {"inputs_embeds": embeds, "attention_mask": mask, "past_key_values": cache}
+
+
 class Oracle:
     """What the reference decoder says about samples under their plans."""
 
@@ -184,7 +194,7 @@ def flash_contract(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
     scaling: float, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attend as FlashAttention does: causal from the bottom right, mask None or (B, this layer's keys)."""
+    """Attend as FlashAttention does: causal from the bottom right, mask None or (B, own keys)."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     share = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(share, dim=1) for states in (key, value))
@@ -245,9 +255,9 @@ def test_off_is_the_stock_decoder_bit_for_bit(
         prompt = oracle.prompt(sample)[0].float()
         where = slice(longest - len(prompt), None) if side == "left" else slice(0, len(prompt))
         embeds[row, where], mask[row, where] = prompt, 1
-    expected = stock_decoder(model)(
-        inputs_embeds=embeds, attention_mask=None if mask.all() else mask
-    ).logits
+    call = {"inputs_embeds": embeds, "attention_mask": None if mask.all() else mask}
+    expected = stock_decoder(model)(**call).logits
+    real = mask.bool()
     off = {"retain_ratio": 1.0}
     for method, options in [
         ("vanilla", {}),
@@ -257,28 +267,18 @@ def test_off_is_the_stock_decoder_bit_for_bit(
         ("todre", off | {"tau": 0.0}),  # looks, but never drops
     ]:
         model.set_pruner(method, **options)
-        prompt = {"input_ids": batch["inputs"], "attention_mask": batch["attention_mask"]}
-        logits = model(**prompt, images=batch["images"]).logits
-        assert torch.equal(logits[mask.bool()], expected[mask.bool()]), method
-        for use_cache in (True, False):
-            again = model(inputs_embeds=embeds, attention_mask=mask, use_cache=use_cache).logits
-            torch.testing.assert_close(
-                again, model(inputs_embeds=embeds, attention_mask=mask).logits
-            )
+        logits = model(batch["inputs"], batch["attention_mask"], images=batch["images"]).logits
+        assert torch.equal(logits[real], expected[real]), method
+    assert torch.equal(model(**call).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["one", "two, padded"])
 def test_off_generates_as_the_stock_decoder(tiny_llava, implementation, name):
     model = tiny_llava(implementation)
-    batch = batch_of(BATCHES[name])
-    _, _, mask, _, embeds, _ = model.prepare_inputs_labels_for_multimodal(
-        batch["inputs"], None, batch["attention_mask"], None, None, batch["images"],
-        padding_side="left",
-    )  # fmt: skip
     options = {"max_new_tokens": STEPS, "do_sample": False}
-    expected = stock_decoder(model).generate(inputs_embeds=embeds, attention_mask=mask, **options)
+    expected = stock_decoder(model).generate(**prepared(model, BATCHES[name]), **options)
     model.set_pruner("todre", retain_ratio=1.0, probe_depths=())
-    assert torch.equal(model.generate(**batch, **options), expected)
+    assert torch.equal(model.generate(**batch_of(BATCHES[name]), **options), expected)
 
 
 # ---------------------------------------------------------------- dropping equals masking
@@ -291,15 +291,7 @@ def test_prefill_equals_masking_the_dropped_keys(tiny_llava, implementation, nam
     model = tiny_llava(implementation)
     samples = BATCHES[name]
     set_plans(model, samples)
-    batch = batch_of(samples)
-    prepared = model.prepare_inputs_labels_for_multimodal(
-        batch["inputs"], None, batch["attention_mask"], None, None, batch["images"],
-        padding_side="left",
-    )  # fmt: skip
-    _, _, mask, cache, embeds, _ = prepared
-    logits = model(
-        inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=use_cache
-    ).logits
+    logits = model(**prepared(model, samples), use_cache=use_cache).logits
     oracle = Oracle(model)
     for row, sample in enumerate(samples):
         prompt, present = oracle.prompt(sample)
@@ -399,12 +391,9 @@ def test_a_second_turn_continues_a_withdrawn_cache(tiny_llava, implementation, n
     model = tiny_llava(implementation)
     samples = BATCHES[name]
     set_plans(model, samples)
-    batch = batch_of(samples)
-    _, _, mask, cache, embeds, _ = model.prepare_inputs_labels_for_multimodal(
-        batch["inputs"], None, batch["attention_mask"], None, None, batch["images"],
-        padding_side="left",
-    )  # fmt: skip
-    model(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache)
+    call = prepared(model, samples)
+    mask, cache = call["attention_mask"], call["past_key_values"]
+    model(**call)
     oracle = Oracle(model)
     grown = [oracle.prompt(sample) for sample in samples]
     for num_new in (6, 1, 3):
@@ -436,6 +425,47 @@ def test_state_lives_with_the_cache(tiny_llava):
         for cache, tokens in talks:
             logits = model(torch.tensor([[tokens[step - 1]]]), past_key_values=cache).logits
             assert int(logits[0, -1].argmax()) == tokens[step]
+
+
+# ---------------------------------------------------------------- what a method sees
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", ["one", "two, padded, parts", "three, one without image"])
+@torch.no_grad()
+def test_a_method_sees_one_sample_without_padding(tiny_llava, attention, name, use_cache):
+    """Kinds, hidden states and attention of the tokens still present, before and after drops."""
+    seen: list[tuple[int, Tensor, Tensor, Tensor]] = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watching(Scripted):
+        def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+            return tuple(range(num_layers))
+
+        def at_layer(self, view: LayerView) -> Tensor | None:
+            rows = torch.arange(len(view.kinds))
+            seen.append((view.layer, view.kinds, view.hidden_states(), view.attention(rows)))
+            assert view.num_layers == 8
+            return super().at_layer(view)
+
+    model = tiny_llava(attention)
+    samples = BATCHES[name]
+    model.set_pruner(Watching(plans={sample.num_text: sample.plan for sample in samples}))
+    model(**prepared(model, samples), use_cache=use_cache)
+    oracle = Oracle(model)
+    runs = []
+    for sample in samples:
+        prompt, present = oracle.prompt(sample)
+        kinds = reference.splice(oracle.decoder.embedding, sample.ids, sample.visuals)[1]
+        runs.append((kinds, present, oracle.decoder.run(prompt, present)))
+    assert [layer for layer, *_ in seen] == sorted(list(range(8)) * len(samples))
+    for index, (layer, kinds, hidden, weights) in enumerate(seen):
+        all_kinds, present, run = runs[index % len(samples)]
+        held = present[layer]
+        assert kinds.tolist() == all_kinds[held].tolist()
+        torch.testing.assert_close(hidden.double(), run.hidden[layer][held], **TOLERANCE)
+        expected = run.attention[layer][:, held][:, :, held]
+        torch.testing.assert_close(weights.double(), expected, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------- the tests can fail
@@ -548,11 +578,7 @@ def test_running_the_same_prompt_again_starts_over(tiny_llava):
     model = tiny_llava()
     samples = [make_sample([3, 9], [20], {3: 0})]
     set_plans(model, samples)
-    batch = batch_of(samples)
-    _, _, _, cache, embeds, _ = model.prepare_inputs_labels_for_multimodal(
-        batch["inputs"], None, None, None, None, batch["images"]
-    )
-    call = {"inputs_embeds": embeds, "past_key_values": cache, "use_cache": False}
+    call = prepared(model, samples) | {"use_cache": False}
     assert torch.equal(model(**call).logits, model(**call).logits)
     assert len(model.last_stats[0].probes) == 1
 
@@ -598,12 +624,10 @@ def test_a_prompt_in_pieces_is_refused(tiny_llava):
     model = tiny_llava()
     samples = [make_sample([3, 9], [20], {3: 0})]
     set_plans(model, samples)
-    batch = batch_of(samples)
-    _, _, _, cache, embeds, _ = model.prepare_inputs_labels_for_multimodal(
-        batch["inputs"], None, None, None, None, batch["images"]
-    )
+    call = prepared(model, samples)
+    call["inputs_embeds"] = call["inputs_embeds"][:, :16]
     with pytest.raises(TodreError, match="prompt of 16 tokens, expected 33: chunked prefill"):
-        model(inputs_embeds=embeds[:, :16], past_key_values=cache)
+        model(**call)
 
 
 def test_an_empty_dynamic_cache_of_the_caller_is_used(tiny_llava):

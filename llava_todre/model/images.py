@@ -25,6 +25,9 @@ from llava_todre.errors import TodreError
 
 Size = tuple[int, int]
 
+# What one image may grow to on its way to the tower; Pillow's own limit for a file.
+MAX_PIXELS = 2 * 89_478_485
+
 # What Pillow's decoders let through when the bytes of a file are wrong.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
@@ -160,18 +163,34 @@ def process_images(
         tile = image_processor.crop_size["height"]
         sizes = parse_pinpoints(getattr(config, "image_grid_pinpoints", None), tile)
         views = [_views(image, image_processor, sizes) for image in images]
-        pixels = [_pixels(item, image_processor) for item in views]
-    elif mode.startswith("anyres"):
+        return _stacked([_pixels(item, image_processor) for item in views])
+    if mode.startswith("anyres"):
         raise TodreError(
             f"image_aspect_ratio {mode!r} is not supported; allowed: anyres, pad, square."
         )
-    elif mode == "pad":
+    edge = image_processor.size["shortest_edge"]
+    for image in images:
+        _check_elongation(image.size, edge, mode)
+    if mode == "pad":
         colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
-        return _pixels([_expand_to_square(image, colour) for image in images], image_processor)
-    else:
-        return _pixels(images, image_processor)
+        images = [_expand_to_square(image, colour) for image in images]
+    return _pixels(images, image_processor)
+
+
+def _stacked(pixels: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     same = all(item.shape == pixels[0].shape for item in pixels)
     return torch.stack(pixels) if same else pixels
+
+
+def _check_elongation(size: Size, edge: int, mode: str) -> None:
+    """Refuse a shape whose square, or whose resize by its short side, fills the memory."""
+    longest, shortest = max(size), min(size)
+    pixels = longest**2 if mode == "pad" else edge**2 * longest // shortest
+    if pixels > MAX_PIXELS:
+        raise TodreError(
+            f"image size {size} is too elongated: preparing it takes {pixels:,} pixels; "
+            f"allowed: {MAX_PIXELS:,}."
+        )
 
 
 def _pixels(images: list[Image.Image], image_processor: Any) -> torch.Tensor:

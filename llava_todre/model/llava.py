@@ -89,7 +89,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             TodreError: shapes, sizes or modalities that do not fit each other.
         """
         entries: list[Any] = list(images)
-        if entries and isinstance(entries[0], EncodedVisual):
+        if not entries or isinstance(entries[0], EncodedVisual):
             return entries
         with self.clock.stage("vision"):
             return self.model.encode(entries, image_sizes, modalities, self.pruner)
@@ -158,7 +158,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if withdrawal.probe_layers:
             if past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
+            if past_key_values.get_seq_length() > 0:
+                raise TodreError(
+                    "past_key_values already holds tokens; withdrawal inside the decoder starts "
+                    "with an empty cache: set probe_depths=() for images of later turns."
+                )
             past_key_values.withdrawal = withdrawal
+        if position_ids is not None:
+            position_ids = (spans.valid.cumsum(dim=1) - 1).clamp_min(0)
         mask = None if bool(spans.valid.all()) else spans.valid.long()
         return None, position_ids, mask, past_key_values, embeds, labels
 

@@ -45,8 +45,8 @@ class LayerView:
     num_layers: int
     kinds: Tensor
     """(N,) int8 of :class:`~llava_todre.spans.Kind`, one per token still present."""
-    hidden_states: Tensor
-    """(N, D) output of ``layer``."""
+    hidden_states: Callable[[], Tensor]
+    """() -> (N, D) output of ``layer``."""
     queries: Callable[[Tensor], Tensor]
     """(R,) positions -> (H, R, E) rotated queries of ``layer``."""
     keys: Callable[[], Tensor]

@@ -220,3 +220,11 @@ def test_geometry_errors():
         unpad_bounds((24, 24), (0, 10))
     with pytest.raises(TodreError, match="image size"):
         select_best_resolution((10, 0), [(56, 56)])
+
+
+@pytest.mark.parametrize("mode", ["pad", "square"])
+def test_an_image_that_would_fill_the_memory_is_refused(mode):
+    processor, config = _setup("v15")
+    config.image_aspect_ratio = mode
+    with pytest.raises(TodreError, match="too elongated"):
+        process_images([Image.new("RGB", (200_000, 1))], processor, config)

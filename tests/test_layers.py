@@ -1,0 +1,114 @@
+"""The house has floors: a module imports only from lower floors, or from its own room."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llava_todre"
+FLOORS = [
+    ["errors"],
+    ["selection", "relevance", "flops", "spans", "stats", "provenance", "table"],
+    ["pruners"],
+    ["withdrawal"],
+    ["model"],
+    ["mini", "generate", "hf", "viz"],
+    ["demo", "lmms_plugin"],
+    ["cli"],
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+CORE = {
+    *("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "numpy"),
+    *("PIL", "yaml", "jsonargparse", "tqdm"),
+}
+MACHINE_PATH = re.compile(r"(?<![\w.~])(/(home|root|work|mnt|Users|scratch)/|[A-Z]:\\)")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def syntax(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+def imports(module: str, nodes: Iterator[ast.AST] | None = None) -> set[str]:
+    """Return the full names of what a module imports; of our own, the modules themselves."""
+    found = set()
+    for node in nodes or ast.walk(syntax(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in MODULES else str(node.module))
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    return imports(module) & set(MODULES)
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+ROOMS = [module for module in MODULES if module != "llava_todre"]
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_every_module_imports_from_lower_floors_only(module):
+    assert room(module) in FLOOR_OF, "a new room: say in FLOORS above where it stands"
+    for other in own_imports(module):
+        assert other != "llava_todre", f"{module} imports the front door"
+        same_room = room(other) == room(module)
+        assert same_room or FLOOR_OF[room(other)] < FLOOR_OF[room(module)], other
+
+
+def test_no_two_modules_import_each_other():
+    graph = {module: own_imports(module) - {module} for module in MODULES}
+    for package in graph:  # a package's __init__ may gather its files
+        if MODULES[package].name == "__init__.py":
+            graph[package] = {m for m in graph[package] if not m.startswith(package + ".")}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+@pytest.mark.parametrize("module", [m for m in ROOMS if room(m) == "mini"])
+def test_the_trainer_knows_nothing_of_the_pruning_model(module):
+    outside = {other for other in own_imports(module) if room(other) != "mini"}
+    assert outside <= {"llava_todre.errors", "llava_todre.model.prompt", "llava_todre.model.images"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_optional_packages_are_imported_where_they_are_used(module):
+    at_the_top = (node for node in syntax(module).body if not isinstance(node, ast.FunctionDef))
+    packages = {name.split(".")[0] for name in imports(module, at_the_top)}
+    assert packages <= CORE | {"llava_todre"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_environment_changes_nothing(module):
+    for node in ast.walk(syntax(module)):
+        name = getattr(node, "attr", getattr(node, "id", None))
+        assert name not in {"environ", "environb", "getenv", "putenv"}, module
+
+
+def test_no_path_of_one_machine_is_written_down():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "eval").rglob("*.py"), *(ROOT / "scripts").rglob("*")]
+    files += [*(ROOT / "configs").rglob("*.yaml"), ROOT / "Makefile", ROOT / "pyproject.toml"]
+    texts = {path: path.read_text() for path in files if path.is_file() and path.suffix != ".pyc"}
+    assert not [str(path) for path, text in texts.items() if MACHINE_PATH.search(text)]
