@@ -51,7 +51,7 @@ bench: $(STAMP) ## time selection and prefill on this machine
 	@$(PY) -m eval bench
 
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/train_mini.sh
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/train_mini.sh
 
 readme: $(STAMP) ## write the README's table again from the stored results
 	@$(PY) -m eval readme

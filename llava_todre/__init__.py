@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llava_todre.version import __version__
+
 if TYPE_CHECKING:
     from llava_todre.errors import TodreError
     from llava_todre.generate import Answer, Request, answer, ask
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import PRUNERS, Pruner, create_pruner
     from llava_todre.stats import PruneStats
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "TodreError": "errors",
@@ -38,6 +38,7 @@ __all__ = [
     "Pruner",
     "Request",
     "TodreError",
+    "__version__",
     "answer",
     "ask",
     "create_pruner",

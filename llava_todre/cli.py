@@ -12,29 +12,38 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from llava_todre.errors import TodreError
+from llava_todre.version import __version__
 
 # Commands import what they use when they run: `todre --help` should not wait for torch.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 fine, 1 bad input or failure, 2 bad usage)."""
-    options = _parser().parse_args(arguments)
-    command = options[options.command]
+    parsed = _parser().parse_args(arguments)
+    options = parsed[parsed.command]
     try:
-        _COMMANDS[options.command](command)
+        _COMMANDS[parsed.command](options)
     except KeyboardInterrupt:
         print("todre: interrupted", file=sys.stderr)
         return 130
-    except TodreError as error:
-        if options.debug:
+    except Exception as error:
+        if parsed.debug or options.debug:
             raise
-        print(f"todre: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if not isinstance(error, TodreError):  # not foreseen, so say how to find out more
+            text = f"{type(error).__name__}: {text[:300]} (--debug shows where)"
+        print(f"todre: error: {text}", file=sys.stderr)
         return 1
     return 0
 
 
 class _Parser(ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """A parser whose errors are one line, like all others, and that knows ``--debug``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Add what all commands share."""
+        super().__init__(*args, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message on one line and exit with 2."""
@@ -47,9 +56,10 @@ class _Parser(ArgumentParser):
 
 def _parser() -> ArgumentParser:
     parser = _Parser(
-        prog="todre", description="Visual-token pruning for LLaVA (ToDRE, arXiv 2505.18757)."
+        prog="todre",
+        description="Visual-token pruning for LLaVA (ToDRE, arXiv 2505.18757).",
+        version=__version__,
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(dest="command", required=True)
     commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
     commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
@@ -107,7 +117,10 @@ def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals:
             raise TodreError(f"option {item!r} is not of the form KEY=VALUE.")
-        knobs[key.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            knobs[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise TodreError(f"option {item!r} has a value that is not valid YAML.") from None
     for key in ("retain_ratio", "retain_tokens"):
         if options[key] is not None:
             knobs[key] = options[key]
@@ -119,9 +132,9 @@ def _read_method_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise TodreError(f"method file {str(path)!r} cannot be read: {error.strerror}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TodreError(f"method file {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise TodreError(f"method file {str(path)!r} must hold 'key: value' lines.")
     return content
 
@@ -194,15 +207,19 @@ def _as_text(report: dict[str, Any]) -> str:
 
 def _demo(options: Namespace) -> None:
     from llava_todre.demo import run_demo
+    from llava_todre.table import as_text
 
-    run_demo(
+    out = Path(options.out)
+    results = run_demo(
         model_path=options.model,
         methods=options.methods,
         ratios=options.ratios,
         num_images=options.num_images,
-        out=Path(options.out),
+        out=out,
         fresh=options.fresh,
     )
+    print(as_text(results))
+    print(f"\nResults, table and pictures are in {out}.")
 
 
 def _list(options: Namespace) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
+import resource
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,10 +29,8 @@ from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
 from llava_todre.pruners import Pruner, create_pruner
-from llava_todre.table import as_markdown, as_text
+from llava_todre.table import as_markdown
 from llava_todre.viz import contact_sheet, draw_kept, token_boxes
-
-log = logging.getLogger(__name__)
 
 RANDOM_DRAWS = 3
 TIMED_PROMPTS = 24
@@ -52,7 +52,7 @@ class Run:
     def name(self) -> str:
         """A name fit for a file."""
         draw = f"_draw{self.draw}" if self.method == "random" else ""
-        return f"{self.method}_{self.retain_ratio:g}{draw}"
+        return f"{self.method}_{self.retain_ratio!r}{draw}"
 
     def pruner(self, image_index: int) -> Pruner:
         """Return the method for one image; a random method draws afresh for each."""
@@ -71,8 +71,8 @@ def bundled_checkpoint() -> Path:
 def plan(methods: Sequence[str], ratios: Sequence[float]) -> list[Run]:
     """Return the runs: the unpruned model first, then every method at every ratio."""
     runs = [Run("vanilla", 1.0)]
-    for ratio in ratios:
-        for method in methods:
+    for ratio in dict.fromkeys(ratios):
+        for method in dict.fromkeys(methods):
             if method != "vanilla":
                 draws = RANDOM_DRAWS if method == "random" else 1
                 runs += [Run(method, ratio, draw) for draw in range(draws)]
@@ -89,14 +89,26 @@ def run_demo(
     out: Path,
     fresh: bool = False,
 ) -> dict[str, Any]:
-    """Run the comparison, print its table, write results, table and pictures to ``out``."""
+    """Run the comparison; write results, table and pictures to ``out`` and return the results.
+
+    Args:
+        model_path: a checkpoint folder; the bundled one when None.
+        methods: names of methods; the unpruned model always comes first.
+        ratios: shares of the patch tokens to keep.
+        num_images: held-out pictures, with one question of every task each.
+        out: folder for everything that is written.
+        fresh: do not use finished runs of an earlier call.
+    """
     if num_images < 1:
         raise TodreError(f"num_images {num_images} is out of range; allowed: 1 or more.")
     runs = plan(methods, ratios)
     path = Path(model_path) if model_path else bundled_checkpoint()
     tokenizer, model, _, _ = load_pretrained_model(path)
     samples = held_out(num_images)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TodreError(f"out {str(out)!r} cannot be a folder: {error.strerror}.") from None
 
     def ask(
         sample: Sample, questions: Sequence[int], pruner: Pruner, **kwargs: Any
@@ -111,7 +123,7 @@ def run_demo(
         for run in runs:
             progress.set_postfix_str(run.name)
             file = out / "runs" / f"{run.name}.json"
-            result = None if fresh else _finished(file, version)
+            result = None if fresh else _finished(file, version, run)
             if result is None:
                 result = {"version": version, "run": asdict(run)}
                 result |= _evaluate(run, samples, ask, model, progress)
@@ -128,13 +140,13 @@ def run_demo(
         "tasks": list(TASKS),
         "rows": _rows(scored, _time_prefill(runs, samples, ask)),
         "runs": scored,
+        "status": "complete",
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         **provenance(),
     }
     _write(out / "results.json", json.dumps(results, indent=1))
     _write(out / "table.md", as_markdown(results))
-    pictures = _draw(runs, samples, ask, model, out)
-    print(as_text(results))
-    print(f"\nwritten: {out / 'results.json'}, {out / 'table.md'}, {', '.join(map(str, pictures))}")
+    _draw(runs, samples, ask, model, out)
     return results
 
 
@@ -174,7 +186,7 @@ def _same(given: str, expected: str) -> bool:
 
 def _time_prefill(
     runs: Sequence[Run], samples: Sequence[Sample], ask: _Ask
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, dict[str, float]]]:
     """Return speed-ups over the unpruned model by run name.
 
     The runs take turns on every prompt (batch 1, one question per image, after a warm-up), so
@@ -186,7 +198,7 @@ def _time_prefill(
     }
     for index in range(-2, min(TIMED_PROMPTS, len(samples))):
         sample = samples[max(index, 0)]
-        spent = {}
+        spent: dict[str, dict[str, float]] = {}
         for run in timed:
             question = [max(index, 0) % len(sample.questions)]
             stages = ask(sample, question, run.pruner(0), max_new_tokens=1, timed=True)[0].stages_ms
@@ -194,15 +206,25 @@ def _time_prefill(
             spent[run.name] = {"prefill": stages["prefill"], "first_token": first}
         for name, stages in spent.items():
             for stage in stages if index >= 0 else ():
-                ratios[name][stage].append(spent["vanilla_1"][stage] / stages[stage])
+                ratios[name][stage].append(spent[timed[0].name][stage] / stages[stage])
     return {
-        name: {stage: statistics.median(values) for stage, values in stages.items()}
+        name: {stage: _percentiles(values) for stage, values in stages.items()}
         for name, stages in ratios.items()
     }
 
 
+def _percentiles(values: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(values, n=5) if len(values) > 1 else list(values) * 4
+    return {
+        "median": statistics.median(values),
+        "p20": cuts[0],
+        "p80": cuts[3],
+        "count": len(values),
+    }
+
+
 def _rows(
-    scored: Sequence[dict[str, Any]], speed: dict[str, dict[str, float]]
+    scored: Sequence[dict[str, Any]], speed: dict[str, dict[str, dict[str, float]]]
 ) -> list[dict[str, Any]]:
     """Return one row per (method, ratio), draws averaged, relative to the first row."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -245,11 +267,10 @@ def _draw(
     ask: _Ask,
     model: LlavaLlamaForCausalLM,
     out: Path,
-) -> list[Path]:
+) -> None:
     """Draw the kept tokens of the first scenes, a row per ratio and a column per method."""
     tile = model.get_vision_tower().config.image_size
     ratios = sorted({run.retain_ratio for run in runs if run.method != "vanilla"}, reverse=True)
-    paths = []
     for scene, sample in enumerate(samples[:PICTURED_SCENES]):
         question = sample.questions[scene % len(sample.questions)]
         place = [sample.questions.index(question)]
@@ -264,29 +285,29 @@ def _draw(
                 title = f"{run.method}, {len(stats.keep_idx)} tokens: {given.text}"
                 cells.append((title, draw_kept(sample.image, boxes, stats, _PICTURE_SCALE)))
             rows.append(cells)
-        path = out / f"kept_{scene}.png"
-        contact_sheet(rows, f"{question.text}  ({question.answer})").save(path)
-        paths.append(path)
-    return paths
+        sheet = contact_sheet(rows, f"{question.text}  ({question.answer})")
+        sheet.save(out / f"kept_{scene}.png")
 
 
 def _fingerprint(model_path: Path, num_images: int) -> str:
-    """Return what a stored run depends on besides its own name."""
-    digest = hashlib.sha256(f"{num_images} {TEST_SEED}".encode())
-    for file in sorted(model_path.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    """Return what a stored run depends on besides its own settings."""
+    versions = [torch.__version__, transformers.__version__]
+    digest = hashlib.sha256(f"{num_images} {TEST_SEED} {versions} {model_path}".encode())
+    files = [file for file in model_path.rglob("*") if file.suffix not in (".png", ".md")]
+    files += Path(__file__).parent.rglob("*.py")
+    for file in sorted(file for file in files if file.is_file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _finished(file: Path, version: str) -> dict[str, Any] | None:
-    """Return the stored result of a run, unless it is absent, damaged or of another version."""
+def _finished(file: Path, version: str, run: Run) -> dict[str, Any] | None:
+    """Return the stored result of a run, unless it is absent, damaged or of something else."""
     try:
         result: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return result if result.get("version") == version else None
+    same = result.get("version") == version and result.get("run") == asdict(run)
+    return result if same else None
 
 
 def _write(file: Path, text: str) -> None:

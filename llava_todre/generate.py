@@ -30,8 +30,8 @@ class Request:
 
     question: str
     """May contain ``<image>`` where each image goes; they stand in front otherwise."""
-    images: Sequence[Picture]
-    """PIL images or files; with ``is_video`` the frames of one video in order."""
+    images: Sequence[Picture] = ()
+    """PIL images or files; with ``is_video`` the frames of one video in order; none for text."""
     is_video: bool = False
 
 
@@ -72,17 +72,18 @@ def answer(
         raise TodreError(f"max_new_tokens {max_new_tokens} is out of range; allowed: 1 or more.")
     if not requests:
         return []
-    model.clock.enabled, model.clock.stages_ms = timed, {}
-    with model.clock.stage("views"):
-        pixels, sizes, modalities, places = _prepare_images(model, requests)
-    encoded = model.encode_images(pixels, sizes, modalities) if pixels else []
-    visuals = [encoded[place] for place in places] or None
+    for option in ("num_return_sequences", "return_dict_in_generate"):
+        if option in generate_kwargs:
+            raise TodreError(f"{option} is not accepted here; call model.generate for that.")
     ids, mask = _prepare_prompts(model, tokenizer, requests, template)
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
-    output = model.generate(ids, images=visuals, attention_mask=mask, **settings)
-    new = output if visuals else output[:, ids.shape[1] :]
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    stages = dict(model.clock.stages_ms)
+    with model.clock.timing(timed) as stages:
+        with model.clock.stage("views"):
+            pixels, sizes, modalities, places = _prepare_images(model, requests)
+        encoded = model.encode_images(pixels, sizes, modalities)
+        visuals = [encoded[place] for place in places]
+        output = model.generate(ids, images=visuals, attention_mask=mask, **settings)
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
     return [
         Answer(text.strip(), stats, stages)
         for text, stats in zip(texts, model.last_stats, strict=True)
@@ -97,7 +98,7 @@ def ask(
     **kwargs: Any,
 ) -> Answer:
     """Answer one question about one or several images; see :func:`answer` for ``kwargs``."""
-    several = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    several: Any = images if isinstance(images, (list, tuple)) else [images]
     return answer(model, tokenizer, [Request(question, several)], **kwargs)[0]
 
 
@@ -112,8 +113,8 @@ def _prepare_images(
     known: dict[Any, int] = {}
     places: list[int] = []
     for request in requests:
-        if not request.images:
-            raise TodreError("images is empty; give at least one image or frame per question.")
+        if request.is_video and not request.images:
+            raise TodreError("images is empty; a video needs at least one frame.")
         groups = [list(request.images)] if request.is_video else [[item] for item in request.images]
         for group in groups:
             key = (request.is_video, *(_identity(item) for item in group))
@@ -130,11 +131,15 @@ def _prepare_images(
 
 
 def _open(picture: Picture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else load_image(picture)
+    if isinstance(picture, (str, os.PathLike)):
+        return load_image(picture)
+    if not isinstance(picture, Image.Image):
+        raise TodreError(f"image of type {type(picture).__name__}; allowed: PIL image or path.")
+    return picture
 
 
 def _identity(picture: Picture) -> Any:
-    return id(picture) if isinstance(picture, Image.Image) else os.fspath(picture)
+    return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
 def _prepare_prompts(

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+SOURCES = ("llava_todre", "eval", "configs", "checkpoints/mini")
+"""What a result depends on; changes elsewhere do not make it dirty."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 
 
@@ -21,7 +23,7 @@ def provenance() -> dict[str, Any]:
     return {
         "time_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "git_commit": _git(root, "rev-parse", "HEAD"),
-        "git_dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "git_dirty": bool(_git(root, "status", "--porcelain", "--", *SOURCES)),
         "versions": {"python": platform.python_version()}
         | {name: _installed(name) for name in ("llava-todre", *PACKAGES)},
         "device": device_name(),

@@ -56,11 +56,11 @@ def attention_mass(
         return 0.0
     groups, heads = len(keys), len(queries)
     per_group = heads // groups
+    counted = columns.float()  # (N,); a product, because indexing by a mask would synchronise
     # One key head at a time bounds the memory to R x N per query head of the group.
-    mass = sum(
-        attention_rows(
-            queries[g * per_group : (g + 1) * per_group], keys[g : g + 1], rows, scaling
-        )[..., columns].sum()
-        for g in range(groups)
-    )
+    mass = torch.zeros((), device=keys.device)
+    for group in range(groups):
+        heads_of_group = queries[group * per_group : (group + 1) * per_group]
+        attention = attention_rows(heads_of_group, keys[group : group + 1], rows, scaling)
+        mass += (attention @ counted).sum()
     return float(mass) / (heads * len(rows))

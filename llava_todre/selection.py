@@ -21,18 +21,24 @@ Objective = Literal["max_sum", "max_min"]
 MAX_GRAM_TOKENS = 16_384
 
 
+def check_finite(features: Tensor) -> None:
+    """Raise a TodreError if a row of ``features`` (N, D) contains NaN or Inf."""
+    finite = torch.isfinite(features).all(dim=-1)
+    if not bool(finite.all()):
+        raise TodreError(
+            f"features: {int((~finite).sum())} of {len(features)} visual tokens contain NaN or "
+            "Inf; they must be finite."
+        )
+
+
 def unit_rows(features: Tensor) -> Tensor:
     """Return the rows of ``features`` (N, D) scaled to length one, in float32; zero rows stay zero.
 
     Raises:
         TodreError: a feature is NaN or infinite, for which "similar" has no meaning.
     """
+    check_finite(features)
     rows = features.float()
-    if not torch.isfinite(rows).all():
-        bad = int((~torch.isfinite(rows).all(dim=-1)).sum())
-        raise TodreError(
-            f"features: {bad} of {len(rows)} visual tokens contain NaN or Inf; they must be finite."
-        )
     # Dividing by the largest entry first keeps the squares of huge or tiny rows inside float32.
     rows = rows / rows.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.nn.functional.normalize(rows, dim=-1)

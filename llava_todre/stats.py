@@ -48,8 +48,6 @@ class PruneStats:
     """One prompt, from its images to the last decoder layer."""
 
     images: tuple[ImageStats, ...]
-    text_tokens: int
-    """System and text tokens."""
     newline_tokens: int
     """``image_newline`` tokens that reached the decoder."""
     probes: tuple[Probe, ...]
@@ -57,6 +55,11 @@ class PruneStats:
     """All tokens each decoder layer processed during prefill."""
     visual_tokens_per_layer: tuple[int, ...]
     """Patch and newline tokens each decoder layer processed during prefill."""
+
+    @property
+    def text_tokens(self) -> int:
+        """System and text tokens."""
+        return self.prompt_tokens_per_layer[0] - self.visual_tokens_per_layer[0]
 
     @property
     def visual_tokens(self) -> int:
@@ -102,6 +105,15 @@ class Clock:
 
     enabled: bool = False
     stages_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timing(self, enabled: bool) -> Iterator[dict[str, float]]:
+        """Time the stages of a block, if enabled; gives the dictionary they are written to."""
+        self.enabled, self.stages_ms = enabled, {}
+        try:
+            yield self.stages_ms
+        finally:
+            self.enabled = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

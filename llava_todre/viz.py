@@ -22,6 +22,9 @@ Box = tuple[float, float, float, float]
 THUMBNAIL_COLOUR = (255, 214, 0)
 _TITLE_HEIGHT = 26
 _GAP = 10
+_MIN_WIDTH = 420
+MAX_SIDE = 1600
+"""Longest side in pixels at which one image of a prompt is drawn."""
 
 
 def token_boxes(stats: ImageStats, size: tuple[int, int], config: Any, tile: int) -> list[Box]:
@@ -84,7 +87,7 @@ def draw_kept(
         stats: which tokens were kept.
         scale: size of the result relative to the image.
     """
-    size = (round(image.width * scale), round(image.height * scale))
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     bright = image.resize(size, Image.Resampling.NEAREST if scale >= 2 else None)
     if len(stats.keep_idx) == stats.num_tokens:
         return bright
@@ -120,7 +123,8 @@ def picture_of(images: Sequence[Image.Image], stats: PruneStats, model: Any) -> 
     cells = []
     for image, kept in zip(images, stats.images, strict=True):
         boxes = token_boxes(kept, image.size, model.config, tile)
-        scale = max(1, round(448 / max(image.size)))
+        longest = max(image.size)
+        scale = max(1, round(448 / longest)) if longest < MAX_SIDE else MAX_SIDE / longest
         title = f"{len(kept.keep_idx)} of {kept.num_tokens} tokens"
         cells.append((title, draw_kept(image.convert("RGB"), boxes, kept, scale)))
     return contact_sheet([cells], "Visual tokens kept before the decoder")
@@ -131,7 +135,7 @@ def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], caption: st
     cell_width = max(picture.width for row in rows for _, picture in row)
     cell_height = max(picture.height for row in rows for _, picture in row)
     columns = max(len(row) for row in rows)
-    width = _GAP + columns * (cell_width + _GAP)
+    width = max(_MIN_WIDTH, _GAP + columns * (cell_width + _GAP))
     height = _GAP + _TITLE_HEIGHT + len(rows) * (cell_height + _TITLE_HEIGHT + _GAP)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)

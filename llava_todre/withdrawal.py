@@ -62,7 +62,8 @@ class Segment:
     """(B, M) int8 of :class:`~llava_todre.spans.Kind`."""
     step: Tensor | None = None
     """(B, M) how this segment is gathered from the one before."""
-    prompt_inputs: LayerInputs | None = None
+    prompt_context: tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None] | None = None
+    """Mask, RoPE tables and position ids of the prompt, as in :class:`LayerInputs`."""
     decode_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -155,15 +156,13 @@ class Withdrawal:
                     segment, inputs.attention_mask, num_new, num_queries, flash
                 )
             return replace(inputs, attention_mask=segment.decode_mask)
+        hidden_states = inputs.hidden_states
         if layer == segment.start:
             assert segment.step is not None
-            hidden_states = gather(inputs.hidden_states, segment.step, dim=1)
-            segment.prompt_inputs = self._prompt_inputs(
-                segment, replace(inputs, hidden_states=hidden_states), flash
-            )
-            return segment.prompt_inputs
-        assert segment.prompt_inputs is not None
-        return replace(segment.prompt_inputs, hidden_states=inputs.hidden_states)
+            hidden_states = gather(hidden_states, segment.step, dim=1)
+            segment.prompt_context = self._prompt_context(segment, inputs, flash)
+        assert segment.prompt_context is not None
+        return LayerInputs(hidden_states, *segment.prompt_context)
 
     def leave(
         self,
@@ -267,7 +266,9 @@ class Withdrawal:
         kinds = previous.kinds.gather(1, order).masked_fill(~valid, Kind.PADDING)
         self.segments.append(Segment(start, previous.columns.gather(1, order), valid, kinds, order))
 
-    def _prompt_inputs(self, segment: Segment, inputs: LayerInputs, flash: bool) -> LayerInputs:
+    def _prompt_context(
+        self, segment: Segment, inputs: LayerInputs, flash: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None]:
         """Gather mask and positions, built for layer 0's prompt, at the segment's columns."""
         mask, columns = inputs.attention_mask, segment.columns
         length = columns.shape[1]
@@ -283,7 +284,7 @@ class Withdrawal:
             # only reader of the ids, and would take the gap left by the visual tokens for a
             # boundary between two sequences.
             position_ids = torch.arange(length, device=columns.device).expand(len(position_ids), -1)
-        return LayerInputs(inputs.hidden_states, mask, (cosines, sines), position_ids)
+        return mask, (cosines, sines), position_ids
 
     def _decode_mask(
         self, segment: Segment, mask: Tensor | None, num_new: int, num_queries: int, flash: bool

@@ -76,6 +76,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ({"extra": ["--option", "tau=x"]}, "tau 'x' is out of range"),
         ({"extra": ["--option", "probe_depths=0.5"]}, "probe_depths 0.5 is not a list"),
         ({"extra": ["--option", "tau"]}, "not of the form KEY=VALUE"),
+        ({"extra": ["--option", "tau=["]}, "not valid YAML"),
+        ({"extra": ["--option", "cls_layer=a"]}, "cls_layer 'a' is not a whole number"),
+        ({"extra": ["--option", "cls_layer=99"]}, "cls_layer 99"),
+        ({"extra": ["--method", "random", "--option", "seed=x"]}, "seed 'x'"),
         ({"extra": ["--method", "missing.yaml"]}, "method file 'missing.yaml' cannot be read"),
         ({"extra": ["--template", "vicuna"]}, "Did you mean 'vicuna_v1'?"),
         ({"extra": ["--protocol", "papr"]}, "Did you mean 'paper'?"),
@@ -121,14 +125,15 @@ def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "model.safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["vanilla", "random", "todre"])
 def test_nan_weights_are_reported_as_nan_features(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     model = copy_of_model(tmp_path)
     tensors = load_file(model / "model.safetensors")
     tensors["model.mm_projector.2.bias"][0] = torch.nan
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    assert generate(model=str(model)) == 1
+    assert generate("--method", method, model=str(model)) == 1
     assert "NaN or Inf" in capsys.readouterr().err
 
 
@@ -137,8 +142,17 @@ def test_debug_shows_where_it_happened() -> None:
     wrong = ["generate", "--model", MODEL, "--image", "nope.png", "--question", "what"]
     plain = subprocess.run([*command, *wrong], capture_output=True, text=True)
     assert plain.returncode == 1 and "Traceback" not in plain.stderr
-    debug = subprocess.run([*command, "--debug", *wrong], capture_output=True, text=True)
-    assert debug.returncode != 0 and "Traceback" in debug.stderr
+    for asked in (["--debug", *wrong], [*wrong, "--debug"]):
+        debug = subprocess.run([*command, *asked], capture_output=True, text=True)
+        assert debug.returncode != 0 and "Traceback" in debug.stderr
+
+
+def test_what_nobody_foresaw_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llava_todre.generate.answer", lambda *a, **k: 1 / 0)
+    assert generate() == 1
+    assert "ZeroDivisionError: division by zero (--debug shows where)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_stages_are_timed_only_on_request(
     model.set_pruner("todre")
     assert ask(model, tokenizer, images[0], "what", max_new_tokens=3).stages_ms == {}
     stages = ask(model, tokenizer, images[0], "what", max_new_tokens=3, timed=True).stages_ms
+    assert not model.clock.enabled
     assert set(stages) == {"views", "vision", "selection", "prefill", "decode"}
     assert all(ms > 0 for ms in stages.values())
 
@@ -112,5 +113,19 @@ def test_nothing_to_ask(loaded: tuple[Any, Any], images: list[Image.Image]) -> N
     assert answer(model, tokenizer, []) == []
     with pytest.raises(TodreError, match="question"):
         ask(model, tokenizer, images[0], "  ")
-    with pytest.raises(TodreError, match="images is empty"):
-        answer(model, tokenizer, [Request("what", [])])
+    with pytest.raises(TodreError, match="at least one frame"):
+        answer(model, tokenizer, [Request("what", [], is_video=True)])
+    with pytest.raises(TodreError, match="image of type int"):
+        ask(model, tokenizer, 3, "what")  # type: ignore[arg-type]
+
+
+def test_a_question_without_images_fits_beside_others(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre_v1", retain_ratio=0.25, tau=0.3)
+    requests = [Request("yes or no"), Request("what", [images[0]])]
+    together = answer(model, tokenizer, requests, max_new_tokens=5)
+    singly = [answer(model, tokenizer, [one], max_new_tokens=5)[0] for one in requests]
+    assert [a.text for a in together] == [a.text for a in singly]
+    assert together[0].stats.visual_tokens == 0 and together[0].stats.withdrawn_from is None

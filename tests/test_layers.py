@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
-    ["errors"],
+    ["errors", "version"],
     ["selection", "relevance", "flops", "spans", "stats", "provenance", "table"],
     ["pruners"],
     ["withdrawal"],

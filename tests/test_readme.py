@@ -10,6 +10,7 @@ import pytest
 
 from eval.readme import render
 from llava_todre.cli import main
+from llava_todre.pruners import PRUNERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +39,11 @@ def test_the_commands_run(
     for command in commands:
         assert main(command) == 0
     assert "visual tokens kept" in capsys.readouterr().out
+
+
+def test_the_method_list_is_the_registry() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert set(rows) == set(PRUNERS)
 
 
 def test_the_make_targets_exist() -> None:

@@ -142,7 +142,9 @@ def test_equal_tokens_are_picked_in_order(objective):
 def test_more_tokens_than_the_matrix_may_have_give_the_same_result(objective, monkeypatch):
     features = random_features(576)
     whole = greedy_diverse(features, 300, 3, objective)
-    monkeypatch.setattr(selection, "MAX_GRAM_TOKENS", 0)
+    assert selection._gram_pays(features, 300)
+    monkeypatch.setattr(selection, "MAX_GRAM_TOKENS", 575)
+    assert not selection._gram_pays(features, 300)
     assert torch.equal(whole, greedy_diverse(features, 300, 3, objective))
 
 

@@ -106,15 +106,17 @@ BATCHES = {
 class Scripted(Pruner):
     """Drops what each sample's plan says, whatever the attention."""
 
-    plans: dict[int, Plan]
-    """Text tokens of the sample -> its plan."""
+    drops: frozenset[tuple[int, int, int]]
+    """(text tokens of the sample, layer, stride)."""
     retain_ratio: float = 1.0
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return tuple(sorted({layer for plan in self.plans.values() for layer in plan}))
+        return tuple(sorted({layer for _, layer, _ in self.drops}))
 
     def at_layer(self, view: LayerView) -> Tensor | None:
-        stride = self.plans[int((view.kinds == Kind.TEXT).sum())].get(view.layer)
+        num_text = int((view.kinds == Kind.TEXT).sum())
+        plan = {layer: stride for text, layer, stride in self.drops if text == num_text}
+        stride = plan.get(view.layer)
         if stride is None:
             return None
         keep = view.kinds != Kind.VISUAL
@@ -140,8 +142,11 @@ def batch_of(samples: list[Sample], side: str = "left") -> dict[str, Any]:
     return {"inputs": ids, "attention_mask": mask, "images": images}
 
 
-def set_plans(model: LlavaLlamaForCausalLM, samples: list[Sample]) -> None:
-    model.set_pruner(Scripted(plans={sample.num_text: sample.plan for sample in samples}))
+def set_plans(
+    model: LlavaLlamaForCausalLM, samples: list[Sample], method: type[Scripted] = Scripted
+) -> None:
+    drops = [(sample.num_text, *drop) for sample in samples for drop in sample.plan.items()]
+    model.set_pruner(method(drops=frozenset(drops)))
 
 
 def generate(model: LlavaLlamaForCausalLM, samples: list[Sample], **options: Any) -> Any:
@@ -347,6 +352,16 @@ def test_a_batch_of_three_equals_three_singles(tiny_llava, implementation):
             torch.testing.assert_close(together.logits[step][row], logits[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_follows_single(tiny_llava, attention, dtype):
+    """Masks and filler rows must not overflow; the answers may differ by rounding."""
+    samples = BATCHES["three, mixed"]
+    single = generate(tiny_llava(attention), samples, max_new_tokens=1).logits[0]
+    half = generate(tiny_llava(attention).to(dtype), samples, max_new_tokens=1).logits[0]
+    assert half.isfinite().all()
+    assert (half.float() - single).abs().mean() < 0.1 * single.std()
+
+
 def test_padding_side_of_the_ids_does_not_matter(tiny_llava):
     model = tiny_llava()
     samples = BATCHES["two, padded, parts"]
@@ -450,7 +465,7 @@ def test_a_method_sees_one_sample_without_padding(tiny_llava, attention, name, u
 
     model = tiny_llava(attention)
     samples = BATCHES[name]
-    model.set_pruner(Watching(plans={sample.num_text: sample.plan for sample in samples}))
+    set_plans(model, samples, Watching)
     model(**prepared(model, samples), use_cache=use_cache)
     oracle = Oracle(model)
     runs = []
@@ -575,12 +590,20 @@ def test_nothing_can_be_dropped_after_the_last_layer(tiny_llava):
 
 @torch.no_grad()
 def test_running_the_same_prompt_again_starts_over(tiny_llava):
+    decisions = [True, True, False]  # the method may decide otherwise the next time
+
+    class Fickle(Scripted):
+        def at_layer(self, view: LayerView) -> Tensor | None:
+            return super().at_layer(view) if decisions.pop(0) else None
+
     model = tiny_llava()
     samples = [make_sample([3, 9], [20], {3: 0})]
-    set_plans(model, samples)
+    set_plans(model, samples, Fickle)
     call = prepared(model, samples) | {"use_cache": False}
     assert torch.equal(model(**call).logits, model(**call).logits)
     assert len(model.last_stats[0].probes) == 1
+    assert torch.equal(model(**call).logits, model(inputs_embeds=call["inputs_embeds"]).logits)
+    assert model.last_stats[0].prompt_tokens_per_layer == (33,) * 8
 
 
 # ---------------------------------------------------------------- refusals

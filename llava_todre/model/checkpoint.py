@@ -104,9 +104,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     shards = [found]
     if found.suffix == ".json":
         index = read_json(found).get("weight_map")
-        if not isinstance(index, dict):
-            raise TodreError(f"{found} has no weight_map.")
-        shards = [folder / name for name in sorted(set(index.values()))]
+        names: set[Any] = set(index.values()) if isinstance(index, dict) else {None}
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise TodreError(f"{found} has no weight_map from tensor names to file names.")
+        shards = [folder / name for name in sorted(names)]
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         if not shard.is_file():

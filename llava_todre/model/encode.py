@@ -23,6 +23,7 @@ from llava_todre.model.multimodal import (
 )
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import Pruner
+from llava_todre.selection import check_finite
 
 MODALITIES = ("image", "video")
 
@@ -54,7 +55,10 @@ class LlavaLlamaModel(PruningLlamaModel):
         """Build without weights; nothing is downloaded."""
         super().__init__(config)
         self.vision_tower = VisionTower(
-            config.vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
+            config.vision_config,
+            config.mm_vision_select_layer,
+            config.mm_vision_select_feature,
+            config._attn_implementation,
         )
         self.mm_projector = build_projector(
             config.mm_projector_type, config.mm_hidden_size, config.hidden_size
@@ -85,15 +89,17 @@ class LlavaLlamaModel(PruningLlamaModel):
         pixels = torch.cat([view.to(parameter.device, parameter.dtype) for view in views])
         encoded = self.vision_tower(pixels, pruner.cls_layer if wanted else None)
         projected = self.mm_projector(encoded.patches)  # (all views, P, D)
+        check_finite(projected.flatten(0, 1))
         counts = [len(view) for view in views]
         attention = encoded.cls_attention.split(counts) if wanted else [None] * len(views)
         return [
             EncodedVisual(
                 projected=features.flatten(0, 1),
-                slots=slot.to(features.device),
+                slots=slot,
                 side=self.vision_tower.side,
                 is_video=kind == "video",
                 cls_attention=None if score is None else score.flatten(),
+                cls_layer=pruner.cls_layer if wanted else None,
             )
             for features, slot, kind, score in zip(
                 projected.split(counts), slots, kinds, attention, strict=True

@@ -29,7 +29,16 @@ Size = tuple[int, int]
 MAX_PIXELS = 2 * 89_478_485
 
 # What Pillow's decoders let through when the bytes of a file are wrong.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+_DECODE_ERRORS = (
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+)
 
 
 def load_image(path: str | os.PathLike[str]) -> Image.Image:

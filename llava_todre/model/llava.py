@@ -8,6 +8,7 @@ Stage 1 happens in ``prepare_inputs_labels_for_multimodal``, Stage 2 in the forw
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava_todre.errors import TodreError
+from llava_todre.errors import TodreError, unknown
 from llava_todre.flops import DecoderShape
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
 from llava_todre.model.images import Size
@@ -25,7 +26,7 @@ from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
-from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.pruners import NEEDS, Pruner, create_pruner
 from llava_todre.spans import Kind
 from llava_todre.stats import Clock, PruneStats
 from llava_todre.withdrawal import Withdrawal
@@ -41,7 +42,13 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     ``model.set_pruner("todre", retain_ratio=0.1)`` chooses the method for all later calls;
     ``model.last_stats`` tells what happened in the last one.
+
+    Modifications (follows transformers 5.23.0): ``forward`` and ``generate`` take images and put
+    them into the prompt first; everything after that is ``LlamaForCausalLM``.
     """
+
+    # Residual connections must stay on one device when accelerate spreads the model.
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
 
     config_class = LlavaConfig
 
@@ -53,7 +60,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.pruner: Pruner = create_pruner("vanilla")
         self.clock = Clock()
-        self._last: tuple[list[SplicedPrompt], Withdrawal] | None = None
+        self._last: tuple[list[tuple[PackedVisual, ...]], Withdrawal] | None = None
         self.post_init()
 
     def get_model(self) -> LlavaLlamaModel:
@@ -65,9 +72,20 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return self.model.vision_tower
 
     def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
-        """Choose the pruning method by name and options, or as an object; returns it."""
-        self.pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
-        return self.pruner
+        """Choose the pruning method by name and options, or as an object; returns it.
+
+        Raises:
+            TodreError: unknown method or option, a value out of range, or a method that needs
+                something this model does not compute.
+        """
+        if not isinstance(method, Pruner):
+            method = create_pruner(method, **knobs)
+        elif knobs:
+            method = dataclasses.replace(method, **knobs)
+        for need in method.needs - NEEDS:
+            raise unknown(f"needs of {type(method).__name__}:", need, NEEDS)
+        self.pruner = method
+        return method
 
     # ------------------------------------------------------------------ images
 
@@ -89,10 +107,21 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             TodreError: shapes, sizes or modalities that do not fit each other.
         """
         entries: list[Any] = list(images)
-        if not entries or isinstance(entries[0], EncodedVisual):
+        if all(isinstance(entry, EncodedVisual) for entry in entries):
             return entries
+        self._check_pixels(entries)
         with self.clock.stage("vision"):
             return self.model.encode(entries, image_sizes, modalities, self.pruner)
+
+    def _check_pixels(self, entries: Sequence[Any]) -> None:
+        side = self.get_vision_tower().config.image_size
+        for entry in entries:
+            shape = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
+            if len(shape) not in (3, 4) or shape[-3:] != (3, side, side):
+                raise TodreError(
+                    f"images holds {shape}; allowed: tensors of shape (3, {side}, {side}) or "
+                    f"(views, 3, {side}, {side}), as process_images returns them."
+                )
 
     # ------------------------------------------------------------------ prompts
 
@@ -128,9 +157,12 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             carries the state of Stage 2.
         """
         self._last = None
-        if images is None:
+        continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if images is None or (continues and input_ids.shape[1] == 1):
             _refuse_placeholders(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        if input_ids.ndim != 2:
+            raise TodreError(f"input_ids has shape {tuple(input_ids.shape)}; allowed: (B, T).")
         visuals = self.encode_images(images, image_sizes, modalities)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         ids = [row[keep.bool()] for row, keep in zip(input_ids, real, strict=True)]
@@ -154,7 +186,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 f"prompt of {embeds.shape[1]} tokens is longer than the {limit} the model can read."
             )
         withdrawal = Withdrawal(self.pruner, spans, self.config.num_hidden_layers)
-        self._last = prompts, withdrawal
+        self._last = [prompt.visuals for prompt in prompts], withdrawal
         if withdrawal.probe_layers:
             if past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
@@ -177,19 +209,15 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     ) -> list[SplicedPrompt]:
         """Run Stage 1 on every image, once where the question does not matter, and splice."""
         needs_text = "text_embeds" in self.pruner.needs
-        packed: dict[int, PackedVisual] = {}
+        newline = self.model.image_newline
         remaining = iter(visuals)
         prompts = []
         for row, targets in zip(ids, labels, strict=True):
             text = self.get_input_embeddings()(row.clamp_min(0))  # (T, D)
             chosen = []
             for _ in range(int((row == IMAGE_TOKEN_INDEX).sum())):
-                visual = next(remaining)
-                if needs_text or id(visual) not in packed:
-                    question = text[question_rows(row)] if needs_text else None
-                    newline = self.model.image_newline
-                    packed[id(visual)] = prune(visual, self.pruner, newline, question)
-                chosen.append(packed[id(visual)])
+                question = text[question_rows(row)] if needs_text else None
+                chosen.append(prune(next(remaining), self.pruner, newline, question))
             prompts.append(splice(row, targets, text, chosen))
         return prompts
 
@@ -207,6 +235,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         images: Images | None = None,
         image_sizes: Sequence[Size] | None = None,
         modalities: Sequence[str] | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits for prompts with images, or run one step of a generation.
@@ -250,6 +279,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
+                # Named in the signature above, or `generate` would not ask for the last row only.
+                logits_to_keep=logits_to_keep,
                 withdrawal=withdrawal,
                 **kwargs,
             )
@@ -279,7 +310,11 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """
         if "inputs_embeds" in kwargs:
             raise TodreError("inputs_embeds is not accepted; give inputs and images.")
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
         if images is None or inputs is None:
+            if images is not None:
+                raise TodreError("inputs is missing; give the token ids together with images.")
             self._last = None
             return super().generate(inputs, **kwargs)
         for option in ("assistant_model", "prefill_chunk_size"):
@@ -330,14 +365,13 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         copies = len(withdrawal.probes) // len(prompts)  # beam search repeats samples
         return tuple(
             PruneStats(
-                images=tuple(visual.stats for visual in prompt.visuals),
-                text_tokens=int((prompt.kinds != Kind.VISUAL).sum()),
-                newline_tokens=sum(visual.num_newlines for visual in prompt.visuals),
+                images=tuple(visual.stats for visual in visuals),
+                newline_tokens=sum(visual.num_newlines for visual in visuals),
                 probes=tuple(withdrawal.probes[index * copies]),
                 prompt_tokens_per_layer=withdrawal.tokens_per_layer(index * copies),
                 visual_tokens_per_layer=withdrawal.tokens_per_layer(index * copies, Kind.VISUAL),
             )
-            for index, prompt in enumerate(prompts)
+            for index, visuals in enumerate(prompts)
         )
 
 

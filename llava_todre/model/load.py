@@ -21,6 +21,7 @@ from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.model.placement import (
     DTYPES,
     check_attention,
+    check_spread,
     parse_dtype,
     spreads,
     target_device,
@@ -93,7 +94,9 @@ def load_pretrained_model(
         device_map=device_map if spreads(device_map) else None,
         attn_implementation=attn_implementation,
     )
-    if not spreads(device_map):
+    if spreads(device_map):
+        check_spread(getattr(model, "hf_device_map", {}))
+    else:
         model.to(target)
     model.get_vision_tower().image_processor = processor
     if (folder / "generation_config.json").is_file():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -105,12 +105,16 @@ class EncodedVisual:
     projected: Tensor
     """(V * P, D)."""
     slots: Tensor
-    """(S,) int64 from :func:`merge_slots`."""
+    """(S,) int64 from :func:`merge_slots`, on the CPU."""
     side: int
     """R."""
     is_video: bool
     cls_attention: Tensor | None
     """(V * P,), when a method needs it."""
+    cls_layer: int | None = None
+    """The vision layer it is of."""
+    latest: list[tuple[Pruner, PackedVisual]] = field(default_factory=list, repr=False)
+    """The last selection, if it did not depend on the question: the next may be the same."""
 
     @cached_property
     def patches(self) -> Tensor:
@@ -128,14 +132,15 @@ class EncodedVisual:
 
     def tokens(self, text_embeds: Tensor | None) -> VisualTokens:
         """Return what a method selects from."""
-        view, patch = self.patches // self.side**2, self.patches % self.side**2
+        patches = self.patches.to(self.projected.device)
+        patch = patches % self.side**2
         return VisualTokens(
-            features=self.projected[self.patches],
-            view=view,
+            features=self.projected[patches],
+            view=patches // self.side**2,
             row=patch // self.side,
             column=patch % self.side,
             is_video=self.is_video,
-            cls_attention=None if self.cls_attention is None else self.cls_attention[self.patches],
+            cls_attention=None if self.cls_attention is None else self.cls_attention[patches],
             text_embeds=text_embeds,
         )
 
@@ -162,41 +167,55 @@ def prune(
     """Stage 1: let the method select, then put newline tokens back after rows that kept a token.
 
     Args:
-        visual: the encoded image or video.
+        visual: the encoded image or video; remembers the result when no text was given.
         pruner: the method; asked only when its budget is below the number of tokens.
         newline: (D,) the newline embedding, for merge types that have one.
         text_embeds: (T, D) for methods that need them.
     """
+    for known, packed in visual.latest:
+        if text_embeds is None and known == pruner:
+            return packed
+    packed = _pack(visual, _select(visual, pruner, text_embeds), newline)
+    if text_embeds is None:
+        visual.latest[:] = [(pruner, packed)]
+    return packed
+
+
+def _select(visual: EncodedVisual, pruner: Pruner, text_embeds: Tensor | None) -> Selection:
     num_tokens = len(visual.patches)
     budget = pruner.budget(num_tokens)
     if budget >= num_tokens:
-        selection = Selection(torch.arange(num_tokens, device=visual.slots.device))
-    elif "cls_attention" in pruner.needs and visual.cls_attention is None:
+        return Selection(torch.arange(num_tokens))
+    if "cls_attention" in pruner.needs and visual.cls_layer != pruner.cls_layer:
         raise TodreError(
-            "images were encoded without the [CLS] attention this method needs; "
-            "set the pruner first, then encode."
+            f"images were encoded without the [CLS] attention of layer {pruner.cls_layer} that "
+            "this method needs; set the pruner first, then encode."
         )
-    else:
-        selection = pruner.select(visual.tokens(text_embeds), budget)
-    keep_idx = selection.keep_idx
-    features = selection.features
-    if features is None:
-        features = visual.projected[visual.patches[keep_idx]]
-    stats = ImageStats(visual.patches.cpu(), visual.side, keep_idx.cpu())
-    if newline is None or not bool((visual.slots == NEWLINE).any()):
-        return PackedVisual(features, 0, stats)
+    return pruner.select(visual.tokens(text_embeds), budget)
 
-    is_patch = visual.slots != NEWLINE
-    kept = torch.zeros(num_tokens, dtype=torch.bool, device=keep_idx.device)
+
+def _pack(visual: EncodedVisual, selection: Selection, newline: Tensor | None) -> PackedVisual:
+    """Gather the kept tokens and the newlines of their rows; all bookkeeping is on the CPU."""
+    keep_idx = selection.keep_idx.cpu()
+    kept = torch.zeros(len(visual.patches), dtype=torch.bool)
     kept[keep_idx] = True
-    lines = visual.line[kept].unique()
-    keep_newline = torch.zeros(int((~is_patch).sum()), dtype=torch.bool, device=keep_idx.device)
-    # Unpadding a strip of one pixel leaves newlines without patches; unpruned, they stay.
-    keep_newline[lines[lines >= 0] if budget < num_tokens else slice(None)] = True
+    is_patch = visual.slots != NEWLINE
+    # Unpadding a strip of one pixel leaves rows without patches; unpruned, their newlines stay.
+    has_token = torch.full((int((~is_patch).sum()),), len(keep_idx) == len(visual.patches))
+    lines = visual.line[kept]
+    has_token[lines[lines >= 0]] = True
     keep_slot = torch.empty_like(is_patch)
-    keep_slot[is_patch], keep_slot[~is_patch] = kept, keep_newline
+    keep_slot[is_patch], keep_slot[~is_patch] = kept, has_token
 
+    source, rows = visual.projected, visual.patches[keep_idx]
+    if selection.features is not None:
+        source, rows = selection.features, torch.arange(len(keep_idx))
     chosen = is_patch[keep_slot]
-    embeds = newline.to(features).expand(len(chosen), -1).clone()
-    embeds[chosen] = features
-    return PackedVisual(embeds, int(keep_newline.sum()), stats)
+    index = torch.full(chosen.shape, len(source))  # the row behind the last is the newline
+    index[chosen] = rows
+    num_newlines = int(has_token.sum())
+    if num_newlines:
+        assert newline is not None, "a merge type with newlines has their embedding"
+        source = torch.cat([source, newline.to(source)[None]])
+    stats = ImageStats(visual.patches, visual.side, keep_idx)
+    return PackedVisual(source[index.to(source.device)], num_newlines, stats)

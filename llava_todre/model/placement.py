@@ -23,6 +23,16 @@ def spreads(device_map: Any) -> bool:
     return device_map in ("auto", "balanced", "balanced_low_0", "sequential")
 
 
+def check_spread(placed: dict[str, Any]) -> None:
+    """Raise if accelerate put a part of a model on the CPU or disk, and another on a GPU."""
+    kinds = {"cpu" if str(device) in ("cpu", "disk") else "gpu" for device in placed.values()}
+    if len(kinds) > 1:
+        raise TodreError(
+            "the model does not fit on the GPUs of this device_map and would spill to the CPU; "
+            "allowed: GPUs only, or cpu only. Try a smaller dtype or more GPUs."
+        )
+
+
 def target_device(device: Any, device_map: Any) -> torch.device:
     """Return the device of the model, or of most of it when it is spread."""
     if spreads(device_map):

@@ -38,21 +38,28 @@ class VisionTower(nn.Module):
     """
 
     def __init__(
-        self, vision_config: dict[str, Any], select_layer: int, select_feature: str
+        self,
+        vision_config: dict[str, Any],
+        select_layer: int,
+        select_feature: str,
+        attn_implementation: str | None = None,
     ) -> None:
         """Build the tower without weights.
 
         Args:
             vision_config: keyword arguments of ``CLIPVisionConfig``.
             select_layer: index into the hidden states (0 is the embedding's output), e.g. -2.
-            select_feature: ``"patch"`` drops [CLS], ``"cls_patch"`` keeps it as the first token.
+            select_feature: ``"patch"``, which drops [CLS]; nothing else is supported.
+            attn_implementation: the decoder's, e.g. ``"sdpa"``.
         """
         super().__init__()
         if select_feature != "patch":
             raise TodreError(
                 f"mm_vision_select_feature {select_feature!r} is not supported; allowed: patch."
             )
-        self.vision_tower = CLIPVisionModel(CLIPVisionConfig(**vision_config))
+        self.vision_tower = CLIPVisionModel._from_config(
+            CLIPVisionConfig(**vision_config), attn_implementation=attn_implementation
+        )
         self.config = self.vision_tower.config
         num_states = self.config.num_hidden_layers + 1
         if not -num_states <= select_layer < num_states:

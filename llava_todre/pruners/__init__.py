@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from llava_todre.errors import unknown
-from llava_todre.pruners.base import LayerView, Pruner, Selection
+from llava_todre.pruners.base import NEEDS, LayerView, Pruner, Selection
 from llava_todre.pruners.random import Random
 from llava_todre.pruners.todre import Todre, TodreV1
 from llava_todre.pruners.vanilla import Vanilla
@@ -18,7 +18,7 @@ PRUNERS: dict[str, type[Pruner]] = {
     "todre_v1": TodreV1,
 }
 
-__all__ = ["PRUNERS", "LayerView", "Pruner", "Selection", "create_pruner"]
+__all__ = ["NEEDS", "PRUNERS", "LayerView", "Pruner", "Selection", "create_pruner"]
 
 
 def create_pruner(method: str, **knobs: Any) -> Pruner:

@@ -137,6 +137,12 @@ def require(key: str, value: Any, low: float, high: float, low_included: bool = 
         )
 
 
+def require_int(key: str, value: Any) -> None:
+    """Raise a TodreError unless ``value`` is a whole number."""
+    if type(value) is not int:
+        raise TodreError(f"{key} {value!r} is not a whole number; allowed: e.g. 0.")
+
+
 def layers_at(depths: tuple[float, ...], num_layers: int) -> tuple[int, ...]:
     """Return the 0-based layers ``floor(depth * num_layers)``, the last one at most."""
     return tuple(sorted({min(num_layers - 1, math.floor(depth * num_layers)) for depth in depths}))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llava_todre.pruners.base import Pruner, Selection, random_generator
+from llava_todre.pruners.base import Pruner, Selection, random_generator, require_int
 from llava_todre.spans import VisualTokens
 
 
@@ -16,6 +16,11 @@ class Random(Pruner):
 
     seed: int = 0
     """Vary it to draw again; report several draws."""
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        super().__post_init__()
+        require_int("seed", self.seed)
 
     def select(self, tokens: VisualTokens, budget: int) -> Selection:
         """Draw ``budget`` tokens without replacement."""

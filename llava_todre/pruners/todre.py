@@ -16,6 +16,7 @@ from llava_todre.pruners.base import (
     layers_at,
     random_generator,
     require,
+    require_int,
 )
 from llava_todre.selection import Objective, greedy_diverse
 from llava_todre.spans import Kind, VisualTokens
@@ -68,6 +69,8 @@ class Todre(Pruner):
         for depth in self.probe_depths:
             require("probe_depths", depth, 0.0, 1.0, low_included=False)
         require("tau", self.tau, 0.0, 1.0)
+        require_int("cls_layer", self.cls_layer)
+        require_int("seed", self.seed)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava_todre.errors import TodreError
-from llava_todre.model import llava
 from llava_todre.model.images import anyres_grid_shape
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.pruners import Random, Selection
+from llava_todre.spans import VisualTokens
 
 SIZES = [(120, 80), (64, 150), (113, 111), (201, 60), (33, 110), (40, 30)]
 
@@ -252,17 +254,32 @@ def test_images_encoded_once_serve_many_questions(tiny_llava, method):
         assert torch.equal(reused, fresh)
 
 
-def test_one_encoded_image_for_several_prompts_is_selected_from_once(tiny_llava, monkeypatch):
-    calls = []
-    original = llava.prune
-    monkeypatch.setattr(llava, "prune", lambda *args: calls.append(args) or original(*args))
+def test_one_encoded_image_is_selected_from_once_per_method(tiny_llava):
+    asked = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Recorder(Random):
+        def select(self, tokens: VisualTokens, budget: int) -> Selection:
+            asked.append(budget)
+            return super().select(tokens, budget)
+
+    class Reader(Recorder):
+        needs = frozenset({"text_embeds"})
+
     model = tiny_llava()
-    model.set_pruner("todre", retain_ratio=0.3)
     with torch.no_grad():
         (encoded,) = model.encode_images([pixels_of(model, SIZES[0])], SIZES[:1])
-    together = prepare(model, torch.tensor([[1, IMAGE, 5], [1, IMAGE, 6]]), [encoded] * 2)
-    assert len(calls) == 1
-    assert torch.equal(together[1:], prepare(model, torch.tensor([[1, IMAGE, 6]]), [encoded]))
+    prompts = torch.tensor([[1, IMAGE, 5], [1, IMAGE, 6]])
+    model.set_pruner(Recorder(retain_tokens=7))
+    together = prepare(model, prompts, [encoded] * 2)
+    assert torch.equal(together[1:], prepare(model, prompts[1:], [encoded]))
+    assert asked == [7], "two prompts of one batch, and a later one"
+    model.set_pruner(Recorder(retain_tokens=9))
+    prepare(model, prompts, [encoded] * 2)
+    assert asked == [7, 9], "another budget selects anew"
+    model.set_pruner(Reader(retain_tokens=5))
+    prepare(model, prompts, [encoded] * 2)
+    assert asked == [7, 9, 5, 5], "a method that reads the question selects for each"
 
 
 # ---------------------------------------------------------------- calls

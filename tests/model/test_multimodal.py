@@ -231,10 +231,14 @@ def test_merged_features_stand_where_the_kept_tokens_stood(draw):
 
 
 def test_images_encoded_for_a_method_without_pivot_cannot_be_given_one():
-    visual = EncodedVisual(torch.randn(16, 8), torch.arange(16), 4, False, None)
-    with pytest.raises(TodreError, match=r"without the \[CLS\] attention"):
-        prune(visual, Todre(), None, None)
-    assert len(prune(visual, Todre(retain_ratio=1.0), None, None).embeds) == 16
+    features, slots, scores = torch.randn(16, 8), torch.arange(16), torch.rand(16)
+    without = EncodedVisual(features, slots, 4, False, None)
+    of_layer_2 = EncodedVisual(features, slots, 4, False, scores, cls_layer=-2)
+    for visual in (without, of_layer_2):
+        with pytest.raises(TodreError, match=r"without the \[CLS\] attention of layer -1"):
+            prune(visual, Todre(), None, None)
+        assert len(prune(visual, Todre(retain_ratio=1.0), None, None).embeds) == 16
+    assert len(prune(of_layer_2, Todre(cls_layer=-2), None, None).embeds) == 2
 
 
 def test_selection_is_needed_when_one_image_is_above_its_budget():
