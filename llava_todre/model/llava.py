@@ -170,6 +170,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             None if labels is None else labels[index][keep.bool()]
             for index, keep in enumerate(real)
         ]
+        self._check_ids(torch.cat(ids))
         expected = sum(int((row == IMAGE_TOKEN_INDEX).sum()) for row in ids)
         if expected != len(visuals):
             raise TodreError(
@@ -200,6 +201,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             position_ids = (spans.valid.cumsum(dim=1) - 1).clamp_min(0)
         mask = None if bool(spans.valid.all()) else spans.valid.long()
         return None, position_ids, mask, past_key_values, embeds, labels
+
+    def _check_ids(self, ids: Tensor) -> None:
+        unknown_ids = ids[((ids < 0) | (ids >= self.vocab_size)) & (ids != IMAGE_TOKEN_INDEX)]
+        if len(unknown_ids):
+            raise TodreError(
+                f"input_ids holds the id {int(unknown_ids[0])}; allowed: 0 to "
+                f"{self.vocab_size - 1}, and {IMAGE_TOKEN_INDEX} for an image."
+            )
 
     def _splice(
         self,

@@ -57,9 +57,9 @@ class VisionTower(nn.Module):
             raise TodreError(
                 f"mm_vision_select_feature {select_feature!r} is not supported; allowed: patch."
             )
-        self.vision_tower = CLIPVisionModel._from_config(
-            CLIPVisionConfig(**vision_config), attn_implementation=attn_implementation
-        )
+        config = CLIPVisionConfig(**vision_config)
+        config._attn_implementation = attn_implementation
+        self.vision_tower = CLIPVisionModel(config)
         self.config = self.vision_tower.config
         num_states = self.config.num_hidden_layers + 1
         if not -num_states <= select_layer < num_states:
