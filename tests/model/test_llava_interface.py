@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from reference import IMAGE
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.placement import check_spread
 from llava_todre.pruners import Pruner, create_pruner
 
@@ -30,9 +32,11 @@ def test_generate_asks_for_the_logits_of_one_row_only(tiny_llava):
     assert rows == [1, 1, 1]
 
 
-def test_the_tower_uses_the_attention_that_was_asked_for(tiny_llava, attention):
-    tower = tiny_llava(attention).get_vision_tower()
-    assert tower.vision_tower.config._attn_implementation == attention
+def test_decoder_and_tower_use_the_attention_that_was_asked_for(attention):
+    checkpoint = Path(__file__).parents[1] / "golden" / "llava-v1.6-tiny"
+    _, model, _, _ = load_pretrained_model(checkpoint, attn_implementation=attention)
+    assert model.config._attn_implementation == attention
+    assert model.get_vision_tower().vision_tower.config._attn_implementation == attention
 
 
 def test_blocks_with_residual_connections_are_never_split_over_devices(tiny_llava):
