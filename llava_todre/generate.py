@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.model.images import load_image, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.model.prompt import build_prompt, tokenizer_image_token
+from llava_todre.model.prompt import build_prompt, conv_templates, tokenizer_image_token
 from llava_todre.stats import PruneStats
 
 Picture = Image.Image | str | os.PathLike[str]
@@ -76,7 +76,11 @@ def answer(
         if option in generate_kwargs:
             raise TodreError(f"{option} is not accepted here; call model.generate for that.")
     ids, mask = _prepare_prompts(model, tokenizer, requests, template)
-    settings = {"do_sample": False, "max_new_tokens": max_new_tokens} | generate_kwargs
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    stop = conv_templates[template].stop
+    if stop is not None:  # for checkpoints that do not end an answer with EOS
+        settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
+    settings |= generate_kwargs
     with model.clock.timing(timed) as stages:
         with model.clock.stage("views"):
             pixels, sizes, modalities, places = _prepare_images(model, requests)
@@ -84,6 +88,8 @@ def answer(
         visuals = [encoded[place] for place in places]
         output = model.generate(ids, images=visuals, attention_mask=mask, **settings)
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    if stop is not None:
+        texts = [text.split(stop)[0] for text in texts]
     return [
         Answer(text.strip(), stats, stages)
         for text, stats in zip(texts, model.last_stats, strict=True)

@@ -62,8 +62,3 @@ class Spans:
     def valid(self) -> Tensor:
         """(B, L) bool: not padding."""
         return self.kinds != Kind.PADDING
-
-    @property
-    def visual(self) -> Tensor:
-        """(B, L) bool: patch and newline tokens."""
-        return self.kinds == Kind.VISUAL

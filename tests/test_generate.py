@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from llava_todre import Request, TodreError, answer, ask, load_pretrained_model
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.model.prompt import conv_templates
 
 GOLDEN = Path(__file__).parent / "golden"
 QUESTIONS = ["what is in this picture", "how many cat is left ?", "yes or no"]
@@ -106,6 +108,19 @@ def test_stages_are_timed_only_on_request(
     assert not model.clock.enabled
     assert set(stages) == {"views", "vision", "selection", "prefill", "decode"}
     assert all(ms > 0 for ms in stages.values())
+
+
+def test_an_answer_ends_where_the_template_says(
+    loaded: tuple[Any, Any], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre_v1", retain_ratio=0.25)
+    whole = ask(model, tokenizer, images[0], "what", max_new_tokens=12).text
+    stop = whole[len(whole) // 2 :][:2]
+    vicuna = conv_templates["vicuna_v1"]
+    monkeypatch.setitem(conv_templates, "stopping", dataclasses.replace(vicuna, stop=stop))
+    short = ask(model, tokenizer, images[0], "what", template="stopping", max_new_tokens=12)
+    assert short.text == whole.split(stop)[0].strip()
 
 
 def test_nothing_to_ask(loaded: tuple[Any, Any], images: list[Image.Image]) -> None:

@@ -16,12 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_todre.mini.questions import LETTERS, NUMBERS, ORDINALS, PLURALS, Question
 from llava_todre.mini.shapes import COLOURS, SHAPES
+from llava_todre.model.prompt import conv_templates
 
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-BEFORE_IMAGE = f"{SYSTEM} USER: "
+BEFORE_IMAGE = f"{conv_templates['vicuna_v1'].system} USER: "
 """LLaVA's `vicuna_v1` template up to `<image>`."""
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 MAX_LENGTH = 1024

@@ -8,7 +8,7 @@ from llava_todre.mini.heldout import held_out_samples
 from llava_todre.mini.network import DecoderConfig, MiniDecoder
 from llava_todre.mini.packing import NO_TARGET, pack_questions
 from llava_todre.mini.scenes import SeedFamily
-from llava_todre.mini.tokenizer import SYSTEM, PromptEncoder, save_tokenizer
+from llava_todre.mini.tokenizer import BEFORE_IMAGE, PromptEncoder, save_tokenizer
 
 IMAGE_TOKEN_INDEX = -200
 
@@ -37,7 +37,7 @@ def test_training_tokens_equal_llavas(tokenizer, samples):
     packed = pack_questions([sample.questions for sample in samples], encoder)
     for i, sample in enumerate(samples):
         for j, question in enumerate(sample.questions):
-            prompt = f"{SYSTEM} USER: <image>\n{question.text} ASSISTANT: {question.answer}</s>"
+            prompt = f"{BEFORE_IMAGE}<image>\n{question.text} ASSISTANT: {question.answer}</s>"
             expected = tokenizer_image_token(prompt, tokenizer)
             mine = packed.text.segments[i] == j
             ids = packed.text.ids[i][mine].tolist()
