@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
+from llava_todre.pruners import LayerView, Pruner
+from llava_todre.spans import Kind
 
 # Matrices this small are faster without handing work to a second thread.
 torch.set_num_threads(1)
@@ -85,3 +88,18 @@ def attention(request: pytest.FixtureRequest) -> str:
 def draw() -> torch.Generator:
     """A generator with a fixed seed."""
     return torch.Generator().manual_seed(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureAll(Pruner):
+    """Measures Eq. 7 after every layer and never drops anything."""
+
+    retain_ratio: float = 1.0
+    all_text: bool = False
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(range(num_layers))
+
+    def at_layer(self, view: LayerView) -> None:
+        is_text = view.kinds != Kind.VISUAL if self.all_text else view.kinds == Kind.TEXT
+        view.attention_ratios(is_text)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import pytest
 import reference
 import torch
+from conftest import MeasureAll
 from reference import SYSTEM, TEXT, VISUAL
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
-from llava_todre.pruners import LayerView, Pruner, Todre
+from llava_todre.pruners import LayerView, Todre
 from llava_todre.relevance import attention_mass, attention_rows
 from llava_todre.spans import Kind
 
@@ -114,21 +115,6 @@ def test_any_row_of_attention_is_on_offer():
 
 
 # ---------------------------------------------------------------- inside the decoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureAll(Pruner):
-    """Measures after every layer and never drops anything."""
-
-    retain_ratio: float = 1.0
-    all_text: bool = False
-
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return tuple(range(num_layers))
-
-    def at_layer(self, view: LayerView) -> None:
-        is_text = view.kinds != Kind.VISUAL if self.all_text else view.kinds == Kind.TEXT
-        view.attention_ratios(is_text)
 
 
 def stock_maps(model: LlavaLlamaForCausalLM, embeds: Tensor) -> list[Tensor]:

@@ -48,7 +48,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     """
 
     # Residual connections must stay on one device when accelerate spreads the model.
-    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
 
     config_class = LlavaConfig
 
@@ -116,12 +116,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     def _check_pixels(self, entries: Sequence[Any]) -> None:
         side = self.get_vision_tower().config.image_size
         for entry in entries:
-            shape = tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__
-            if len(shape) not in (3, 4) or shape[-3:] != (3, side, side):
-                raise TodreError(
-                    f"images holds {shape}; allowed: tensors of shape (3, {side}, {side}) or "
-                    f"(views, 3, {side}, {side}), as process_images returns them."
-                )
+            is_tensor = isinstance(entry, Tensor)
+            if is_tensor and entry.ndim in (3, 4) and entry.shape[-3:] == (3, side, side):
+                continue
+            received = tuple(entry.shape) if is_tensor else type(entry).__name__
+            raise TodreError(
+                f"images holds {received}; allowed: tensors of shape (3, {side}, {side}) or "
+                f"(views, 3, {side}, {side}), as process_images returns them."
+            )
 
     # ------------------------------------------------------------------ prompts
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MeasureAll
 from reference import IMAGE
 from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
-from llava_todre.pruners import LayerView, Pruner
-from llava_todre.spans import Kind
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = {"v16": "llava-v1.6-tiny", "v15": "llava-v1.5-tiny"}
@@ -76,21 +75,6 @@ def case_of(variant: str, number: int) -> Case:
     counts = (facts["system_tokens"], facts["visual_tokens"], facts["text_tokens"])
     size = tuple(facts["size_wh"])
     return Case(expected["input_ids"], expected["pixel_values"], size, counts, expected)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureAll(Pruner):
-    """Measures Eq. 7 after every layer and never drops anything."""
-
-    retain_ratio: float = 1.0
-    all_text: bool = False
-
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        return tuple(range(num_layers))
-
-    def at_layer(self, view: LayerView) -> None:
-        is_text = view.kinds != Kind.VISUAL if self.all_text else view.kinds == Kind.TEXT
-        view.attention_ratios(is_text)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
