@@ -121,7 +121,9 @@ def _prefill(repeats: int) -> list[dict[str, Any]]:
         if probe:
             kinds = torch.full((1, length), Kind.VISUAL, dtype=torch.int8)
             kinds[:, :SYSTEM_TOKENS], kinds[:, -TEXT_TOKENS:] = Kind.SYSTEM, Kind.TEXT
-            cache.withdrawal = Withdrawal(probing, Spans(kinds), config.num_hidden_layers)
+            cache.withdrawal = Withdrawal(
+                probing, Spans.without_newlines(kinds), config.num_hidden_layers
+            )
         with torch.inference_mode():
             model.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
 

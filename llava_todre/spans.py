@@ -1,13 +1,16 @@
 """Where each token comes from: visual tokens in their image, and every position in its prompt.
 
-Symbols: B batch, L prompt length, N patch tokens of one image or video, D width of the decoder.
+Symbols: B batch, L prompt length, V views of one image, N patch tokens of one image or video, D
+    width of the decoder, W width of the vision tower.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 
@@ -16,7 +19,7 @@ class VisualTokens:
     """The patch tokens of one image or video, in the order in which the decoder would read them.
 
     ``image_newline`` tokens are not among them: they carry no content and follow the patch tokens
-    of their row.
+    of their row. What a method must ask for (see ``Pruner.needs``) is None or absent otherwise.
     """
 
     features: Tensor
@@ -29,11 +32,25 @@ class VisualTokens:
     column: Tensor
     """(N,) int64 column of the patch in its view."""
     is_video: bool = False
-    cls_attention: Tensor | None = None
-    """(N,) attention of the [CLS] token to each patch, softmax within a view, mean over heads; when
-    needed."""
+    grid: tuple[int, int] | None = None
+    """(columns, rows) of the crops of an AnyRes image; None without crops."""
+    vision: Mapping[tuple[str, int | float], Tensor] = field(default_factory=dict)
+    """(N, ...) what a layer of the vision tower computed, by (quantity, layer); the quantities are
+    those of :data:`llava_todre.pruners.base.VISION_NEEDS`."""
+    vision_features: Tensor | None = None
+    """(N, W) before the projector; needs ``"vision_features"``."""
+    cls_features: Tensor | None = None
+    """(V, W) the [CLS] token of each view before the projector; needs ``"vision_features"``."""
+    project: Callable[[Tensor], Tensor] | None = None
+    """(K, W) -> (K, D) the projector; needs ``"vision_features"``."""
+    resized: Callable[[int, int], Tensor] | None = None
+    """(rows, columns) -> (V, rows * columns, D) features of all views after shrinking their pixels
+    to that many patches; needs ``"resized"``."""
     text_embeds: Tensor | None = None
-    """(T, D) embeddings of the text that follows the image; when needed."""
+    """(T, D) embeddings of the text that follows the image; needs ``"text_embeds"``."""
+    clip_similarity: Tensor | None = None
+    """(N, M) cosine of each patch with each chunk of the question in CLIP's own space; needs
+    ``"clip_similarity"``."""
 
     def __len__(self) -> int:
         return len(self.features)
@@ -46,17 +63,37 @@ class Kind(IntEnum):
     SYSTEM = 0
     """Text before the first visual token."""
     VISUAL = 1
-    """Patch and newline tokens."""
+    """Patch tokens."""
     TEXT = 2
     """Text after the first visual token: the set T of ToDRE Eq. 7."""
+    NEWLINE = 3
+    """``image_newline`` tokens: visual, but without content."""
+
+
+def is_visual(kinds: Tensor) -> Tensor:
+    """Return where ``kinds`` is a patch or a newline token."""
+    return (kinds == Kind.VISUAL) | (kinds == Kind.NEWLINE)
 
 
 @dataclass(frozen=True)
 class Spans:
-    """The kind of every position of a batch of prompts, built where the tokens are spliced."""
+    """What every position of a batch of prompts holds, built where the tokens are spliced."""
 
     kinds: Tensor
     """(B, L) int8 of :class:`Kind`."""
+    line: Tensor
+    """(B, L) int64: a newline token and the patch tokens of its row share a number; -1 elsewhere.
+    """
+    patches: tuple[tuple[int, ...], ...]
+    """Patch tokens of each image or video of each sample."""
+
+    @classmethod
+    def without_newlines(cls, kinds: Tensor) -> Spans:
+        """Return the spans of prompts with one image each and no newline tokens."""
+        counts = (kinds == Kind.VISUAL).sum(dim=1).tolist()
+        return cls(
+            kinds, torch.full_like(kinds, -1, dtype=torch.int64), tuple((n,) for n in counts)
+        )
 
     @property
     def valid(self) -> Tensor:

@@ -36,6 +36,8 @@ class ImageStats:
     """Patches per row and column of a view."""
     keep_idx: Tensor
     """(K,) int64, ascending, into ``patches``: the ones that did."""
+    num_newlines: int = 0
+    """Newline tokens before pruning."""
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +74,17 @@ class PruneStats:
         return sum(len(image.keep_idx) for image in self.images)
 
     @property
+    def unpruned_prompt_tokens(self) -> int:
+        """All tokens of the prompt before pruning: text, patch and newline tokens."""
+        newlines = sum(image.num_newlines for image in self.images)
+        return self.text_tokens + self.visual_tokens + newlines
+
+    @property
     def mean_visual_tokens(self) -> float:
-        """Patch and newline tokens a decoder layer processed, mean over layers."""
+        """Patch and newline tokens a decoder layer processed, mean over layers.
+
+        This is what the papers call equivalent tokens; every layer counts what it processes.
+        """
         return sum(self.visual_tokens_per_layer) / len(self.visual_tokens_per_layer)
 
     @property

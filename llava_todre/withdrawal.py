@@ -21,7 +21,7 @@ models cannot mix.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners import LayerView, Pruner
-from llava_todre.spans import Kind, Spans
+from llava_todre.pruners import LayerView, Merge, Pruner
+from llava_todre.relevance import attention_rows
+from llava_todre.spans import Kind, Spans, is_visual
 from llava_todre.stats import Probe
 
 
@@ -62,6 +63,9 @@ class Segment:
     """(B, M) int8 of :class:`~llava_todre.spans.Kind`."""
     step: Tensor | None = None
     """(B, M) how this segment is gathered from the one before."""
+    merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By sample: (N,) columns of the segment before and the (N, D) hidden states put there first.
+    """
     prompt_context: tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None] | None = None
     """Mask, RoPE tables and position ids of the prompt, as in :class:`LayerInputs`."""
     decode_mask: Tensor | None = None
@@ -94,8 +98,12 @@ class Withdrawal:
         batch, length = spans.kinds.shape
         columns = torch.arange(length, device=spans.kinds.device).expand(batch, length)
         self.segments = [Segment(0, columns, spans.valid, spans.kinds)]
+        self.line = spans.line
+        self.patches = spans.patches
         self.probes: list[list[Probe]] = [[] for _ in range(batch)]
         self.prefilling = True
+        self.prompt_embeds: Tensor | None = None
+        """(B, L, D), held until the last probe layer has been asked."""
 
     # ------------------------------------------------------------------ calls of the decoder
 
@@ -116,6 +124,8 @@ class Withdrawal:
         if not self.prefilling:
             return
         batch, length = hidden_states.shape[:2]
+        if self.probe_layers:
+            self.prompt_embeds = hidden_states
         prompt = self.segments[0]
         if length != prompt.columns.shape[1]:
             raise TodreError(
@@ -129,6 +139,8 @@ class Withdrawal:
                 tensor.repeat_interleave(copies, dim=0)
                 for tensor in (prompt.columns, prompt.valid, prompt.kinds)
             )
+            self.line = self.line.repeat_interleave(copies, dim=0)
+            self.patches = tuple(counts for counts in self.patches for _ in range(copies))
         self.segments = [prompt]
         self.probes = [[] for _ in range(batch)]
 
@@ -159,6 +171,10 @@ class Withdrawal:
         hidden_states = inputs.hidden_states
         if layer == segment.start:
             assert segment.step is not None
+            for sample, (present, merged) in segment.merged.items():
+                hidden_states = hidden_states.clone()
+                hidden_states[sample, present.to(hidden_states.device)] = merged.to(hidden_states)
+            segment.merged.clear()
             hidden_states = gather(hidden_states, segment.step, dim=1)
             segment.prompt_context = self._prompt_context(segment, inputs, flash)
         assert segment.prompt_context is not None
@@ -167,7 +183,7 @@ class Withdrawal:
     def leave(
         self,
         layer: int,
-        module: Any,
+        decoder: Any,
         inputs: LayerInputs,
         output: Tensor,
         cache: Cache | None,
@@ -176,7 +192,7 @@ class Withdrawal:
 
         Args:
             layer: the layer that has run.
-            module: that layer.
+            decoder: the Llama decoder, of which ``layers`` and ``norm`` are used.
             inputs: what :meth:`enter` returned for it.
             output: (B, M, D) its output.
             cache: the KV cache, already updated by the layer.
@@ -185,18 +201,25 @@ class Withdrawal:
             return
         segment = self.segment(layer)
         keep = segment.valid.clone()
+        merged = {}
         for sample in range(len(keep)):
             present = segment.present(sample)
-            view = self._view(segment, sample, present, layer, module, inputs, output, cache)
+            view = self._view(segment, sample, present, layer, decoder, inputs, output, cache)
             decision = self.pruner.at_layer(view)
             dropped = 0
             if decision is not None and layer + 1 < self.num_layers:
-                keep[sample, present] = decision.to(keep.device)
-                dropped = len(present) - int(decision.sum())
+                if isinstance(decision, Merge):
+                    merged[sample] = present, decision.hidden_states
+                    decision = decision.keep
+                stays = self._with_newlines(segment, sample, present, decision.to(keep.device))
+                keep[sample, present] = stays
+                dropped = len(present) - int(stays.sum())
             if view.measured or dropped:
                 self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
-        if not torch.equal(keep, segment.valid):
-            self._start_segment(layer + 1, segment, keep)
+        if layer == max(self.probe_layers):
+            self.prompt_embeds = None
+        if merged or not torch.equal(keep, segment.valid):
+            self._start_segment(layer + 1, segment, keep, merged)
 
     # ------------------------------------------------------------------ what it knows
 
@@ -204,12 +227,17 @@ class Withdrawal:
         """Return the segment that ``layer`` belongs to."""
         return next(segment for segment in reversed(self.segments) if segment.start <= layer)
 
-    def tokens_per_layer(self, sample: int, kind: Kind | None = None) -> tuple[int, ...]:
-        """Return how many prompt tokens (of one kind) each layer processes for a sample."""
-        counts = {}
-        for segment in self.segments:
-            chosen = segment.valid if kind is None else segment.valid & (segment.kinds == kind)
-            counts[segment.start] = int(chosen[sample].sum())
+    def tokens_per_layer(self, sample: int) -> tuple[int, ...]:
+        """Return how many prompt tokens each layer processes for a sample."""
+        return self._count([segment.valid[sample] for segment in self.segments])
+
+    def visual_tokens_per_layer(self, sample: int) -> tuple[int, ...]:
+        """Return how many patch and newline tokens each layer processes for a sample."""
+        return self._count([is_visual(segment.kinds[sample]) for segment in self.segments])
+
+    def _count(self, chosen: list[Tensor]) -> tuple[int, ...]:
+        starts = [segment.start for segment in self.segments]
+        counts = dict(zip(starts, (int(columns.sum()) for columns in chosen), strict=True))
         return tuple(counts[self.segment(layer).start] for layer in range(self.num_layers))
 
     # ------------------------------------------------------------------ mechanics
@@ -220,7 +248,7 @@ class Withdrawal:
         sample: int,
         present: Tensor,
         layer: int,
-        module: Any,
+        decoder: Any,
         inputs: LayerInputs,
         output: Tensor,
         cache: Cache | None,
@@ -228,7 +256,7 @@ class Withdrawal:
         """Return what the method may look at: the ``present`` (N,) columns of one sample."""
         device = output.device  # with a model spread over devices, the next one is not here yet
         present = present.to(device)
-        hidden = inputs.hidden_states[sample].to(device)
+        module = decoder.layers[layer]
         tables = [
             table[min(sample, len(table) - 1)].to(device) for table in inputs.position_embeddings
         ]
@@ -236,35 +264,87 @@ class Withdrawal:
         def chosen(tensor: Tensor) -> Tensor:  # (..., M, width) -> (..., N, width)
             return tensor.index_select(-2, present) if segment.ragged else tensor
 
-        def project(projection: Any, columns: Tensor) -> Tensor:
-            states = projection(module.input_layernorm(hidden[columns]))  # (R, heads * E)
-            heads = states.unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)[None]
+        def project(module: Any, name: str, states: Tensor, columns: Tensor) -> Tensor:
+            projection = getattr(module.self_attn, name)
+            entering = states[columns].to(projection.weight.device)
+            projected = projection(module.input_layernorm(entering)).to(device)  # (R, heads * E)
+            heads = projected.unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)[None]
             cosines, sines = (table[columns][None] for table in tables)
             return apply_rotary_pos_emb(heads, heads, cosines, sines)[0][0]
 
+        hidden = inputs.hidden_states[sample].to(device)
+
         def keys() -> Tensor:
             if cache is None:
-                return project(module.self_attn.k_proj, present)
+                return project(module, "k_proj", hidden, present)
             return chosen(cache.layers[layer].keys[sample])
 
+        def attention_ahead(rows: Tensor) -> Tensor:
+            following = decoder.layers[layer + 1]
+            queries, keys = (
+                project(following, name, output[sample], columns)
+                for name, columns in (("q_proj", present[rows]), ("k_proj", present))
+            )
+            return attention_rows(queries, keys, rows, following.self_attn.scaling)
+
+        def final_norm(states: Tensor) -> Tensor:
+            return decoder.norm(states.to(decoder.norm.weight.device)).to(device)
+
+        prompt = self.segments[0]
+        in_prompt = prompt.present(sample).to(device)  # (L,) columns of layer 0
+        columns = segment.columns[sample].to(device)[present]
+        embeds = self.prompt_embeds
+        assert embeds is not None, "set when the prefill began"
         return LayerView(
             layer=layer,
             num_layers=self.num_layers,
             kinds=segment.kinds[sample].to(device)[present],
             hidden_states=lambda: chosen(output[sample]),
-            queries=lambda rows: project(module.self_attn.q_proj, present[rows]),
+            queries=lambda rows: project(module, "q_proj", hidden, present[rows]),
             keys=functools.cache(keys),
             scaling=module.self_attn.scaling,
+            positions=columns - in_prompt[0],
+            prompt_kinds=prompt.kinds[sample].to(device)[in_prompt],
+            prompt_embeds=lambda: embeds[sample].to(device)[in_prompt],
+            entered=self.patches[sample],
+            attention_ahead=attention_ahead,
+            final_norm=final_norm,
         )
 
-    def _start_segment(self, start: int, previous: Segment, keep: Tensor) -> None:
+    def _with_newlines(
+        self, segment: Segment, sample: int, present: Tensor, keep: Tensor
+    ) -> Tensor:
+        """Let a newline token stay if, and only if, a patch token of its row does.
+
+        Args:
+            segment: what the layer that was probed holds.
+            sample: index in the batch.
+            present: (N,) columns of its tokens.
+            keep: (N,) bool, the method's decision.
+        """
+        kinds = segment.kinds[sample, present]
+        is_patch, is_newline = kinds == Kind.VISUAL, kinds == Kind.NEWLINE
+        line = self.line[sample].to(kinds.device)[segment.columns[sample, present]]
+        stays = torch.isin(line, line[is_patch & keep])
+        # Rows that unpadding left empty keep their newline until something is dropped.
+        nothing_dropped = (keep | ~is_patch).all()
+        return torch.where(is_newline, stays | nothing_dropped, keep)
+
+    def _start_segment(
+        self,
+        start: int,
+        previous: Segment,
+        keep: Tensor,
+        merged: dict[int, tuple[Tensor, Tensor]],
+    ) -> None:
         """Pack the kept columns (B, M bool) to the right, as many as the longest sample needs."""
         counts = keep.sum(dim=-1)
         length = int(counts.max())
         order = keep.to(torch.int8).argsort(dim=-1, stable=True)[:, keep.shape[1] - length :]
         valid = torch.arange(length, device=keep.device) >= (length - counts)[:, None]
         kinds = previous.kinds.gather(1, order).masked_fill(~valid, Kind.PADDING)
-        self.segments.append(Segment(start, previous.columns.gather(1, order), valid, kinds, order))
+        columns = previous.columns.gather(1, order)
+        self.segments.append(Segment(start, columns, valid, kinds, order, merged))
 
     def _prompt_context(
         self, segment: Segment, inputs: LayerInputs, flash: bool

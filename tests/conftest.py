@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.pruners import LayerView, Pruner
-from llava_todre.spans import Kind
+from llava_todre.spans import Kind, VisualTokens, is_visual
 
 # Matrices this small are faster without handing work to a second thread.
 torch.set_num_threads(1)
@@ -90,6 +91,82 @@ def draw() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def visual_tokens(
+    grid: tuple[int, int] | None = None,
+    side: int = 24,
+    frames: int = 0,
+    padding: int = 0,
+    width: int = 64,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    num_text: int = 12,
+) -> VisualTokens:
+    """Return random tokens of an image (with ``grid`` = (columns, rows) of crops) or a video.
+
+    Everything a method can need is there. Features cluster and lie on one side of the origin, as
+    real ones do; ``padding`` rows are missing at the top and the bottom of the canvas of crops.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    columns, rows = grid or (0, 0)
+    num_views = frames or 1 + columns * rows
+    every = torch.arange(num_views * side * side)
+    if grid is None:
+        order = every
+    else:
+        canvas = every[side * side :].view(rows, columns, side, side).transpose(1, 2)
+        canvas = canvas.reshape(rows * side, -1)[padding : rows * side - padding]
+        order = torch.cat([every[: side * side], canvas.flatten()])
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vision_width, heads = 48, 4
+    groups = torch.randint(20, every.shape, generator=generator)
+    features = noise(20, width)[groups] + 0.5 * noise(len(every), width) + noise(width)
+    features = features * (1 + 0.3 * noise(len(every), 1).abs())
+    logits = 2 * noise(num_views, side * side)
+    vision = {}
+    for layer in (-2, -1, 0, 1, 2, 8, 9):
+        shifted = logits + noise(num_views, side * side)
+        vision["cls_logits", layer] = shifted.flatten()
+        vision["cls_attention", layer] = shifted.softmax(1).flatten()
+        vision["cls_attention_unsplit", layer] = (2 * shifted).softmax(1).flatten()
+        vision["received_attention", layer] = noise(*shifted.shape).softmax(1).flatten()
+        vision["keys", layer] = noise(len(every), heads, vision_width // heads)
+    vision_features = noise(len(every), vision_width) + noise(vision_width)
+    matrix = noise(vision_width, width) / vision_width**0.5
+
+    def project(states: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(states @ matrix.to(states)).to(dtype)
+
+    def resized(height: int, breadth: int) -> Tensor:
+        maps = features.view(num_views, side, side, width).permute(0, 3, 1, 2)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(maps, (height, breadth))
+        return pooled.flatten(2).transpose(1, 2).to(dtype)
+
+    patch = order % (side * side)
+    return VisualTokens(
+        features=features[order].to(dtype),
+        view=order // (side * side),
+        row=patch // side,
+        column=patch % side,
+        is_video=frames > 0,
+        grid=grid,
+        vision={key: value[order] for key, value in vision.items()},
+        vision_features=vision_features[order].to(dtype),
+        cls_features=noise(num_views, vision_width).to(dtype),
+        project=project,
+        resized=resized,
+        text_embeds=0.3 * noise(num_text, width).to(dtype),
+    )
+
+
+def layer_view(cls: type[LayerView] = LayerView, **given: Any) -> LayerView:
+    """Return a view of which only what is given can be asked."""
+    named: dict[str, Any] = {field.name: None for field in dataclasses.fields(cls)}
+    return cls(**(named | {"measured": {}} | given))
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasureAll(Pruner):
     """Measures Eq. 7 after every layer and never drops anything."""
@@ -101,5 +178,5 @@ class MeasureAll(Pruner):
         return tuple(range(num_layers))
 
     def at_layer(self, view: LayerView) -> None:
-        is_text = view.kinds != Kind.VISUAL if self.all_text else view.kinds == Kind.TEXT
+        is_text = ~is_visual(view.kinds) if self.all_text else view.kinds == Kind.TEXT
         view.attention_ratios(is_text)

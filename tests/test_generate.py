@@ -78,9 +78,9 @@ def test_an_image_asked_about_twice_is_encoded_once(
     seen: list[int] = []
     encode = type(model.get_vision_tower()).forward
 
-    def spy(tower: Any, pixels: torch.Tensor, cls_layer: int | None = None) -> Any:
+    def spy(tower: Any, pixels: torch.Tensor, wanted: Any = ()) -> Any:
         seen.append(len(pixels))
-        return encode(tower, pixels, cls_layer)
+        return encode(tower, pixels, wanted)
 
     monkeypatch.setattr(type(model.get_vision_tower()), "forward", spy)
     answer(model, tokenizer, [Request(q, [images[0]]) for q in QUESTIONS], max_new_tokens=1)

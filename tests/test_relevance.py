@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import reference
 import torch
-from conftest import MeasureAll
+from conftest import MeasureAll, layer_view
 from reference import SYSTEM, TEXT, VISUAL
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
@@ -44,11 +44,10 @@ def whole_map(queries: Tensor, keys: Tensor) -> Tensor:
 
 def view_of(kinds: Tensor, queries: Tensor, keys: Tensor) -> LayerView:
     """Return the view of a layer with these rotated queries and keys."""
-    return LayerView(
+    return layer_view(
         layer=3,
         num_layers=8,
         kinds=kinds,
-        hidden_states=torch.zeros(len(kinds), 1),
         queries=lambda rows: queries[:, rows],
         keys=lambda: keys,
         scaling=SCALING,
@@ -197,7 +196,7 @@ def test_the_second_ratio_is_not_computed_when_it_is_zero_by_causality():
         asked.append(rows.tolist())
         return queries[:, rows]
 
-    view = LayerView(3, 8, kinds, torch.zeros(17, 1), spy, lambda: keys, SCALING)
+    view = layer_view(kinds=kinds, queries=spy, keys=lambda: keys, scaling=SCALING)
     Todre().at_layer(view)
     assert asked == [list(range(12, 17))], "only the rows of the text are projected"
 

@@ -87,7 +87,7 @@ class PruningLlamaModel(LlamaModel):
                 **kwargs,
             )
             if withdrawal is not None:
-                withdrawal.leave(index, layer, inputs, hidden_states, past_key_values)
+                withdrawal.leave(index, self, inputs, hidden_states, past_key_values)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )

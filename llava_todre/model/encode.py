@@ -6,6 +6,7 @@ Symbols: V views of one image, S side of a view in pixels, P patches per view, D
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from llava_todre.model.multimodal import (
     needs_selection,
 )
 from llava_todre.model.vision import VisionTower
-from llava_todre.pruners import Pruner
+from llava_todre.pruners import Need, Pruner
 from llava_todre.selection import check_finite
 
 MODALITIES = ("image", "video")
@@ -83,41 +84,63 @@ class LlavaLlamaModel(PruningLlamaModel):
                 f"images has {len(views)} entries, but image_sizes {len(sizes)} and modalities "
                 f"{len(kinds)}; they must agree."
             )
-        slots = [self._slots(*entry) for entry in zip(views, sizes, kinds, strict=True)]
-        wanted = "cls_attention" in pruner.needs and needs_selection(pruner, slots)
+        grids = [self._grid(size, kind) for size, kind in zip(sizes, kinds, strict=True)]
+        slots = [
+            merge_slots(
+                len(view), self.vision_tower.side, grid, size, self.config.mm_patch_merge_type
+            )
+            for view, grid, size in zip(views, grids, sizes, strict=True)
+        ]
+        needs = pruner.needs if needs_selection(pruner, slots) else frozenset[Need]()
         parameter = next(self.vision_tower.parameters())
         pixels = torch.cat([view.to(parameter.device, parameter.dtype) for view in views])
-        encoded = self.vision_tower(pixels, pruner.cls_layer if wanted else None)
+        encoded = self.vision_tower(pixels, [need for need in needs if isinstance(need, tuple)])
         projected = self.mm_projector(encoded.patches)  # (all views, P, D)
         check_finite(projected.flatten(0, 1))
-        counts = [len(view) for view in views]
-        attention = encoded.cls_attention.split(counts) if wanted else [None] * len(views)
-        return [
-            EncodedVisual(
-                projected=features.flatten(0, 1),
-                slots=slot,
-                side=self.vision_tower.side,
-                is_video=kind == "video",
-                cls_attention=None if score is None else score.flatten(),
-                cls_layer=pruner.cls_layer if wanted else None,
+        visuals = []
+        start = 0
+        for view, slot, grid, kind in zip(views, slots, grids, kinds, strict=True):
+            part = slice(start, start + len(view))
+            start = part.stop
+            before = "vision_features" in needs
+            visuals.append(
+                EncodedVisual(
+                    projected=projected[part].flatten(0, 1),
+                    slots=slot,
+                    side=self.vision_tower.side,
+                    is_video=kind == "video",
+                    grid=grid,
+                    needs=needs,
+                    vision={
+                        need: value[part].flatten(0, 1) for need, value in encoded.measured.items()
+                    },
+                    vision_features=encoded.patches[part].flatten(0, 1) if before else None,
+                    cls_features=encoded.cls[part] if before else None,
+                    project=self.mm_projector if before else None,
+                    resized=partial(self._resized, pixels[part]) if "resized" in needs else None,
+                )
             )
-            for features, slot, kind, score in zip(
-                projected.split(counts), slots, kinds, attention, strict=True
-            )
-        ]
+        return visuals
 
-    def _slots(self, views: Tensor, size: Size | None, kind: str) -> Tensor:
-        """Return how the patches of one image or video merge; see :func:`merge_slots`."""
+    def _resized(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+        """Return (V, rows * columns, D) of (V, 3, S, S) pixels shrunk to that many patches."""
+        patch = self.vision_tower.config.patch_size
+        smaller = nn.functional.interpolate(
+            pixels.float(), (rows * patch, columns * patch), mode="bicubic", antialias=True
+        )
+        return self.mm_projector(self.vision_tower(smaller.to(pixels)).patches)
+
+    def _grid(self, size: Size | None, kind: str) -> Size | None:
+        """Return (columns, rows) of the crops of an AnyRes image."""
         if kind not in MODALITIES:
             raise unknown("modality", kind, MODALITIES)
-        config, side = self.config, self.vision_tower.side
-        grid = None
+        config = self.config
         is_anyres = config.image_aspect_ratio == "anyres" and config.mm_patch_merge_type != "flat"
-        if is_anyres and kind == "image":
-            if size is None:
-                raise TodreError(
-                    "image_sizes is missing; AnyRes needs the (width, height) of every image."
-                )
-            tile = self.vision_tower.config.image_size
-            grid = anyres_grid_shape(size, config.image_grid_pinpoints, tile)
-        return merge_slots(len(views), side, grid, size, config.mm_patch_merge_type)
+        if not is_anyres or kind == "video":
+            return None
+        if size is None:
+            raise TodreError(
+                "image_sizes is missing; AnyRes needs the (width, height) of every image."
+            )
+        tile = self.vision_tower.config.image_size
+        return anyres_grid_shape(size, config.image_grid_pinpoints, tile)

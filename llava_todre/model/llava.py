@@ -26,8 +26,7 @@ from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
-from llava_todre.pruners import NEEDS, Pruner, create_pruner
-from llava_todre.spans import Kind
+from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, create_pruner
 from llava_todre.stats import Clock, PruneStats
 from llava_todre.withdrawal import Withdrawal
 
@@ -82,8 +81,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             method = create_pruner(method, **knobs)
         elif knobs:
             method = dataclasses.replace(method, **knobs)
-        for need in method.needs - NEEDS:
-            raise unknown(f"needs of {type(method).__name__}:", need, NEEDS)
+        for need in method.needs:
+            name, known = (need[0], VISION_NEEDS) if isinstance(need, tuple) else (need, NEEDS)
+            if name not in known:
+                raise unknown(f"needs of {type(method).__name__}:", name, known)
         self.pruner = method
         return method
 
@@ -380,7 +381,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 newline_tokens=sum(visual.num_newlines for visual in visuals),
                 probes=tuple(withdrawal.probes[index * copies]),
                 prompt_tokens_per_layer=withdrawal.tokens_per_layer(index * copies),
-                visual_tokens_per_layer=withdrawal.tokens_per_layer(index * copies, Kind.VISUAL),
+                visual_tokens_per_layer=withdrawal.visual_tokens_per_layer(index * copies),
             )
             for index, visuals in enumerate(prompts)
         )

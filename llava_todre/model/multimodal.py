@@ -11,7 +11,7 @@ list of indices.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.model.images import Size, unpad_bounds
-from llava_todre.pruners import Pruner, Selection
+from llava_todre.pruners import Need, Pruner, Selection
 from llava_todre.spans import VisualTokens
 from llava_todre.stats import ImageStats
 
@@ -109,10 +109,16 @@ class EncodedVisual:
     side: int
     """R."""
     is_video: bool
-    cls_attention: Tensor | None
-    """(V * P,), when a method needs it."""
-    cls_layer: int | None = None
-    """The vision layer it is of."""
+    grid: Size | None = None
+    """(columns, rows) of the crops, if any."""
+    needs: frozenset[Need] = frozenset()
+    """What methods may ask about below; the fields are those of ``VisualTokens``, with V * P in
+    place of N."""
+    vision: Mapping[tuple[str, int | float], Tensor] = field(default_factory=dict)
+    vision_features: Tensor | None = None
+    cls_features: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+    resized: Callable[[int, int], Tensor] | None = None
     latest: list[tuple[Pruner, PackedVisual]] = field(default_factory=list, repr=False)
     """The last selection, if it did not depend on the question: the next may be the same."""
 
@@ -134,13 +140,19 @@ class EncodedVisual:
         """Return what a method selects from."""
         patches = self.patches.to(self.projected.device)
         patch = patches % self.side**2
+        before = self.vision_features
         return VisualTokens(
             features=self.projected[patches],
             view=patches // self.side**2,
             row=patch // self.side,
             column=patch % self.side,
             is_video=self.is_video,
-            cls_attention=None if self.cls_attention is None else self.cls_attention[patches],
+            grid=self.grid if len(self.projected) > self.side**2 else None,
+            vision={need: value[patches] for need, value in self.vision.items()},
+            vision_features=None if before is None else before[patches],
+            cls_features=self.cls_features,
+            project=self.project,
+            resized=self.resized,
             text_embeds=text_embeds,
         )
 
@@ -151,14 +163,22 @@ class PackedVisual:
 
     embeds: Tensor
     """(K + newlines, D)."""
-    num_newlines: int
+    is_newline: Tensor
+    """(K + newlines,) bool, on the CPU."""
+    line: Tensor
+    """(K + newlines,) int64 newline, counted from 0, of the row a token is in; or -1. CPU."""
     stats: ImageStats
+
+    @property
+    def num_newlines(self) -> int:
+        """Newline tokens among ``embeds``."""
+        return int(self.is_newline.sum())
 
 
 def needs_selection(pruner: Pruner, slots: Sequence[Tensor]) -> bool:
     """Return whether the method drops any token; if not, nothing it needs is computed."""
     sizes = [int((image != NEWLINE).sum()) for image in slots]
-    return any(pruner.budget(size) < size for size in sizes)
+    return any(pruner.will_select(size) for size in sizes)
 
 
 def prune(
@@ -183,15 +203,15 @@ def prune(
 
 def _select(visual: EncodedVisual, pruner: Pruner, text_embeds: Tensor | None) -> Selection:
     num_tokens = len(visual.patches)
-    budget = pruner.budget(num_tokens)
-    if budget >= num_tokens:
+    if not pruner.will_select(num_tokens):
         return Selection(torch.arange(num_tokens))
-    if "cls_attention" in pruner.needs and visual.cls_layer != pruner.cls_layer:
+    missing = pruner.needs - visual.needs - {"text_embeds"}
+    if missing:
         raise TodreError(
-            f"images were encoded without the [CLS] attention of layer {pruner.cls_layer} that "
-            "this method needs; set the pruner first, then encode."
+            f"images were encoded without {sorted(map(str, missing))} that "
+            f"{type(pruner).__name__} needs; set the pruner first, then encode."
         )
-    return pruner.select(visual.tokens(text_embeds), budget)
+    return pruner.select(visual.tokens(text_embeds), pruner.budget(num_tokens))
 
 
 def _pack(visual: EncodedVisual, selection: Selection, newline: Tensor | None) -> PackedVisual:
@@ -200,6 +220,8 @@ def _pack(visual: EncodedVisual, selection: Selection, newline: Tensor | None) -
     kept = torch.zeros(len(visual.patches), dtype=torch.bool)
     kept[keep_idx] = True
     is_patch = visual.slots != NEWLINE
+    line = (~is_patch).cumsum(0) - 1  # of the newlines; the patches know theirs
+    line[is_patch] = visual.line
     # Unpadding a strip of one pixel leaves rows without patches; unpruned, their newlines stay.
     has_token = torch.full((int((~is_patch).sum()),), len(keep_idx) == len(visual.patches))
     lines = visual.line[kept]
@@ -213,9 +235,8 @@ def _pack(visual: EncodedVisual, selection: Selection, newline: Tensor | None) -
     chosen = is_patch[keep_slot]
     index = torch.full(chosen.shape, len(source))  # the row behind the last is the newline
     index[chosen] = rows
-    num_newlines = int(has_token.sum())
-    if num_newlines:
+    if bool(has_token.any()):
         assert newline is not None, "a merge type with newlines has their embedding"
         source = torch.cat([source, newline.to(source)[None]])
-    stats = ImageStats(visual.patches, visual.side, keep_idx)
-    return PackedVisual(source[index.to(source.device)], num_newlines, stats)
+    stats = ImageStats(visual.patches, visual.side, keep_idx, len(has_token))
+    return PackedVisual(source[index.to(source.device)], ~chosen, line[keep_slot], stats)

@@ -25,6 +25,8 @@ class SplicedPrompt:
     """(L, D)."""
     kinds: Tensor
     """(L,) int8 of :class:`~llava_todre.spans.Kind`."""
+    line: Tensor
+    """(L,) int64, see :class:`~llava_todre.spans.Spans`."""
     labels: Tensor | None
     """(L,) int64, visual tokens ignored."""
     visuals: tuple[PackedVisual, ...]
@@ -50,28 +52,38 @@ def splice(
     places = (ids == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist()
     embeds: list[Tensor] = []
     kinds: list[Tensor] = []
+    line: list[Tensor] = []
     targets: list[Tensor] = []
-
-    def append(piece: Tensor, kind: Kind, target: Tensor | None) -> None:
-        embeds.append(piece)
-        kinds.append(torch.full((len(piece),), kind, dtype=torch.int8, device=ids.device))
-        if labels is not None:
-            ignored = labels.new_full((len(piece),), IGNORE_INDEX)
-            targets.append(ignored if target is None else target)
+    num_lines = 0
 
     for index, (start, stop) in enumerate(zip([-1, *places], [*places, len(ids)], strict=True)):
         if index > 0:
-            append(visuals[index - 1].embeds.to(text), Kind.VISUAL, None)
+            visual = visuals[index - 1]
+            size = len(visual.embeds)
+            embeds.append(visual.embeds.to(text))
+            kinds.append(torch.where(visual.is_newline, Kind.NEWLINE, Kind.VISUAL))
+            line.append(torch.where(visual.line < 0, -1, visual.line + num_lines))
+            num_lines += visual.stats.num_newlines
+            if labels is not None:
+                targets.append(labels.new_full((size,), IGNORE_INDEX))
         piece = slice(start + 1, stop)
-        kind = Kind.TEXT if index > 0 else Kind.SYSTEM
-        append(text[piece], kind, None if labels is None else labels[piece])
+        size = stop - start - 1
+        embeds.append(text[piece])
+        kinds.append(torch.full((size,), Kind.TEXT if index > 0 else Kind.SYSTEM))
+        line.append(torch.full((size,), -1))
+        if labels is not None:
+            targets.append(labels[piece])
     return SplicedPrompt(
-        torch.cat(embeds), torch.cat(kinds), torch.cat(targets) if targets else None, tuple(visuals)
+        torch.cat(embeds),
+        torch.cat(kinds).to(ids.device, torch.int8),
+        torch.cat(line).to(ids.device),
+        torch.cat(targets) if targets else None,
+        tuple(visuals),
     )
 
 
 def pad_prompts(prompts: Sequence[SplicedPrompt], side: str) -> tuple[Tensor, Spans, Tensor | None]:
-    """Return (B, L, D) embeddings, the kinds of their positions, and (B, L) labels if any."""
+    """Return (B, L, D) embeddings, what their positions hold, and (B, L) labels if any."""
 
     def pad(rows: Sequence[Tensor], value: float) -> Tensor:
         return pad_sequence(list(rows), True, value, padding_side=side)
@@ -79,6 +91,12 @@ def pad_prompts(prompts: Sequence[SplicedPrompt], side: str) -> tuple[Tensor, Sp
     labels = [prompt.labels for prompt in prompts if prompt.labels is not None]
     return (
         pad([prompt.embeds for prompt in prompts], 0.0),
-        Spans(pad([prompt.kinds for prompt in prompts], Kind.PADDING)),
+        Spans(
+            pad([prompt.kinds for prompt in prompts], Kind.PADDING),
+            pad([prompt.line for prompt in prompts], -1),
+            tuple(
+                tuple(len(visual.stats.keep_idx) for visual in prompt.visuals) for prompt in prompts
+            ),
+        ),
         pad(labels, IGNORE_INDEX) if labels else None,
     )

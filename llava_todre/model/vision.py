@@ -1,10 +1,12 @@
-"""The CLIP vision tower: patch features and, on request, one layer's [CLS] attention.
+"""The CLIP vision tower: patch features and, on request, what single layers compute.
 
 Symbols: V views, P patches per view, W width of the tower, H heads, E head width.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +26,17 @@ class ViewFeatures:
 
     patches: Tensor
     """(V, P, W)."""
-    cls_attention: Tensor | None
-    """(V, P) softmax attention of [CLS] over [CLS] and patches, mean over heads, patches only; sums
-    to below one."""
+    cls: Tensor
+    """(V, W) the [CLS] token, of the same layer."""
+    measured: dict[tuple[str, int | float], Tensor]
+    """(V, P, ...) for each (quantity, layer) asked for."""
 
 
 class VisionTower(nn.Module):
     """CLIP as LLaVA uses it: ``mm_vision_select_layer`` chooses whose output is read.
 
-    Layers beyond the one that is read are not run, and attention stays whatever implementation the
-    model was loaded
-    with: the one query row of [CLS] attention is computed on the side.
+    Layers beyond the one that is read are not run unless asked about, and attention stays whatever
+    implementation the model was loaded with: the one query row of [CLS] is computed on the side.
     """
 
     def __init__(
@@ -75,60 +77,117 @@ class VisionTower(nn.Module):
         """Patches per row and column of a view."""
         return self.config.image_size // self.config.patch_size
 
-    def forward(self, pixels: Tensor, cls_layer: int | None = None) -> ViewFeatures:
+    def forward(
+        self, pixels: Tensor, wanted: Iterable[tuple[str, int | float]] = ()
+    ) -> ViewFeatures:
         """Encode views.
 
         Args:
-            pixels: (V, 3, S, S).
-            cls_layer: vision layer whose [CLS] attention is wanted, negative counts from the last;
-                None skips it.
+            pixels: (V, 3, height, width); position embeddings are interpolated when that is not
+                the size the tower was trained at.
+            wanted: (quantity, layer) pairs, see :data:`llava_todre.pruners.base.VISION_NEEDS`.
         """
-        num_layers = self.config.num_hidden_layers
-        if cls_layer is not None and not -num_layers <= cls_layer < num_layers:
-            raise TodreError(
-                f"cls_layer {cls_layer} is out of range; "
-                f"allowed: {-num_layers} to {num_layers - 1}."
-            )
-        chunks = [self._encode(chunk, cls_layer) for chunk in pixels.split(MAX_VIEWS)]
+        needs = list(wanted)
+        layers = [self._layer_index(*need) for need in needs]
+        chunks = [self._encode(chunk, needs, layers) for chunk in pixels.split(MAX_VIEWS)]
         if len(chunks) == 1:
             return chunks[0]
-        attention = None if cls_layer is None else torch.cat([c.cls_attention for c in chunks])  # type: ignore[misc]
-        return ViewFeatures(torch.cat([chunk.patches for chunk in chunks]), attention)
+        return ViewFeatures(
+            torch.cat([chunk.patches for chunk in chunks]),
+            torch.cat([chunk.cls for chunk in chunks]),
+            {need: torch.cat([chunk.measured[need] for chunk in chunks]) for need in needs},
+        )
 
-    def _encode(self, pixels: Tensor, cls_layer: int | None) -> ViewFeatures:
+    def _layer_index(self, quantity: str, layer: int | float) -> int:
+        num_layers = self.config.num_hidden_layers
+        if isinstance(layer, float) and 0 < layer < 1:
+            return math.floor(layer * num_layers)
+        if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
+            raise TodreError(
+                f"vision layer {layer} (for {quantity}) is out of range; "
+                f"allowed: {-num_layers} to {num_layers - 1}."
+            )
+        return layer % num_layers
+
+    def _encode(
+        self, pixels: Tensor, needs: Sequence[tuple[str, int | float]], wanted: Sequence[int]
+    ) -> ViewFeatures:
         tower = self.vision_tower
-        layers = tower.encoder.layers
-        wanted = None if cls_layer is None else range(len(layers))[cls_layer]
-        attention = None
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(tower.dtype)))  # (V, 1 + P, W)
+        measured: dict[tuple[str, int | float], Tensor] = {}
+        trained = (self.config.image_size, self.config.image_size)
+        embedded = tower.embeddings(
+            pixels.to(tower.dtype), interpolate_pos_encoding=tuple(pixels.shape[2:]) != trained
+        )
+        hidden = tower.pre_layrnorm(embedded)  # (V, 1 + P, W)
         features = hidden
-        for index, layer in enumerate(layers):
-            if index == wanted:
-                attention = cls_attention(layer, hidden)
-            if index >= self.num_run and (wanted is None or index >= wanted):
+        for index, layer in enumerate(tower.encoder.layers):
+            for need, where in zip(needs, wanted, strict=True):
+                if where == index:
+                    measured[need] = QUANTITIES[need[0]](layer, hidden)
+            if index >= self.num_run and len(measured) == len(needs):
                 break
             hidden = layer(hidden, attention_mask=None)
             if index + 1 == self.num_run:
                 features = hidden
-        return ViewFeatures(features[:, 1:], attention)
+        return ViewFeatures(features[:, 1:], features[:, 0], measured)
+
+
+# What one encoder layer is asked for: each takes the layer and its input (V, 1 + P, W), and leaves
+# the attention implementation of the tower alone.
+
+
+def cls_logits(layer: Any, hidden: Tensor) -> Tensor:
+    """Return (V, P) scaled products of [CLS] with the patches, mean over heads."""
+    return _cls_logits(layer, hidden)[..., 1:].mean(dim=1)
 
 
 def cls_attention(layer: Any, hidden: Tensor) -> Tensor:
     """Return the attention of [CLS] to the patches in one encoder layer (ToDRE Eq. 3).
 
-    Args:
-        layer: a CLIP encoder layer.
-        hidden: (V, 1 + P, W) its input.
-
     Returns:
         (V, P) float32, softmax over all tokens, mean over heads, [CLS]'s own share left out.
     """
+    return _cls_logits(layer, hidden).softmax(dim=-1)[..., 1:].mean(dim=1)
+
+
+def cls_attention_unsplit(layer: Any, hidden: Tensor) -> Tensor:
+    """Return (V, P) attention of [CLS], with queries and keys not split into heads (PruMerge)."""
+    attention, states = layer.self_attn, layer.layer_norm1(hidden)
+    query, keys = attention.q_proj(states[:, :1]).float(), attention.k_proj(states).float()
+    logits = query @ keys.transpose(1, 2) * query.shape[-1] ** -0.5  # (V, 1, 1 + P)
+    return logits.softmax(dim=-1)[:, 0, 1:]
+
+
+def received_attention(layer: Any, hidden: Tensor) -> Tensor:
+    """Return (V, P) attention that patches receive, mean over heads and all queries."""
+    queries, keys = _heads(layer, hidden, "q_proj"), _heads(layer, hidden, "k_proj")
+    scale = queries.shape[-1] ** -0.5
+    maps = (  # view by view: a whole map is H x 577 x 577 for CLIP-L
+        (query @ key.transpose(1, 2) * scale).softmax(dim=-1).mean(dim=(0, 1))
+        for query, key in zip(queries, keys, strict=True)
+    )
+    return torch.stack(list(maps))[:, 1:]
+
+
+def keys(layer: Any, hidden: Tensor) -> Tensor:
+    """Return (V, P, H, E) keys of the patches."""
+    return _heads(layer, hidden, "k_proj")[:, :, 1:].transpose(1, 2)
+
+
+QUANTITIES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    function.__name__: function
+    for function in (cls_attention, cls_logits, cls_attention_unsplit, received_attention, keys)
+}
+
+
+def _heads(layer: Any, hidden: Tensor, projection: str) -> Tensor:
+    """Return (V, H, tokens, E) float32 queries or keys of the tokens of ``hidden``."""
     attention = layer.self_attn
-    states = layer.layer_norm1(hidden)
+    states = getattr(attention, projection)(layer.layer_norm1(hidden))
+    return states.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2).float()
 
-    def heads(projected: Tensor) -> Tensor:  # -> (V, H, tokens, E)
-        return projected.view(*projected.shape[:2], attention.num_heads, -1).transpose(1, 2).float()
 
-    query, keys = heads(attention.q_proj(states[:, :1])), heads(attention.k_proj(states))
-    logits = query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5  # (V, H, 1, 1 + P)
-    return logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
+def _cls_logits(layer: Any, hidden: Tensor) -> Tensor:
+    """Return (V, H, 1 + P) scaled products of [CLS] with every token."""
+    query, keys = _heads(layer, hidden[:, :1], "q_proj"), _heads(layer, hidden, "k_proj")
+    return (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5)[:, :, 0]

@@ -6,7 +6,16 @@ import dataclasses
 from typing import Any
 
 from llava_todre.errors import unknown
-from llava_todre.pruners.base import NEEDS, LayerView, Pruner, Selection
+from llava_todre.pruners.base import (
+    NEEDS,
+    VISION_NEEDS,
+    About,
+    LayerView,
+    Merge,
+    Need,
+    Pruner,
+    Selection,
+)
 from llava_todre.pruners.random import Random
 from llava_todre.pruners.todre import Todre, TodreV1
 from llava_todre.pruners.vanilla import Vanilla
@@ -18,7 +27,18 @@ PRUNERS: dict[str, type[Pruner]] = {
     "todre_v1": TodreV1,
 }
 
-__all__ = ["NEEDS", "PRUNERS", "LayerView", "Pruner", "Selection", "create_pruner"]
+__all__ = [
+    "NEEDS",
+    "PRUNERS",
+    "VISION_NEEDS",
+    "About",
+    "LayerView",
+    "Merge",
+    "Need",
+    "Pruner",
+    "Selection",
+    "create_pruner",
+]
 
 
 def create_pruner(method: str, **knobs: Any) -> Pruner:

@@ -1,6 +1,7 @@
 """The contract of a pruning method: a frozen dataclass with at most two hooks.
 
-Symbols: N tokens now present, D width, H query heads, G key heads, E head width, R rows.
+Symbols: N tokens now present, L tokens of the whole prompt, D width, H query heads, G key heads, E
+    head width, R rows.
 
 ``select`` sees the visual tokens of one image before the decoder; ``at_layer`` sees one sample
 between two decoder layers during prefill. A method overrides the hooks it uses and declares what it
@@ -12,17 +13,47 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from llava_todre.errors import TodreError
+from llava_todre.errors import TodreError, unknown
 from llava_todre.relevance import attention_mass, attention_rows
-from llava_todre.spans import Kind, VisualTokens
+from llava_todre.spans import Kind, VisualTokens, is_visual
 
-NEEDS = frozenset({"cls_attention", "text_embeds"})
-"""What the model can compute for :meth:`Pruner.select` on request."""
+VISION_NEEDS = {
+    "cls_attention": "(N,) softmax attention of [CLS], mean over heads",
+    "cls_logits": "(N,) the same before the softmax: scaled products, mean over heads",
+    "cls_attention_unsplit": "(N,) softmax attention of [CLS] with all heads taken as one",
+    "received_attention": "(N,) attention a token receives, mean over queries and heads",
+    "keys": "(N, heads, head width)",
+}
+"""What one layer of the vision tower can be asked for, as ``(quantity, layer)``. Layer -1 is the
+last, 0.5 the one half-way up; softmax is over [CLS] and all patches of a view."""
+
+NEEDS = frozenset({"text_embeds", "clip_similarity", "vision_features", "resized"})
+"""What else the model can compute for :meth:`Pruner.select`: see
+:class:`~llava_todre.spans.VisualTokens`."""
+
+Need = str | tuple[str, int | float]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a reader of a comparison has to know about a method; the tables of the docs show it."""
+
+    paper: str
+    """Name, venue, arXiv number."""
+    budget: str
+    """How the published budget is carried over to any ``retain_ratio``."""
+    count: Literal["exact", "at most", "own"] = "exact"
+    """Whether the number of tokens kept is the budget, at most the budget, or the method's own
+    affair."""
+    order: str = "position"
+    """The order in which the decoder reads the tokens that stay."""
+    deviations: tuple[str, ...] = ()
+    """Where this implementation departs from the released code, and why."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +61,19 @@ class Selection:
     """What Stage 1 keeps of one image or video."""
 
     keep_idx: Tensor
-    """(K,) int64, ascending, into the visual tokens."""
+    """(K,) int64, ascending, into the visual tokens: the places that stay."""
     features: Tensor | None = None
-    """(K, D) features to use instead of the kept tokens' own, for methods that merge; None keeps
-    them as they are."""
+    """(K, D) what stands in those places, for methods that merge; None is the tokens' own."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A decision inside the decoder that also changes tokens."""
+
+    keep: Tensor
+    """(N,) bool, which tokens the next layers hold."""
+    hidden_states: Tensor
+    """(N, D) what they hold in those places."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +92,30 @@ class LayerView:
     keys: Callable[[], Tensor]
     """() -> (G, N, E) rotated keys of ``layer``."""
     scaling: float
+    positions: Tensor
+    """(N,) int64 position of each token in the prompt as layer 0 read it."""
+    prompt_kinds: Tensor
+    """(L,) int8, one per token that layer 0 read."""
+    prompt_embeds: Callable[[], Tensor]
+    """() -> (L, D) what layer 0 read."""
+    entered: tuple[int, ...]
+    """Patch tokens of each image or video that layer 0 read."""
+    attention_ahead: Callable[[Tensor], Tensor]
+    """(R,) positions -> (H, R, N) attention of these rows in ``layer + 1``, before it has run."""
+    final_norm: Callable[[Tensor], Tensor]
+    """(R, D) -> (R, D) the norm behind the last layer."""
     measured: dict[str, float] = field(default_factory=dict)
     """Numbers worth reporting; ``attention_ratios`` leaves its two here."""
+
+    @property
+    def visual(self) -> Tensor:
+        """(N,) bool, patch and newline tokens."""
+        return is_visual(self.kinds)
+
+    @property
+    def patches(self) -> Tensor:
+        """Positions of the patch tokens, ascending."""
+        return (self.kinds == Kind.VISUAL).nonzero()[:, 0]
 
     def attention(self, rows: Tensor) -> Tensor:
         """Return the attention of ``rows`` (R,) in ``layer``: (H, R, N) float32."""
@@ -68,7 +130,7 @@ class LayerView:
         Args:
             text: (N,) bool, the set T.
         """
-        visual = self.kinds == Kind.VISUAL
+        visual = self.visual
         text_rows, visual_rows = text.nonzero()[:, 0], visual.nonzero()[:, 0]
         to_visual = attention_mass(
             self.queries(text_rows), self.keys(), text_rows, visual, self.scaling
@@ -93,10 +155,10 @@ class Pruner:
     """Number of patch tokens kept per image or video, at least 1; replaces ``retain_ratio`` when
     given."""
 
-    needs = frozenset[str]()
-    cls_layer = -1
-    """Vision layer whose [CLS] attention is meant by ``needs = {"cls_attention"}``; -1 is the last.
-    """
+    about: ClassVar[About] = About(paper="", budget="")
+    needs = frozenset[Need]()
+    selects: ClassVar[bool] = True
+    """Whether the budget holds before the decoder, by :meth:`select`."""
 
     def __post_init__(self) -> None:
         """Check the ranges of the knobs."""
@@ -107,8 +169,12 @@ class Pruner:
 
     def budget(self, num_tokens: int) -> int:
         """Return how many of ``num_tokens`` patch tokens to keep; half rounds up, at least one."""
-        wanted = self.retain_tokens or math.floor(self.retain_ratio * num_tokens + 0.5)
+        wanted = self.retain_tokens or round_half_up(self.retain_ratio * num_tokens)
         return min(num_tokens, max(1, wanted))
+
+    def will_select(self, num_tokens: int) -> bool:
+        """Return whether :meth:`select` will be asked about an image of that many patch tokens."""
+        return self.selects and self.budget(num_tokens) < num_tokens
 
     def select(self, tokens: VisualTokens, budget: int) -> Selection:
         """Choose ``budget`` of the tokens of one image or video; asked only to drop some."""
@@ -121,8 +187,11 @@ class Pruner:
         del num_layers
         return ()
 
-    def at_layer(self, view: LayerView) -> Tensor | None:
-        """Return (N,) bool, which tokens the next layers keep, or None to keep all."""
+    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+        """Return (N,) bool, which tokens the next layers keep; None keeps all, Merge changes some.
+
+        Newline tokens need no thought: one stays as long as a patch token of its row does.
+        """
         del view
         return None
 
@@ -137,10 +206,31 @@ def require(key: str, value: Any, low: float, high: float, low_included: bool = 
         )
 
 
-def require_int(key: str, value: Any) -> None:
-    """Raise a TodreError unless ``value`` is a whole number."""
+def require_int(key: str, value: Any, low: int | None = None) -> None:
+    """Raise a TodreError unless ``value`` is a whole number, not below ``low`` if that is given."""
     if type(value) is not int:
-        raise TodreError(f"{key} {value!r} is not a whole number; allowed: e.g. 0.")
+        raise TodreError(f"{key} {value!r} is not a whole number; allowed: e.g. {low or 0}.")
+    if low is not None and value < low:
+        raise TodreError(f"{key} {value!r} is out of range; allowed: {low} or more.")
+
+
+def require_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise a TodreError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise unknown(key, value, allowed)
+
+
+def require_depths(key: str, value: Any) -> None:
+    """Raise a TodreError unless ``value`` is a tuple of numbers in (0, 1]."""
+    if not isinstance(value, tuple):
+        raise TodreError(f"{key} {value!r} is not a list; allowed: e.g. [0.5, 0.875].")
+    for depth in value:
+        require(key, depth, 0.0, 1.0, low_included=False)
+
+
+def round_half_up(value: float) -> int:
+    """Return the nearest whole number, the upper one of two."""
+    return math.floor(value + 0.5)
 
 
 def layers_at(depths: tuple[float, ...], num_layers: int) -> tuple[int, ...]:
@@ -151,3 +241,8 @@ def layers_at(depths: tuple[float, ...], num_layers: int) -> tuple[int, ...]:
 def random_generator(seed: int, device: torch.device) -> torch.Generator:
     """Return a generator seeded with ``seed``."""
     return torch.Generator(device=device).manual_seed(seed)
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Return (count,) indices of the highest of ``scores`` (N,), best first, ties lowest first."""
+    return scores.argsort(descending=True, stable=True)[:count]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from llava_todre.pruners.base import Pruner, Selection, random_generator, require_int
+from llava_todre.pruners.base import About, Pruner, Selection, random_generator, require_int
 from llava_todre.spans import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Pruner):
     """Keep a uniformly random subset, the same for equal ``seed`` and equal number of tokens."""
+
+    about: ClassVar[About] = About(
+        paper="control", budget="k = share of the patch tokens of an image"
+    )
 
     seed: int = 0
     """Vary it to draw again; report several draws."""

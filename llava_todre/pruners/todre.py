@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from llava_todre.errors import TodreError, unknown
 from llava_todre.pruners.base import (
+    About,
     LayerView,
+    Need,
     Pruner,
     Selection,
     layers_at,
     random_generator,
     require,
+    require_choice,
+    require_depths,
     require_int,
 )
-from llava_todre.selection import Objective, greedy_diverse
+from llava_todre.selection import Objective, greedy_diverse, unit_rows
 from llava_todre.spans import Kind, VisualTokens
 
-Pivot = Literal["cls", "random"]
+Pivot = Literal["cls", "random", "nearest", "farthest"]
+Similarity = Literal["raw", "centred"]
 TextSet = Literal["after_image", "all"]
 
 
@@ -37,11 +42,21 @@ class Todre(Pruner):
     from 0, and T is the text after the first visual token.
     """
 
+    about: ClassVar[About] = About(
+        paper="ToDRE v2, arXiv 2505.18757v2",
+        budget="k = share of the patch tokens of an image, thumbnail and crops together",
+        deviations=("No code is public; every choice the paper leaves open is an option.",),
+    )
+
     objective: Objective = "max_sum"
     """Greedy rule of Stage 1: ``max_sum`` (v2) or ``max_min`` (k-center, v1)."""
     pivot: Pivot = "cls"
-    """First token: the one [CLS] attends to most, or ``random`` (the paper's choice for encoders
-    without [CLS])."""
+    """First token: the one [CLS] attends to most, ``random`` (the paper's choice for encoders
+    without [CLS]), or the one ``nearest`` to or ``farthest`` from the mean direction of all (the
+    paper's ablation)."""
+    similarity: Similarity = "raw"
+    """Cosine of the features as they are, or ``centred``: after their mean is taken away, which
+    spreads a cloud that lies on one side of the origin."""
     cls_layer: int = -1
     """Vision layer of the [CLS] attention: -1 is the last (paper), -2 is what LLaVA reads its
     features from."""
@@ -58,28 +73,26 @@ class Todre(Pruner):
     def __post_init__(self) -> None:
         """Check the ranges of the knobs."""
         super().__post_init__()
-        choices = (("objective", Objective), ("pivot", Pivot), ("text_set", TextSet))
-        for key, allowed in choices:
-            if getattr(self, key) not in get_args(allowed):
-                raise unknown(key, getattr(self, key), get_args(allowed))
-        if not isinstance(self.probe_depths, tuple):
-            raise TodreError(
-                f"probe_depths {self.probe_depths!r} is not a list; allowed: e.g. [0.5, 0.875]."
-            )
-        for depth in self.probe_depths:
-            require("probe_depths", depth, 0.0, 1.0, low_included=False)
+        require_choice("objective", self.objective, get_args(Objective))
+        require_choice("pivot", self.pivot, get_args(Pivot))
+        require_choice("similarity", self.similarity, get_args(Similarity))
+        require_choice("text_set", self.text_set, get_args(TextSet))
+        require_depths("probe_depths", self.probe_depths)
         require("tau", self.tau, 0.0, 1.0)
         require_int("cls_layer", self.cls_layer)
         require_int("seed", self.seed)
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
         """[CLS] attention, when it chooses the pivot."""
-        return frozenset({"cls_attention"}) if self.pivot == "cls" else frozenset()
+        return frozenset({("cls_attention", self.cls_layer)} if self.pivot == "cls" else ())
 
     def select(self, tokens: VisualTokens, budget: int) -> Selection:
         """Stage 1: grow a diverse set from the pivot."""
-        picked = greedy_diverse(tokens.features, budget, self.pivot_index(tokens), self.objective)
+        features = tokens.features.float()
+        if self.similarity == "centred":
+            features = features - features.mean(dim=0)
+        picked = greedy_diverse(features, budget, self.pivot_index(tokens), self.objective)
         return Selection(picked.sort().values)
 
     def pivot_index(self, tokens: VisualTokens) -> int:
@@ -89,8 +102,12 @@ class Todre(Pruner):
             return int(
                 torch.randint(len(tokens), (), generator=random_generator(self.seed, device))
             )
-        assert tokens.cls_attention is not None, "the model computes what a method needs"
-        score = tokens.cls_attention
+        if self.pivot == "cls":
+            score = tokens.vision["cls_attention", self.cls_layer]
+        else:
+            rows = unit_rows(tokens.features)
+            closeness = rows @ torch.nn.functional.normalize(rows.mean(dim=0), dim=0)
+            score = closeness if self.pivot == "nearest" else -closeness
         if not tokens.is_video:
             score = score.masked_fill(tokens.view != 0, -torch.inf)
         return int(score.argmax())
@@ -101,7 +118,7 @@ class Todre(Pruner):
 
     def at_layer(self, view: LayerView) -> Tensor | None:
         """Stage 2: withdraw all visual tokens when neither side attends to the other."""
-        visual = view.kinds == Kind.VISUAL
+        visual = view.visual
         if not bool(visual.any()) or bool(visual[-1]):
             return None  # a prompt that ends with an image: its last token predicts the answer
         text = ~visual if self.text_set == "all" else view.kinds == Kind.TEXT
@@ -111,6 +128,8 @@ class Todre(Pruner):
 @dataclass(frozen=True, kw_only=True)
 class TodreV1(Todre):
     """ToDRE as in version 1 of the paper (24 May 2025): greedy k-center, four probe layers."""
+
+    about: ClassVar[About] = dataclasses.replace(Todre.about, paper="ToDRE v1, arXiv 2505.18757v1")
 
     objective: Objective = "max_min"
     probe_depths: tuple[float, ...] = (4 / 8, 5 / 8, 6 / 8, 7 / 8)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import Pruner
+from llava_todre.pruners.base import About, Pruner
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vanilla(Pruner):
     """Keep every visual token in every layer."""
+
+    about: ClassVar[About] = About(paper="no pruning", budget="none: every token stays")
 
     retain_ratio: float = 1.0
 

@@ -22,6 +22,8 @@ CHECKPOINTS = {"v16": "llava-v1.6-tiny", "v15": "llava-v1.5-tiny"}
 CASES = [(variant, number) for variant in CHECKPOINTS for number in range(6)]
 TOWER = "model.vision_tower.vision_tower."
 
+LAST = ("cls_attention", -1)
+
 
 @cache
 def checkpoint(variant: str, attention: str) -> LlavaLlamaForCausalLM:
@@ -116,7 +118,7 @@ def test_answers_equal_the_original(case):
 def test_cls_attention_equals_the_original(case):
     model, golden = case
     views = golden.pixels.flatten(0, -4)
-    got = model.get_vision_tower()(views, -1).cls_attention
+    got = model.get_vision_tower()(views, [LAST]).measured[LAST]
     expected = golden.expected["cls_attention_last_layer"]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 

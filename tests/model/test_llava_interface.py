@@ -58,7 +58,7 @@ def test_attention_of_another_vision_layer_is_not_used_silently(tiny_llava):
     model.set_pruner("todre", retain_ratio=0.2)
     encoded = model.encode_images(views(), [SIZE])
     model.set_pruner("todre", retain_ratio=0.2, cls_layer=-2)
-    with pytest.raises(TodreError, match="layer -2"):
+    with pytest.raises(TodreError, match="cls_attention', -2"):
         model.generate(IDS, images=encoded, max_new_tokens=1)
     model.set_pruner("todre", retain_ratio=0.1)
     model.generate(IDS, images=encoded, do_sample=False, max_new_tokens=1)
@@ -101,7 +101,7 @@ def test_a_step_of_a_hand_written_loop_may_repeat_the_images(tiny_llava):
 def test_a_method_that_needs_what_nobody_computes_is_refused(tiny_llava):
     @dataclass(frozen=True, kw_only=True)
     class Wishful(Pruner):
-        needs = frozenset({"cls_atention"})
+        needs = frozenset({("cls_atention", -1)})
 
     with pytest.raises(TodreError, match="Did you mean 'cls_attention'"):
         tiny_llava().set_pruner(Wishful())

@@ -38,6 +38,8 @@ CANVASES = [
 ]
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
+CLS = ("cls_attention", -1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(Pruner):
@@ -65,7 +67,9 @@ def encoded(
     generator = torch.Generator().manual_seed(num_views * side)
     projected = torch.randn(num_views * side * side, 8, generator=generator)
     slots = merge_slots(num_views, side, grid, size, merge_type)
-    return EncodedVisual(projected, slots, side, grid is None, torch.arange(len(projected)) / 7)
+    vision = {("cls_attention", -1): torch.arange(len(projected)) / 7}
+    needs = frozenset(vision)
+    return EncodedVisual(projected, slots, side, grid is None, grid, needs, vision)
 
 
 def rows_of(visual: EncodedVisual) -> tuple[list[int], list[list[int]], list[int]]:
@@ -165,7 +169,7 @@ def test_tokens_know_their_place():
         place = (int(tokens.view[token]), int(tokens.row[token]), int(tokens.column[token]))
         assert place == (slot // 16, slot % 16 // 4, slot % 4)
         assert torch.equal(tokens.features[token], visual.projected[slot])
-        assert tokens.cls_attention[token] == visual.cls_attention[slot]
+        assert tokens.vision[CLS][token] == visual.vision[CLS][slot]
         token += 1
     assert not tokens.is_video
     assert encoded(3, grid=None).tokens(None).is_video
@@ -231,11 +235,12 @@ def test_merged_features_stand_where_the_kept_tokens_stood(draw):
 
 
 def test_images_encoded_for_a_method_without_pivot_cannot_be_given_one():
-    features, slots, scores = torch.randn(16, 8), torch.arange(16), torch.rand(16)
-    without = EncodedVisual(features, slots, 4, False, None)
-    of_layer_2 = EncodedVisual(features, slots, 4, False, scores, cls_layer=-2)
+    features, slots = torch.randn(16, 8), torch.arange(16)
+    vision = {("cls_attention", -2): torch.rand(16)}
+    without = EncodedVisual(features, slots, 4, False)
+    of_layer_2 = EncodedVisual(features, slots, 4, False, None, frozenset(vision), vision)
     for visual in (without, of_layer_2):
-        with pytest.raises(TodreError, match=r"without the \[CLS\] attention of layer -1"):
+        with pytest.raises(TodreError, match=r"without .*cls_attention', -1.* Todre needs"):
             prune(visual, Todre(), None, None)
         assert len(prune(visual, Todre(retain_ratio=1.0), None, None).embeds) == 16
     assert len(prune(of_layer_2, Todre(cls_layer=-2), None, None).embeds) == 2
