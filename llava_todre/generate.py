@@ -15,7 +15,12 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.model.images import load_image, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.model.prompt import build_prompt, conv_templates, tokenizer_image_token
+from llava_todre.model.prompt import (
+    DEFAULT_IMAGE_TOKEN,
+    build_prompt,
+    conv_templates,
+    tokenizer_image_token,
+)
 from llava_todre.stats import PruneStats
 
 Picture = Image.Image | str | os.PathLike[str]
@@ -86,7 +91,10 @@ def answer(
             pixels, sizes, modalities, places = _prepare_images(model, requests)
         encoded = model.encode_images(pixels, sizes, modalities)
         visuals = [encoded[place] for place in places]
-        output = model.generate(ids, images=visuals, attention_mask=mask, **settings)
+        questions = [request.question.replace(DEFAULT_IMAGE_TOKEN, " ") for request in requests]
+        output = model.generate(
+            ids, images=visuals, attention_mask=mask, questions=questions, **settings
+        )
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
     if stop is not None:
         texts = [text.split(stop)[0] for text in texts]

@@ -63,4 +63,4 @@ def attention_mass(
         heads_of_group = queries[group * per_group : (group + 1) * per_group]
         attention = attention_rows(heads_of_group, keys[group : group + 1], rows, scaling)
         mass += (attention @ counted).sum()
-    return float(mass) / (heads * len(rows))
+    return float(mass.detach()) / (heads * len(rows))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 SYSTEM, VISUAL, TEXT = 0, 1, 2
 IMAGE = -200
+Replaced = dict[int, tuple[Tensor, Tensor]]
 
 
 # ---------------------------------------------------------------- the decoder
@@ -43,12 +44,15 @@ class LlamaReference:
         }
         self.embedding = self.weights["model.embed_tokens.weight"]
 
-    def run(self, embeds: Tensor, present: Tensor | None = None) -> Run:
+    def run(
+        self, embeds: Tensor, present: Tensor | None = None, replaced: Replaced | None = None
+    ) -> Run:
         """Run one sample.
 
         Args:
             embeds: (N, D).
             present: (layers, N) bool; a False token is no key of that layer. All by default.
+            replaced: by layer, rows of its output and what is put there.
         """
         hidden, maps, outputs = embeds.double(), [], []
         num_tokens = len(hidden)
@@ -59,18 +63,26 @@ class LlamaReference:
             hidden, attention = self._layer(layer, hidden, visible)
             maps.append(attention)
             outputs.append(hidden)
+            if replaced and layer in replaced:
+                rows, values = replaced[layer]
+                hidden = hidden.clone()
+                hidden[rows] = values.double()
         last = self._norm(hidden, "model.norm")
         return Run(last @ self.weights["lm_head.weight"].T, maps, outputs)
 
     def greedy(
-        self, embeds: Tensor, steps: int, present: Tensor | None = None
+        self,
+        embeds: Tensor,
+        steps: int,
+        present: Tensor | None = None,
+        replaced: Replaced | None = None,
     ) -> tuple[list[int], Tensor]:
         """Return ``steps`` greedy tokens and their (steps, V) logits, starting over for each."""
         tokens: list[int] = []
         rows = []
         embeds = embeds.double()
         for _ in range(steps):
-            rows.append(self.run(embeds, present).logits[-1])
+            rows.append(self.run(embeds, present, replaced).logits[-1])
             tokens.append(int(rows[-1].argmax()))
             embeds, present = self.extend(embeds, present, tokens[-1])
         return tokens, torch.stack(rows)
@@ -92,6 +104,12 @@ class LlamaReference:
                 for score, tokens, prompt, held in grown[:num_beams]
             ]
         return beams[0][1]
+
+    def attention_of_next(self, hidden: Tensor, layer: int, present: Tensor) -> Tensor:
+        """Return the (H, N, N) map that ``layer`` makes of its input ``hidden`` (N, D)."""
+        causal = torch.ones(len(hidden), len(hidden), dtype=torch.bool).tril()
+        itself = torch.eye(len(hidden), dtype=torch.bool)
+        return self._layer(layer, hidden, causal & (present | itself))[1]
 
     def extend(
         self, embeds: Tensor, present: Tensor | None, *tokens: int

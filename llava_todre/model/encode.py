@@ -102,7 +102,7 @@ class LlavaLlamaModel(PruningLlamaModel):
         for view, slot, grid, kind in zip(views, slots, grids, kinds, strict=True):
             part = slice(start, start + len(view))
             start = part.stop
-            before = "vision_features" in needs
+            before = bool(needs & {"vision_features", "clip_similarity"})
             visuals.append(
                 EncodedVisual(
                     projected=projected[part].flatten(0, 1),

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.flops import DecoderShape
+from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
 from llava_todre.model.images import Size
 from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune
@@ -58,6 +59,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.pruner: Pruner = create_pruner("vanilla")
+        self.clip_text: ClipText | None = None
         self.clock = Clock()
         self._last: tuple[list[tuple[PackedVisual, ...]], Withdrawal] | None = None
         self.post_init()
@@ -81,12 +83,26 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             method = create_pruner(method, **knobs)
         elif knobs:
             method = dataclasses.replace(method, **knobs)
+        if "clip_similarity" in method.needs and self.clip_text is None:
+            raise TodreError(
+                f"{type(method).__name__} needs CLIP's text tower, which is not loaded; call "
+                "load_clip_text first, e.g. with 'openai/clip-vit-large-patch14-336'."
+            )
         for need in method.needs:
             name, known = (need[0], VISION_NEEDS) if isinstance(need, tuple) else (need, NEEDS)
             if name not in known:
                 raise unknown(f"needs of {type(method).__name__}:", name, known)
         self.pruner = method
         return method
+
+    def load_clip_text(self, path: str, revision: str | None = None) -> None:
+        """Load CLIP's text tower beside the model, for methods that compare patches with words.
+
+        Args:
+            path: folder or hub id of the CLIP model whose vision tower this model uses.
+            revision: branch, tag or commit on the hub.
+        """
+        self.clip_text = ClipText.from_pretrained(path, revision).to(self.device)
 
     # ------------------------------------------------------------------ images
 
@@ -139,6 +155,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         image_sizes: Sequence[Size] | None = None,
         modalities: Sequence[str] | None = None,
         padding_side: str | None = None,
+        questions: Sequence[str] | None = None,
     ) -> Prepared:
         """Replace each image placeholder by the visual tokens that Stage 1 keeps.
 
@@ -153,6 +170,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             image_sizes: see :meth:`encode_images`.
             modalities: see :meth:`encode_images`.
             padding_side: ``"left"`` or ``"right"``; the checkpoint's own when left out.
+            questions: what each of the B prompts asks, in words; for methods that read it with
+                CLIP's text tower.
 
         Returns:
             As the original: (input_ids, position_ids, attention_mask, past_key_values,
@@ -181,7 +200,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 "given; they must agree."
             )
         with self.clock.stage("selection"):
-            prompts = self._splice(ids, targets, visuals)
+            prompts = self._splice(ids, targets, visuals, questions)
         side = padding_side or self.config.tokenizer_padding_side
         embeds, spans, labels = pad_prompts(prompts, side)
         limit = self.config.max_position_embeddings
@@ -218,18 +237,29 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         ids: Sequence[Tensor],
         labels: Sequence[Tensor | None],
         visuals: Sequence[EncodedVisual],
+        questions: Sequence[str] | None,
     ) -> list[SplicedPrompt]:
         """Run Stage 1 on every image, once where the question does not matter, and splice."""
         needs_text = "text_embeds" in self.pruner.needs
+        clip = self.clip_text if "clip_similarity" in self.pruner.needs else None
+        if clip is not None and (questions is None or len(questions) != len(ids)):
+            raise TodreError(
+                f"questions has {len(questions or ())} entries; {type(self.pruner).__name__} needs "
+                f"the question of each of the {len(ids)} prompts, in words."
+            )
         newline = self.model.image_newline
         remaining = iter(visuals)
         prompts = []
-        for row, targets in zip(ids, labels, strict=True):
+        for index, (row, targets) in enumerate(zip(ids, labels, strict=True)):
             text = self.get_input_embeddings()(row.clamp_min(0))  # (T, D)
             chosen = []
             for _ in range(int((row == IMAGE_TOKEN_INDEX).sum())):
                 question = text[question_rows(row)] if needs_text else None
-                chosen.append(prune(next(remaining), self.pruner, newline, question))
+                visual, similarity = next(remaining), None
+                if clip is not None and visual.vision_features is not None:
+                    assert questions is not None
+                    similarity = clip.similarity(visual.vision_features, questions[index])
+                chosen.append(prune(visual, self.pruner, newline, question, similarity))
             prompts.append(splice(row, targets, text, chosen))
         return prompts
 
@@ -248,6 +278,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         image_sizes: Sequence[Size] | None = None,
         modalities: Sequence[str] | None = None,
         logits_to_keep: int | Tensor = 0,
+        questions: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits for prompts with images, or run one step of a generation.
@@ -269,6 +300,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 images,
                 image_sizes,
                 modalities,
+                questions=questions,
             )
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 prepared
@@ -304,6 +336,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         images: Images | None = None,
         image_sizes: Sequence[Size] | None = None,
         modalities: Sequence[str] | None = None,
+        questions: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Generate answers.
@@ -314,6 +347,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             images: see :meth:`encode_images`.
             image_sizes: see :meth:`encode_images`.
             modalities: see :meth:`encode_images`.
+            questions: see :meth:`prepare_inputs_labels_for_multimodal`.
             kwargs: everything ``transformers``' ``generate`` takes, ``attention_mask`` included.
 
         Returns:
@@ -342,6 +376,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             image_sizes,
             modalities,
             padding_side="left",
+            questions=questions,
         )
         _, _, attention_mask, past_key_values, inputs_embeds, _ = prepared
         if past_key_values is not None:

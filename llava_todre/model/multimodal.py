@@ -136,7 +136,9 @@ class EncodedVisual:
         thumbnail = (self.patches < self.side**2) & (len(self.projected) > self.side**2)
         return line.masked_fill(~has_newline | thumbnail, -1)
 
-    def tokens(self, text_embeds: Tensor | None) -> VisualTokens:
+    def tokens(
+        self, text_embeds: Tensor | None, clip_similarity: Tensor | None = None
+    ) -> VisualTokens:
         """Return what a method selects from."""
         patches = self.patches.to(self.projected.device)
         patch = patches % self.side**2
@@ -154,6 +156,7 @@ class EncodedVisual:
             project=self.project,
             resized=self.resized,
             text_embeds=text_embeds,
+            clip_similarity=None if clip_similarity is None else clip_similarity[patches],
         )
 
 
@@ -182,26 +185,37 @@ def needs_selection(pruner: Pruner, slots: Sequence[Tensor]) -> bool:
 
 
 def prune(
-    visual: EncodedVisual, pruner: Pruner, newline: Tensor | None, text_embeds: Tensor | None
+    visual: EncodedVisual,
+    pruner: Pruner,
+    newline: Tensor | None,
+    text_embeds: Tensor | None,
+    clip_similarity: Tensor | None = None,
 ) -> PackedVisual:
     """Stage 1: let the method select, then put newline tokens back after rows that kept a token.
 
     Args:
-        visual: the encoded image or video; remembers the result when no text was given.
+        visual: the encoded image or video; remembers the result when the question had no say.
         pruner: the method; asked only when its budget is below the number of tokens.
         newline: (D,) the newline embedding, for merge types that have one.
         text_embeds: (T, D) for methods that need them.
+        clip_similarity: (V * P, M) for methods that need it.
     """
+    asked = text_embeds is not None or clip_similarity is not None
     for known, packed in visual.latest:
-        if text_embeds is None and known == pruner:
+        if not asked and known == pruner:
             return packed
-    packed = _pack(visual, _select(visual, pruner, text_embeds), newline)
-    if text_embeds is None:
+    packed = _pack(visual, _select(visual, pruner, text_embeds, clip_similarity), newline)
+    if not asked:
         visual.latest[:] = [(pruner, packed)]
     return packed
 
 
-def _select(visual: EncodedVisual, pruner: Pruner, text_embeds: Tensor | None) -> Selection:
+def _select(
+    visual: EncodedVisual,
+    pruner: Pruner,
+    text_embeds: Tensor | None,
+    clip_similarity: Tensor | None,
+) -> Selection:
     num_tokens = len(visual.patches)
     if not pruner.will_select(num_tokens):
         return Selection(torch.arange(num_tokens))
@@ -211,7 +225,8 @@ def _select(visual: EncodedVisual, pruner: Pruner, text_embeds: Tensor | None) -
             f"images were encoded without {sorted(map(str, missing))} that "
             f"{type(pruner).__name__} needs; set the pruner first, then encode."
         )
-    return pruner.select(visual.tokens(text_embeds), pruner.budget(num_tokens))
+    tokens = visual.tokens(text_embeds, clip_similarity)
+    return pruner.select(tokens, pruner.budget(num_tokens))
 
 
 def _pack(visual: EncodedVisual, selection: Selection, newline: Tensor | None) -> PackedVisual:

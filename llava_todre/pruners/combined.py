@@ -1,0 +1,66 @@
+"""Stage 1 of one method with the decoder stage of another, for ablations and new combinations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
+from llava_todre.pruners.vanilla import Vanilla
+from llava_todre.spans import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined(Pruner):
+    """``before`` selects before the decoder, ``inside`` prunes inside it; the budget is before's.
+
+    Either may be :class:`~llava_todre.pruners.vanilla.Vanilla`, which leaves that stage out. A
+    budget of ``inside`` counts from the tokens that enter the decoder.
+    """
+
+    about: ClassVar[About] = About(paper="-", budget="that of each stage")
+
+    before: Pruner
+    """Whose ``select`` is used."""
+    inside: Pruner
+    """Whose ``probe_layers`` and ``at_layer`` are used."""
+    retain_ratio: float = field(init=False, default=1.0, repr=False)
+    retain_tokens: int | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a method in a place where it does nothing."""
+        if not self.before.selects:
+            raise TodreError(
+                f"before {type(self.before).__name__} selects nothing before the decoder; "
+                "allowed: a method that does, or vanilla."
+            )
+        acts_inside = type(self.inside).at_layer is not Pruner.at_layer
+        if not (acts_inside or isinstance(self.inside, Vanilla)):
+            raise TodreError(
+                f"inside {type(self.inside).__name__} drops nothing inside the decoder; "
+                "allowed: a method that does, or vanilla."
+            )
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """What ``before`` needs."""
+        return self.before.needs
+
+    def budget(self, num_tokens: int) -> int:
+        """Return the budget of ``before``."""
+        return self.before.budget(num_tokens)
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        """Let ``before`` select."""
+        return self.before.select(tokens, budget)
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers of ``inside``."""
+        return self.inside.probe_layers(num_layers)
+
+    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+        """Let ``inside`` decide."""
+        return self.inside.at_layer(view)
