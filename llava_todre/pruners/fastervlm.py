@@ -1,0 +1,50 @@
+"""FasterVLM (arXiv 2412.01818v1): keep the patches to which [CLS] attends most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llava_todre.pruners.base import About, Need, Pruner, Selection, require_int, top
+from llava_todre.pruners.views import by_view
+from llava_todre.spans import VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class FasterVLM(Pruner):
+    """Rank the tokens of each view, or of each frame of a video, by their [CLS] attention.
+
+    The paper speaks of the last vision layer; the released code reads the one whose output LLaVA
+    uses, and so do we.
+    """
+
+    about: ClassVar[About] = About(
+        paper="FasterVLM, arXiv 2412.01818v1",
+        budget="k tokens of the image, shared among its views in proportion to their size",
+        deviations=(
+            "The released code never unpads and gives every view the same number.",
+            "Videos, which the authors do not treat, are pruned frame by frame.",
+        ),
+    )
+
+    cls_layer: int = -2
+    """Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from (released
+    code), -1 the last (paper)."""
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        super().__post_init__()
+        require_int("cls_layer", self.cls_layer)
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """[CLS] attention."""
+        return frozenset({("cls_attention", self.cls_layer)})
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        """Keep the most attended tokens of each view."""
+        attention = tokens.vision["cls_attention", self.cls_layer]
+        kept = [group[top(attention[group], share)] for group, share in by_view(tokens, budget)]
+        return Selection(torch.cat(kept).sort().values)

@@ -1,0 +1,181 @@
+"""Downsample: the grid it chooses, where coarse tokens stand, and what padding takes away."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import visual_tokens
+from torch import Tensor
+
+from llava_todre.pruners.downsample import Downsample
+from llava_todre.spans import VisualTokens
+
+CASES = {
+    "LLaVA-1.5": {},
+    "AnyRes": {"grid": (2, 2)},
+    "padded": {"grid": (2, 2), "padding": 5},
+    "thin": {"grid": (2, 2), "side": 8, "padding": 7},
+    "narrow": {"grid": (1, 2), "side": 12, "padding": 3},
+    "video": {"frames": 5, "side": 12},
+}
+
+
+def nearest(side: int, count: int) -> list[int]:
+    """Return the patches nearest to the centres of ``count`` equal parts of ``side`` patches."""
+    # In units of 1 / (2 count) patches, so that all numbers are whole.
+    return [
+        min(range(side), key=lambda i: (abs((2 * i + 1) * count - (2 * part + 1) * side), i))
+        for part in range(count)
+    ]
+
+
+def reference(tokens: VisualTokens, budget: int) -> tuple[list[int], list[Tensor]]:
+    """Try every grid and return the places and the features of the best."""
+    position = {}
+    for i, key in enumerate(torch.stack([tokens.view, tokens.row, tokens.column], 1).tolist()):
+        position[tuple(key)] = i
+    side = 1 + max(row for view, row, _ in position if view == 0)
+    best = None
+    for rows in range(1, side + 1):
+        for columns in range(1, side + 1):
+            if abs(rows - columns) > 1:
+                continue
+            at_row, at_column = nearest(side, rows), nearest(side, columns)
+            found = [
+                (position[view, at_row[i], at_column[j]], (view, i * columns + j))
+                for view in range(1 + max(view for view, _, _ in position))
+                for i in range(rows)
+                for j in range(columns)
+                if (view, at_row[i], at_column[j]) in position
+            ]
+            rank = (rows * columns, len(found), columns)
+            if len(found) <= budget and (best is None or rank > best[0]):
+                best = rank, found, rows, columns
+            if rows == columns == 1:
+                smallest = found
+    if best is None:
+        best = None, smallest[:budget], 1, 1
+    _, found, rows, columns = best
+    features = tokens.resized(rows, columns)
+    found.sort()
+    return [place for place, _ in found], [features[where] for _, where in found]
+
+
+def recorded(tokens: VisualTokens) -> tuple[VisualTokens, list[tuple[int, int]]]:
+    """Return the tokens and a list of the grids that will have been asked for."""
+    asked = []
+
+    def resized(rows: int, columns: int) -> Tensor:
+        asked.append((rows, columns))
+        return tokens.resized(rows, columns)
+
+    return dataclasses.replace(tokens, resized=resized), asked
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_a_search_of_all_grids(case, ratio):
+    tokens = visual_tokens(**CASES[case])
+    budget = Downsample(retain_ratio=ratio).budget(len(tokens))
+    selection = Downsample().select(tokens, budget)
+    places, features = reference(tokens, budget)
+    assert selection.keep_idx.tolist() == places
+    assert torch.equal(selection.features, torch.stack(features))
+    assert 0 < len(places) <= budget
+
+
+@pytest.mark.parametrize("kwargs", [CASES["thin"], CASES["narrow"], {"frames": 3, "side": 5}])
+def test_matches_the_search_at_every_budget(kwargs):
+    tokens = visual_tokens(**kwargs)
+    for budget in range(1, len(tokens), 3):
+        selection = Downsample().select(tokens, budget)
+        places, features = reference(tokens, budget)
+        assert selection.keep_idx.tolist() == places
+        assert torch.equal(selection.features, torch.stack(features))
+        assert bool((selection.keep_idx.diff() > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("budget", "grid", "kept"),
+    [
+        (1, (1, 1), [5]),
+        (2, (1, 2), [4, 6]),
+        (4, (2, 2), [0, 2, 8, 10]),
+        (5, (2, 2), [0, 2, 8, 10]),
+        (6, (2, 3), [0, 1, 3, 8, 9, 11]),  # wide rather than high
+        (15, (3, 4), [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]),
+    ],
+)
+def test_a_small_image_shrinks_to_the_largest_grid_that_fits(budget, grid, kept):
+    tokens, asked = recorded(visual_tokens(side=4))
+    selection = Downsample().select(tokens, budget)
+    assert asked == [grid]
+    assert selection.keep_idx.tolist() == kept
+    assert torch.equal(selection.features, tokens.resized(*grid)[0])
+
+
+def test_10_percent_of_llava_1_5_is_a_grid_of_7_by_8():
+    tokens, asked = recorded(visual_tokens())
+    assert len(Downsample().select(tokens, 58).keep_idx) == 56
+    assert asked == [(7, 8)]
+
+
+def test_of_a_grid_and_its_transpose_the_one_with_more_tokens_outside_padding_wins():
+    # 1 x 2 has its centres in row 1 of 4, 2 x 1 in rows 0 and 2; of view 1 only row 2 is there.
+    whole = visual_tokens(grid=(1, 1), side=4)
+    there = ((whole.view == 0) | (whole.row == 2)).nonzero()[:, 0]
+    tokens, asked = recorded(only(whole, there))
+    selection = Downsample().select(tokens, 3)
+    assert asked == [(2, 1)]
+    assert tokens.view[selection.keep_idx].tolist() == [0, 0, 1]
+    expected = tokens.resized(2, 1)
+    assert torch.equal(selection.features, torch.stack([*expected[0], expected[1, 1]]))
+
+
+def test_the_largest_grid_wins_even_if_a_smaller_one_has_more_tokens_outside_padding():
+    # 3 x 2 has its centres in rows 0, 1 and 3, 2 x 2 in rows 0 and 2, the only one of both crops.
+    whole = visual_tokens(grid=(2, 1), side=4)
+    there = ((whole.view == 0) | (whole.row == 2)).nonzero()[:, 0]
+    tokens, asked = recorded(only(whole, there))
+    assert len(Downsample().select(tokens, 8).keep_idx) == 6
+    assert asked == [(3, 2)]
+
+
+def test_with_less_than_one_token_per_view_the_first_views_keep_theirs():
+    tokens = visual_tokens(grid=(2, 2), side=6)
+    selection = Downsample().select(tokens, 3)
+    assert sorted(tokens.view[selection.keep_idx].tolist()) == [0, 1, 2]
+    assert torch.equal(selection.features, tokens.resized(1, 1)[:3, 0])
+
+
+def test_views_of_which_padding_leaves_nothing_are_left_out():
+    whole = visual_tokens(grid=(2, 2), side=6)
+    for gone in (1, 4):
+        tokens = only(whole, (whole.view != gone).nonzero()[:, 0])
+        selection = Downsample().select(tokens, 16)
+        features = whole.resized(2, 2)
+        views = [view for view in range(5) if view != gone]
+        by_view = tokens.view[selection.keep_idx].argsort(stable=True)
+        assert torch.equal(selection.features[by_view], features[views].flatten(0, 1))
+
+
+def only(tokens: VisualTokens, kept: Tensor) -> VisualTokens:
+    """Return some of the tokens."""
+    changed: dict[str, Any] = {
+        name: getattr(tokens, name)[kept] for name in ("features", "view", "row", "column")
+    }
+    return dataclasses.replace(tokens, **changed)
+
+
+def test_features_come_in_the_dtype_of_the_tokens():
+    tokens = visual_tokens(side=6, dtype=torch.bfloat16)
+    tokens = dataclasses.replace(tokens, resized=lambda r, c: torch.ones(1, r * c, 64))
+    assert Downsample().select(tokens, 9).features.dtype == torch.bfloat16
+
+
+def test_asks_for_smaller_pixels_and_promises_at_most_the_budget():
+    assert Downsample().needs == {"resized"}
+    assert Downsample.about.count == "at most"

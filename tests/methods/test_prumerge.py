@@ -1,0 +1,298 @@
+"""PruMerge and PruMerge+: which tokens stay, what is merged into them, adaptive counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from conftest import visual_tokens
+from torch import Tensor
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.prumerge import PruMerge, PruMergePlus
+from llava_todre.spans import VisualTokens
+
+CASES = {
+    "LLaVA-1.5": {},
+    "AnyRes": {"grid": (2, 2)},
+    "padded": {"grid": (2, 2), "padding": 5},
+    "video": {"frames": 5, "side": 12},
+}
+
+
+def shares(sizes: list[int], budget: int) -> list[int]:
+    """Share a budget in proportion, what is left to the largest remainders."""
+    quotas = [Fraction(budget * size, sum(sizes)) for size in sizes]
+    result = [math.floor(quota) for quota in quotas]
+    order = sorted(range(len(sizes)), key=lambda i: (result[i] - quotas[i], i))
+    for i in order[: budget - sum(result)]:
+        result[i] += 1
+    return result
+
+
+def reference(
+    tokens: VisualTokens,
+    budget: int,
+    part: Fraction = Fraction(1),
+    num_merged: int = 32,
+    layer: int = -1,
+) -> dict[int, Tensor]:
+    """Return what stands in each place before the projector, in float64."""
+    attention = tokens.vision["cls_attention_unsplit", layer].double()
+    keys = tokens.vision["keys", layer].double().reshape(len(tokens), -1)
+    keys = keys / keys.norm(dim=1, keepdim=True)
+    states = tokens.vision_features.double()
+    views = tokens.view.tolist()
+    groups = [[i for i, v in enumerate(views) if v == view] for view in sorted(set(views))]
+    result = {}
+    sizes = [len(group) for group in groups]
+    for group, share in zip(groups, shares(sizes, budget), strict=True):
+        if share == 0:
+            continue
+        by_attention = sorted(group, key=lambda i: (-float(attention[i]), i))
+        count = max(1, share - 1)
+        num_top = min(count, max(1, math.floor(share * part + Fraction(1, 2))))
+        kept = by_attention[:num_top]
+        free = [i for i in group if i not in set(kept)]
+        spaced = count - num_top
+        for j in range(spaced):
+            kept.append(free[math.floor(Fraction(2 * j + 1, 2 * spaced) * len(free))])
+        cosine = (keys[kept] @ keys[group].T).tolist()
+        for i, row in zip(kept, cosine, strict=True):
+            others = [(value, -j) for value, j in zip(row, group, strict=True) if j != i]
+            others.sort(reverse=True)
+            # The outcome must not hang on the last bit of float32.
+            if 0 < num_merged < len(others):
+                assert others[num_merged - 1][0] - others[num_merged][0] > 3e-7
+            near = [-j for _, j in others[:num_merged]]
+            result[i] = states[i] + attention[near] @ states[near]
+        if share > 1:
+            dropped = [i for i in by_attention if i not in set(kept)]
+            result[dropped[0]] = attention[dropped] @ states[dropped]
+    return result
+
+
+def assert_matches(selection, tokens: VisualTokens, expected: dict[int, Tensor]) -> None:
+    """Places are equal; features are what the projector makes of the expected ones."""
+    places = sorted(expected)
+    assert selection.keep_idx.dtype == torch.int64
+    assert selection.keep_idx.tolist() == places
+    states = torch.stack([expected[place] for place in places])
+    projected = tokens.project(states.to(tokens.vision_features.dtype))
+    torch.testing.assert_close(selection.features, projected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("method", "part"), [(PruMerge, 1), (PruMergePlus, Fraction(1, 4))])
+def test_matches_the_slow_reference(method, part, case, ratio):
+    tokens = visual_tokens(**CASES[case])
+    budget = method(retain_ratio=ratio).budget(len(tokens))
+    expected = reference(tokens, budget, part)
+    assert len(expected) == budget
+    assert_matches(method().select(tokens, budget), tokens, expected)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "part"),
+    [
+        ({}, Fraction(1)),
+        ({"attention_share": 0.25}, Fraction(1, 4)),
+        ({"attention_share": 0.625}, Fraction(5, 8)),
+        ({"num_merged": 0}, Fraction(1)),
+        ({"num_merged": 3}, Fraction(1)),
+        ({"num_merged": 10_000}, Fraction(1)),
+        ({"cls_layer": -2}, Fraction(1)),
+    ],
+)
+def test_every_knob_does_what_the_reference_does(knobs, part):
+    tokens = visual_tokens(grid=(2, 1), side=8, padding=1)
+    pruner = PruMerge(**knobs)
+    for budget in (1, 2, 3, 5, 6, 9, 40, len(tokens) - 1):
+        expected = reference(tokens, budget, part, pruner.num_merged, pruner.cls_layer)
+        assert len(expected) == budget
+        assert_matches(pruner.select(tokens, budget), tokens, expected)
+
+
+def small(attention: list[float]) -> VisualTokens:
+    """Return 2 x 4 patches whose keys turn by ten degrees each; features are powers of ten."""
+    index = torch.arange(8)
+    angle = torch.deg2rad(10.0 * index)
+    keys = torch.stack([angle.cos(), angle.sin()], dim=1).view(8, 2, 1)
+    return VisualTokens(
+        features=index[:, None].float(),
+        view=torch.zeros_like(index),
+        row=index // 4,
+        column=index % 4,
+        vision={
+            ("cls_attention_unsplit", -1): torch.tensor(attention),
+            ("keys", -1): keys * (1.0 + index.view(8, 1, 1)),
+        },
+        vision_features=10.0 ** index[:, None],
+        project=lambda states: 2 * states,
+    )
+
+
+def test_eight_patches_by_hand():
+    # 7 and 2 are kept. The nearest other two of 7 are 6 and 5; of 2, with keys 1 and 3 equally
+    # near, both. Neighbours may be kept or dropped, and what is added is what they were before.
+    tokens = small([0.0, 0.125, 0.25, 0.0625, 0.0, 0.03125, 0.125, 0.375])
+    selection = PruMerge(num_merged=2).select(tokens, 3)
+    assert selection.keep_idx.tolist() == [1, 2, 7]  # of equal 1 and 6 the first holds the extra
+    extra = 0.125 * 10 + 0.0625 * 1e3 + 0.03125 * 1e5 + 0.125 * 1e6
+    two = 100 + 0.125 * 10 + 0.0625 * 1e3
+    seven = 1e7 + 0.03125 * 1e5 + 0.125 * 1e6
+    assert selection.features.flatten().tolist() == [2 * extra, 2 * two, 2 * seven]
+
+
+def test_neighbours_are_found_among_kept_tokens_too():
+    tokens = small([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.5])
+    selection = PruMerge(num_merged=1).select(tokens, 3)
+    assert selection.keep_idx.tolist() == [0, 6, 7]
+    features = (selection.features / 2).flatten().tolist()
+    assert features[2] == 1e7 + 0.25 * 1e6  # 6 is kept and yet added to 7
+    assert features[0] == 0.0  # none of the dropped gets attention
+
+
+def test_spaced_tokens_are_spread_over_those_not_taken():
+    # T = 5: one (a quarter) by attention, 3; of 0 1 2 4 5 6 7 the 1/6, 3/6 and 5/6 points are
+    # 1, 4 and 6; the extra one stands at 0, the first of equals.
+    tokens = small([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    selection = PruMergePlus(num_merged=0).select(tokens, 5)
+    assert selection.keep_idx.tolist() == [0, 1, 3, 4, 6]
+    assert (selection.features / 2).flatten().tolist() == [0.0, 1e1, 1e3, 1e4, 1e6]
+
+
+def test_one_token_has_no_extra():
+    tokens = small([0.0, 0.125, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0])
+    for method in (PruMerge, PruMergePlus):
+        selection = method(num_merged=1).select(tokens, 1)
+        assert selection.keep_idx.tolist() == [3]
+        assert selection.features.item() == 2 * (1e3 + 0.25 * 1e4)
+
+
+def own_count(attention: Tensor) -> int:
+    """Count the values above Q3 + 1.5 IQR."""
+    values = attention.double().numpy()
+    low, high = np.percentile(values, [25, 75])
+    return sum(value > high + 1.5 * (high - low) for value in values.tolist())
+
+
+@pytest.mark.parametrize("case", ["LLaVA-1.5", "AnyRes", "video"])
+@pytest.mark.parametrize(("method", "part"), [(PruMerge, 1), (PruMergePlus, Fraction(1, 4))])
+def test_adaptive_keeps_the_outliers_of_the_whole_image_and_one_more_per_view(method, part, case):
+    tokens = visual_tokens(**CASES[case])
+    outliers = own_count(tokens.vision["cls_attention_unsplit", -1])
+    num_views = int(tokens.view.max()) + 1
+    total = min(len(tokens), int(outliers / part) + num_views)
+    selections = [method(adaptive=True).select(tokens, budget) for budget in (1, 300)]
+    assert torch.equal(selections[0].keep_idx, selections[1].keep_idx)
+    assert_matches(selections[0], tokens, reference(tokens, total, part))
+
+
+@pytest.mark.parametrize("method", [PruMerge, PruMergePlus])
+def test_adaptive_takes_exactly_the_outliers_by_attention(method):
+    attention = torch.full((24 * 24,), 0.001)
+    attention[7::50] = 0.05
+    vision = {("cls_attention_unsplit", -1): attention, ("keys", -1): torch.randn(576, 2, 4)}
+    tokens = dataclasses.replace(visual_tokens(), vision=vision)
+    kept = method(adaptive=True).select(tokens, 5).keep_idx.tolist()
+    outliers = list(range(7, 576, 50))
+    assert set(outliers) <= set(kept)
+    assert len(kept) == len(outliers) * (1 if method is PruMerge else 4) + 1
+
+
+@pytest.mark.parametrize(
+    ("highest", "count"),
+    [
+        ([7.0, 12.0], 1),  # no outlier: one stays all the same
+        ([7.0, 12.5], 1),
+        ([12.0, 12.5], 1),
+        ([12.5, 12.5], 2),
+    ],
+)
+def test_outliers_are_above_the_third_quartile_by_one_and_a_half_ranges(highest, count):
+    # The quartiles are 2 and 6, so an outlier is above 12.
+    attention = torch.tensor([5.0, 1, 2, 3, 4, 0, 6, *highest])
+    assert PruMerge().own_count(attention) == count
+    assert PruMergePlus().own_count(attention) == 4 * count
+
+
+def test_adaptive_never_asks_for_more_tokens_than_there_are():
+    tokens = visual_tokens(grid=(2, 1), side=8, padding=1)
+    selection = PruMerge(adaptive=True, attention_share=0.01).select(tokens, 5)
+    assert selection.keep_idx.tolist() == list(range(len(tokens)))
+
+
+def test_all_views_are_projected_at_once():
+    tokens = visual_tokens(grid=(2, 2), side=12)
+    calls = []
+
+    def project(states: Tensor) -> Tensor:
+        calls.append(states.shape)
+        return tokens.project(states)
+
+    PruMerge().select(dataclasses.replace(tokens, project=project), 72)
+    assert calls == [(72, 48)]
+
+
+def test_half_precision_merges_in_float32_and_projects_in_its_own_dtype():
+    tokens = visual_tokens(side=12, dtype=torch.bfloat16)
+    dtypes = []
+
+    def project(states: Tensor) -> Tensor:
+        dtypes.append(states.dtype)
+        return states
+
+    tokens = dataclasses.replace(tokens, project=project)
+    selection = PruMerge().select(tokens, 36)
+    assert dtypes == [torch.bfloat16]
+    expected = reference(tokens, 36)
+    exact = torch.stack([expected[place] for place in sorted(expected)])
+    error = (selection.features.double() - exact).abs() / exact.abs().clamp_min(1)
+    assert float(error.max()) < 2**-8  # one rounding, at the end
+
+
+@pytest.mark.parametrize("which", ["vision_features", "keys"])
+def test_a_value_that_is_not_finite_is_an_error(which):
+    tokens = visual_tokens(side=6)
+    values = tokens.vision_features if which == "vision_features" else tokens.vision["keys", -1]
+    values.view(36, -1)[3, 0] = torch.nan
+    with pytest.raises(TodreError, match="1 of 36"):
+        PruMerge().select(tokens, 9)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"attention_share": 0.0}, r"attention_share 0\.0 .*0 < attention_share <= 1"),
+        ({"attention_share": 1.5}, r"attention_share 1\.5"),
+        ({"num_merged": -1}, "num_merged -1 .*0 or more"),
+        ({"num_merged": 3.0}, r"num_merged 3\.0"),
+        ({"cls_layer": None}, "cls_layer None"),
+        ({"adaptive": "yes"}, "adaptive 'yes' .*true, false"),
+        ({"retain_tokens": 0}, "retain_tokens"),
+    ],
+)
+@pytest.mark.parametrize("method", [PruMerge, PruMergePlus])
+def test_bad_knobs_are_refused(method, knobs, message):
+    with pytest.raises(TodreError, match=message):
+        method(**knobs)
+
+
+def test_asks_for_attention_and_keys_of_one_layer():
+    assert PruMergePlus(cls_layer=-2).needs == {
+        ("cls_attention_unsplit", -2),
+        ("keys", -2),
+        "vision_features",
+    }
+    assert PruMerge().cls_layer == -1
+
+
+def test_plus_differs_only_in_the_share_by_attention():
+    plus = dataclasses.asdict(PruMergePlus())
+    assert plus == dataclasses.asdict(PruMerge()) | {"attention_share": 0.25}

@@ -1,0 +1,221 @@
+"""VisPruner against a plain reference.
+
+The procedure is chaotic: rounding decides near-ties and every round builds on the last. Features of
+plus and minus one have cosines that are exact in any precision, so there the reference may compute
+in float64; on other features it takes the same float32 cosines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import visual_tokens
+from torch import Tensor
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.vispruner import VisPruner
+from llava_todre.spans import VisualTokens
+
+
+def slow_shares(total: int, sizes: list[int]) -> list[int]:
+    """Largest remainder, in whole numbers."""
+    whole = [total * size // sum(sizes) for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % sum(sizes)), i))
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def slow_distinct(residual: list[int], count: int, cosine: list[list[float]]) -> list[int]:
+    """Remove near duplicates from ``residual`` (indices into ``cosine``)."""
+    if count == 0:
+        return []
+    while len(residual) > count:
+        quota = min(8, len(residual) - count)
+        a = [token for place, token in enumerate(residual) if place % 2 == 0]
+        b = [token for place, token in enumerate(residual) if place % 2 == 1]
+        closest = [max(cosine[i][j] for j in b) for i in a]
+        by_closeness = sorted(range(len(a)), key=lambda place: -closest[place])
+        residual = [a[place] for place in by_closeness[quota:]] + b
+    return residual
+
+
+def slow_select(
+    tokens: VisualTokens, budget: int, dtype: torch.dtype, ratio: float = 0.5
+) -> list[int]:
+    views = [
+        [i for i, view in enumerate(tokens.view.tolist()) if view == wanted]
+        for wanted in sorted(set(tokens.view.tolist()))
+    ]
+    scores = tokens.vision["cls_attention", -2].tolist()
+    assert tokens.vision_features is not None
+    rows = tokens.vision_features.to(dtype)
+    rows = torch.nn.functional.normalize(rows / rows.abs().max(dim=1, keepdim=True).values, dim=1)
+    kept: list[int] = []
+    for members, share in zip(views, slow_shares(budget, [len(v) for v in views]), strict=True):
+        ranked = sorted(members, key=lambda i: (-scores[i], i))
+        num_important = int(share * ratio)
+        residual = ranked[num_important:]
+        cosine = (rows[residual] @ rows[residual].T).tolist()
+        places = slow_distinct(list(range(len(residual))), share - num_important, cosine)
+        kept += ranked[:num_important] + [residual[place] for place in places]
+    return sorted(kept)
+
+
+def exact_tokens(**shape: object) -> VisualTokens:
+    """Tokens whose vision features are 64 times plus or minus one, many of them alike."""
+    tokens = visual_tokens(**shape)
+    generator = torch.Generator().manual_seed(1)
+    kinds = torch.randn(40, 64, generator=generator)[
+        torch.randint(40, (len(tokens),), generator=generator)
+    ]
+    noise = torch.randn(len(tokens), 64, generator=generator)
+    return dataclasses.replace(tokens, vision_features=(kinds + 0.7 * noise).sign())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"grid": (2, 2), "side": 12}, {"frames": 5, "side": 12}]
+    + [{"grid": (2, 2), "padding": 5, "side": 12}],
+    ids=str,
+)
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float) -> None:
+    tokens = exact_tokens(**shape)
+    method = VisPruner(retain_ratio=ratio)
+    budget = method.budget(len(tokens))
+    kept = method.select(tokens, budget).keep_idx
+    assert kept.tolist() == slow_select(tokens, budget, torch.float64)
+    assert kept.dtype == torch.int64
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+def test_so_it_does_on_ordinary_features_in_the_same_precision(ratio: float) -> None:
+    tokens = visual_tokens(grid=(2, 2), padding=5)
+    budget = round(ratio * len(tokens))
+    kept = VisPruner().select(tokens, budget).keep_idx.tolist()
+    assert kept == slow_select(tokens, budget, torch.float32)
+
+
+@pytest.mark.parametrize("important_ratio", [0.0, 0.3, 0.75, 1.0])
+def test_the_share_of_important_tokens_is_a_knob(important_ratio: float) -> None:
+    tokens = exact_tokens(side=12)
+    method = VisPruner(important_ratio=important_ratio)
+    kept = method.select(tokens, 58).keep_idx.tolist()
+    assert kept == slow_select(tokens, 58, torch.float64, important_ratio)
+    ranked = tokens.vision["cls_attention", -2].argsort(descending=True).tolist()
+    assert set(ranked[: int(58 * important_ratio)]) <= set(kept)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 4, 8, 15, 16, 17, 58, 142, 143])
+def test_budgets_that_stop_the_released_code_are_met_exactly(budget: int) -> None:
+    tokens = exact_tokens(side=12)
+    kept = VisPruner().select(tokens, budget).keep_idx.tolist()
+    assert kept == slow_select(tokens, budget, torch.float64)
+    assert len(set(kept)) == budget
+
+
+def planted(vision_features: Tensor, ranked: list[int]) -> VisualTokens:
+    """One row of tokens with these features, which attention ranks in this order."""
+    num_tokens = len(vision_features)
+    attention = torch.zeros(num_tokens)
+    attention[ranked] = torch.arange(num_tokens, 0, -1).float()
+    return VisualTokens(
+        features=torch.zeros(num_tokens, 1),
+        view=torch.zeros(num_tokens, dtype=torch.int64),
+        row=torch.zeros(num_tokens, dtype=torch.int64),
+        column=torch.arange(num_tokens),
+        vision={("cls_attention", -2): attention},
+        vision_features=vision_features,
+    )
+
+
+def on_a_circle(degrees: list[float]) -> Tensor:
+    radians = torch.tensor(degrees).deg2rad()
+    return torch.stack([radians.cos(), radians.sin()], dim=1)
+
+
+def test_one_round_by_hand() -> None:
+    """Budget 5 of 9: tokens 8 and 0 are important, the other 7 must become 3.
+
+    Ranked by attention they are 1 2 3 4 5 6 7; the four that go are the even places 1 3 5 7.
+    """
+    features = on_a_circle([20.0 * i for i in range(9)])
+    tokens = planted(features, [8, 0, 1, 2, 3, 4, 5, 6, 7])
+    assert VisPruner().select(tokens, 5).keep_idx.tolist() == [0, 2, 4, 6, 8]
+
+
+def test_the_closest_of_the_even_places_go() -> None:
+    """Ranked 5 0 3 1 4 2, two must go: 5 3 4 are 40, 1 and 20 degrees from one of 0 1 2."""
+    features = on_a_circle([0.0, 60.0, 120.0, 59.0, 140.0, 320.0])
+    tokens = planted(features, [5, 0, 3, 1, 4, 2])
+    assert VisPruner(important_ratio=0.0).select(tokens, 4).keep_idx.tolist() == [0, 1, 2, 5]
+
+
+def test_rounds_of_eight_at_most() -> None:
+    """Ranked 0 ... 12, ten must go. Round 1 has only seven even places; 1 3 5 7 9 11 stay.
+
+    Round 2 removes the even places 1 5 9 of these.
+    """
+    tokens = planted(on_a_circle([7.0 * i for i in range(13)]), list(range(13)))
+    assert VisPruner(important_ratio=0.0).select(tokens, 3).keep_idx.tolist() == [3, 7, 11]
+
+
+def test_the_list_of_the_next_round_starts_with_the_survivors_closest_first() -> None:
+    """20 tokens to 9: a round removes 8 of the 10 even places, the next one three of 6.
+
+    Tokens 2i and 2i + 1 are a pair, orthogonal to all others. Those of pair 1 are farthest apart,
+    then those of pair 4: tokens 2 and 8 survive, 8 the closer one. The list is 8 2 1 3 5 7 ... 19;
+    its even places 8 1 5 9 13 17 have their partners, if any, among themselves. All are equally
+    close (0) to the odd places, so the first three go.
+    """
+    degrees = torch.tensor([10.0, 80, 20, 30, 70, 25, 12, 14, 16, 18]).deg2rad()
+    features = torch.zeros(20, 20)
+    for pair, angle in enumerate(degrees):
+        features[2 * pair, 2 * pair] = angle.sin()
+        features[2 * pair, 2 * pair + 1] = angle.cos()
+        features[2 * pair + 1, 2 * pair + 1] = 1
+    tokens = planted(features, list(range(20)))
+    kept = VisPruner(important_ratio=0.0).select(tokens, 9).keep_idx.tolist()
+    assert kept == [2, 3, 7, 9, 11, 13, 15, 17, 19]
+
+
+def test_similarity_is_that_before_the_projector_and_ignores_length() -> None:
+    tokens = exact_tokens(side=12)
+    lengths = 2.0 ** torch.randint(-3, 4, (144, 1), generator=torch.Generator().manual_seed(2))
+    changed = dataclasses.replace(
+        tokens,
+        features=tokens.features.flip(0),
+        vision_features=tokens.vision_features * lengths,
+    )
+    kept = VisPruner().select(tokens, 36).keep_idx
+    assert torch.equal(VisPruner().select(changed, 36).keep_idx, kept)
+
+
+def test_it_asks_for_the_layer_that_llava_reads_and_for_its_features() -> None:
+    assert VisPruner().needs == {("cls_attention", -2), "vision_features"}
+    assert VisPruner(cls_layer=-1).needs == {("cls_attention", -1), "vision_features"}
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    tokens = visual_tokens(side=12)
+    assert tokens.vision_features is not None
+    tokens.vision_features[7, 3] = torch.nan
+    with pytest.raises(TodreError, match="NaN"):
+        VisPruner().select(tokens, 36)
+
+
+def test_half_precision_is_compared_in_float32() -> None:
+    tokens = visual_tokens(side=12, dtype=torch.bfloat16)
+    kept = VisPruner().select(tokens, 36).keep_idx.tolist()
+    assert kept == slow_select(tokens, 36, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "knob", [{"important_ratio": -0.1}, {"important_ratio": 1.5}, {"cls_layer": 1.0}], ids=str
+)
+def test_a_bad_knob_is_refused(knob: dict) -> None:
+    with pytest.raises(TodreError, match=next(iter(knob))):
+        VisPruner(**knob)
