@@ -1,0 +1,278 @@
+"""CDPruner against plain references in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from conftest import visual_tokens
+from torch import Tensor
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.cdpruner import CDPruner, greedy_map
+from llava_todre.spans import VisualTokens
+
+
+def unit(rows: Tensor) -> Tensor:
+    rows = rows.double()
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def slow_relevance(tokens: VisualTokens, source: str) -> Tensor:
+    """(N,) float64: min-max over all tokens of the image."""
+    if source == "none":
+        return torch.ones(len(tokens), dtype=torch.float64)
+    if source == "clip":
+        assert tokens.clip_similarity is not None
+        raw = [-sum(row) / len(row) for row in tokens.clip_similarity.double().tolist()]
+    else:
+        assert tokens.text_embeds is not None
+        words = unit(tokens.text_embeds)
+        raw = [
+            sum(float(token @ word) for word in words) / len(words)
+            for token in unit(tokens.features)
+        ]
+    low, high = min(raw), max(raw)
+    return torch.tensor([(value - low + 1e-6) / (high - low) for value in raw], dtype=torch.float64)
+
+
+def slow_shares(total: int, sizes: list[int]) -> list[int]:
+    """Largest remainder, in whole numbers."""
+    whole = [total * size // sum(sizes) for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % sum(sizes)), i))
+    for i in by_remainder[: total - sum(whole)]:
+        whole[i] += 1
+    return whole
+
+
+def worst_gap(tokens: VisualTokens, kept: list[int], source: str) -> float:
+    """Replay the greedy rule inside ``kept``; how far its gains ever are from the best of all.
+
+    The gain of a token is the squared length of what is left of its weighted feature after taking
+    away its part along each picked one: Gram-Schmidt instead of Cholesky.
+    """
+    relevance = slow_relevance(tokens, source)
+    view, worst = tokens.view.tolist(), 0.0
+    groups = [[i for i, v in enumerate(view) if v == wanted] for wanted in sorted(set(view))]
+    shares = slow_shares(len(kept), [len(group) for group in groups])
+    for group, share in zip(groups, shares, strict=True):
+        left = {place for place, i in enumerate(group) if i in set(kept)}
+        assert len(left) == share
+        rest = relevance[group][:, None] * unit(tokens.features[group])
+        while left:
+            gain = rest.square().sum(dim=1)
+            best = max(float(gain[i]) for i in left)
+            pick = min(i for i in left if gain[i] > best - 1e-12)  # equal up to rounding: lowest
+            worst = max(worst, float(gain.max() - gain[pick]))
+            left.remove(pick)
+            direction = rest[pick] / rest[pick].norm()
+            rest = rest - (rest @ direction)[:, None] * direction
+    return worst
+
+
+def select(tokens: VisualTokens, budget: int, **knobs: Any) -> list[int]:
+    kept = CDPruner(**knobs).select(tokens, budget).keep_idx
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert len(kept) == budget
+    return kept.tolist()
+
+
+def with_clip(tokens: VisualTokens, chunks: int = 2) -> VisualTokens:
+    generator = torch.Generator().manual_seed(1)
+    similarity = 0.2 + 0.03 * torch.randn(len(tokens), chunks, generator=generator)
+    return dataclasses.replace(tokens, clip_similarity=similarity)
+
+
+def hand_made(features: list[list[float]], clip: list[float]) -> VisualTokens:
+    where = torch.arange(len(features))
+    return VisualTokens(
+        torch.tensor(features),
+        where * 0,
+        where * 0,
+        where,
+        clip_similarity=torch.tensor(clip)[:, None],
+    )
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"grid": (2, 2), "side": 12, "padding": 5}, {"frames": 5, "side": 12}],
+    ids=["image", "unpadded", "video"],
+)
+@pytest.mark.parametrize("source", ["text_embeds", "clip", "none"])
+def test_every_pick_is_the_best_one_in_float64(shape, ratio, source):
+    tokens = with_clip(visual_tokens(**shape, width=192, num_text=3))
+    kept = select(tokens, round(ratio * len(tokens)), relevance=source)
+    assert worst_gap(tokens, kept, source) < 1e-5
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_every_pick_is_the_best_one_at_full_size(padding):
+    tokens = visual_tokens(grid=(2, 2), padding=padding, width=192, num_text=3)
+    kept = select(tokens, round(0.1 * len(tokens)))
+    assert worst_gap(tokens, kept, "text_embeds") < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_pick_makes_the_largest_determinant(seed):
+    tokens = with_clip(visual_tokens(side=4, width=12, seed=seed))
+    relevance = slow_relevance(tokens, "clip")
+    rows = relevance[:, None] * unit(tokens.features)
+    kernel = rows @ rows.T
+    picked: list[int] = []
+    for budget in range(1, 9):
+        others = [i for i in range(16) if i not in picked]
+        volume = [torch.linalg.det(kernel[[*picked, i]][:, [*picked, i]]).item() for i in others]
+        picked.append(others[volume.index(max(volume))])
+        assert select(tokens, budget, relevance="clip") == sorted(picked)
+
+
+def test_picks_come_in_greedy_order():
+    """Gains 4, 3 and 1; after token 1, token 0 has 3 - 9/4 left."""
+    kernel = torch.tensor([[3.0, 3.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
+    assert greedy_map(kernel, 3).tolist() == [1, 2, 0]
+
+
+# Along the first axis; close to it (cosine 0.8); along the second axis.
+THREE = [[1.0, 0.0], [0.8, 0.6], [0.0, 2.0]]
+
+
+def test_irrelevant_tokens_lose_however_different_they_are():
+    """Relevance 1, 0.5 and 0: after token 0, token 1 has 0.25 * 0.36 left and token 2 nothing."""
+    tokens = hand_made(THREE, [0.1, 0.2, 0.3])
+    assert select(tokens, 1, relevance="clip") == [0]
+    assert select(tokens, 2, relevance="clip") == [0, 1]
+
+
+def test_without_relevance_only_difference_counts():
+    tokens = hand_made(THREE, [0.3, 0.2, 0.1])
+    assert select(tokens, 1, relevance="none") == [0]
+    assert select(tokens, 2, relevance="none") == [0, 2]
+
+
+def test_similarity_of_clip_is_negated():
+    tokens = with_clip(visual_tokens())
+    assert tokens.clip_similarity is not None
+    assert select(tokens, 1, relevance="clip") == [int(tokens.clip_similarity.mean(1).argmin())]
+
+
+def test_similarity_to_text_embeddings_is_not_negated():
+    tokens = visual_tokens()
+    assert tokens.text_embeds is not None
+    similarity = unit(tokens.features) @ unit(tokens.text_embeds).T
+    assert select(tokens, 1) == [int(similarity.mean(dim=1).argmax())]
+
+
+def test_every_word_counts_alike():
+    tokens = visual_tokens(side=12)
+    assert tokens.text_embeds is not None
+    scale = torch.linspace(0.1, 10, len(tokens.text_embeds))[:, None]
+    louder = dataclasses.replace(tokens, text_embeds=scale * tokens.text_embeds)
+    assert select(louder, 14) == select(tokens, 14)
+
+
+def test_relevance_is_scaled_over_the_whole_image():
+    """The second view is irrelevant as a whole, so its most similar token is not much preferred."""
+    features = torch.eye(4).repeat(2, 1)
+    where = torch.arange(8)
+    clip = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.9, 0.91, 0.92, 1.0])
+    tokens = VisualTokens(features, where // 4, where * 0, where % 4, clip_similarity=clip[:, None])
+    relevance = CDPruner(relevance="clip").relevance_of(tokens, features)
+    expected = torch.tensor([1.0, 0.9, 0.8, 0.7, 0.1, 0.09, 0.08, 0.0])
+    torch.testing.assert_close(relevance, expected, atol=2e-6, rtol=0)
+    assert relevance.min() > 0
+
+
+def test_past_the_rank_the_most_relevant_tokens_make_up_the_number():
+    tokens = with_clip(visual_tokens(side=6, width=8))
+    by_rank = select(tokens, 8, relevance="clip")
+    assert worst_gap(tokens, by_rank, "clip") < 1e-5
+    relevance = slow_relevance(tokens, "clip").tolist()
+    others = sorted(set(range(36)) - set(by_rank), key=lambda i: -relevance[i])
+    for budget in (9, 20, 35):
+        expected = sorted([*by_rank, *others[: budget - 8]])
+        assert select(tokens, budget, relevance="clip") == expected
+
+
+def test_rank_is_noticed_at_the_size_of_a_view():
+    """64 directions for 144 tokens: the released code comes back with about half of them."""
+    tokens = with_clip(visual_tokens(width=64))
+    kept = select(tokens, 144, relevance="clip")
+    directions = select(tokens, 64, relevance="clip")
+    assert set(directions) < set(kept)
+    relevance = slow_relevance(tokens, "clip")
+    dropped = sorted(set(range(576)) - set(kept))
+    filled = sorted(set(kept) - set(directions))
+    assert relevance[filled].min() > relevance[dropped].max()
+
+
+def test_a_faint_new_direction_comes_before_a_relevant_duplicate():
+    """Rounding leaves a duplicate a gain of about 1e-7, more than the faint token's 1e-8."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(5, 64, generator=generator)
+    features[1] = 3 * features[0]
+    tokens = hand_made(features.tolist(), [0.0, 0.0, 1.0, 0.9999, 0.5])
+    assert select(tokens, 3, relevance="clip") == [0, 3, 4]
+
+
+def test_a_token_that_hardly_differs_still_comes_before_a_duplicate():
+    """0.0025 of it lies outside what is kept."""
+    tokens = hand_made([[1.0, 0.0], [2.0, 0.0], [1.0, 0.05]], [0.0, 0.0, 0.0])
+    assert select(tokens, 2, relevance="none") == [0, 2]
+
+
+def test_equal_tokens_and_tokens_of_zeros_still_make_up_the_number():
+    for features in (torch.ones(16, 8), torch.zeros(16, 8)):
+        tokens = dataclasses.replace(visual_tokens(side=4, width=8), features=features)
+        assert select(tokens, 5, relevance="none") == [0, 1, 2, 3, 4]
+        assert select(tokens, 15)
+
+
+def test_relevance_that_tells_nothing_is_like_none():
+    tokens = visual_tokens(side=12)
+    plain = select(tokens, 14, relevance="none")
+    flat = dataclasses.replace(tokens, clip_similarity=torch.full((144, 3), 0.25))
+    assert select(flat, 14, relevance="clip") == plain
+    no_text = visual_tokens(side=12, num_text=0)
+    assert select(no_text, 14) == plain
+
+
+def test_length_of_features_does_not_matter():
+    tokens = visual_tokens(side=12)
+    scale = torch.linspace(0.1, 10, len(tokens))[:, None]
+    longer = dataclasses.replace(tokens, features=tokens.features * scale)
+    assert select(longer, 30) == select(tokens, 30)
+
+
+def test_one_token_and_all_but_one_are_possible_budgets():
+    tokens = visual_tokens(grid=(2, 2), side=6, width=64)
+    assert worst_gap(tokens, select(tokens, 1), "text_embeds") < 1e-5
+    assert len(select(tokens, len(tokens) - 1)) == 179
+
+
+def test_half_precision_is_compared_in_float32():
+    tokens = visual_tokens(width=192, dtype=torch.bfloat16)
+    assert worst_gap(tokens, select(tokens, 58), "text_embeds") < 1e-5
+
+
+def test_needs_what_the_relevance_is_read_from():
+    assert CDPruner().needs == {"text_embeds"}
+    assert CDPruner(relevance="clip").needs == {"clip_similarity"}
+    assert CDPruner(relevance="none").needs == frozenset()
+
+
+def test_broken_features_are_an_error():
+    tokens = visual_tokens(side=4)
+    tokens.features[3, 5] = torch.nan
+    with pytest.raises(TodreError, match="1 of 16 visual tokens"):
+        CDPruner().select(tokens, 4)
+
+
+@pytest.mark.parametrize("relevance", ["clips", None, 1])
+def test_bad_knobs_are_refused(relevance):
+    with pytest.raises(TodreError, match="relevance"):
+        CDPruner(relevance=relevance)

@@ -1,0 +1,294 @@
+"""GlobalCom2 against a plain reference in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import visual_tokens
+from torch import Tensor
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.globalcom2 import GlobalCom2, crop_ratios
+from llava_todre.spans import VisualTokens
+
+LOGITS = ("cls_logits", -1)
+
+
+def slow_shares(total: int, weights: list[float], limits: list[int]) -> list[int]:
+    """Largest remainder; only for shares that stay below their limits."""
+    wanted = [total * weight / sum(weights) for weight in weights]
+    shares = [int(value) for value in wanted]
+    while sum(shares) < total:
+        behind = [value - share for value, share in zip(wanted, shares, strict=True)]
+        shares[behind.index(max(behind))] += 1
+    assert all(share <= limit for share, limit in zip(shares, limits, strict=True))
+    return shares
+
+
+def slow_top(score: dict[int, float], count: int) -> list[int]:
+    return sorted(score, key=lambda i: (-score[i], i))[:count]
+
+
+def slow_ratios(overview: list[list[float]], grid: tuple[int, int], ratio: float) -> list[float]:
+    columns, rows = grid
+    side = len(overview)
+    sums = [0.0] * (columns * rows)
+    for y in range(side):
+        for x in range(side):
+            cell_row = min(y // (side // rows), rows - 1)
+            cell_column = min(x // (side // columns), columns - 1)
+            sums[cell_row * columns + cell_column] += overview[y][x]
+    weight = [math.exp((value - max(sums)) / 10) for value in sums]
+    p = [value / sum(weight) for value in weight]
+    return [min(1.0, ratio * (1 + value - sum(p) / len(p))) for value in p]
+
+
+def slow_resize(image: list[list[float]], height: int, width: int, y: int, x: int) -> float:
+    """Pixel (y, x) of ``image`` resized bilinearly; pixels are areas, edges repeat."""
+    parts = []
+    for place, old, new in ((y, len(image), height), (x, len(image[0]), width)):
+        source = max(0.0, (place + 0.5) * old / new - 0.5)
+        low = min(int(source), old - 1)
+        parts.append((low, min(low + 1, old - 1), source - low))
+    (top, bottom, down), (left, right, across) = parts
+    upper = (1 - across) * image[top][left] + across * image[top][right]
+    lower = (1 - across) * image[bottom][left] + across * image[bottom][right]
+    return (1 - down) * upper + down * lower
+
+
+def canvas_place(tokens: VisualTokens, i: int, side: int) -> tuple[int, int]:
+    assert tokens.grid is not None
+    crop_row, crop_column = divmod(int(tokens.view[i]) - 1, tokens.grid[0])
+    return crop_row * side + int(tokens.row[i]), crop_column * side + int(tokens.column[i])
+
+
+def slow_select(tokens: VisualTokens, budget: int) -> list[int]:
+    logits = tokens.vision[LOGITS].double().tolist()
+    views = tokens.view.tolist()
+    if tokens.grid is None:
+        groups = [[i for i, v in enumerate(views) if v == view] for view in sorted(set(views))]
+        sizes = [len(group) for group in groups]
+        shares = slow_shares(budget, [float(size) for size in sizes], sizes)
+        kept = []
+        for group, share in zip(groups, shares, strict=True):
+            kept += slow_top({i: logits[i] for i in group}, share)
+        return sorted(kept)
+    ratio = budget / len(tokens)
+    thumbnail = [i for i, view in enumerate(views) if view == 0]
+    side = 1 + max(int(tokens.row[i]) for i in thumbnail)
+    overview = [[0.0] * side for _ in range(side)]
+    for i in thumbnail:
+        overview[int(tokens.row[i])][int(tokens.column[i])] = logits[i]
+    num_thumbnail = math.floor(ratio * len(thumbnail) + 0.5)
+    kept = slow_top({i: logits[i] for i in thumbnail}, num_thumbnail)
+    place = {i: canvas_place(tokens, i, side) for i, view in enumerate(views) if view > 0}
+    top, bottom = min(y for y, _ in place.values()), max(y for y, _ in place.values())
+    left, right = min(x for _, x in place.values()), max(x for _, x in place.values())
+    crops = [
+        [i for i in place if views[i] == 1 + j] for j in range(tokens.grid[0] * tokens.grid[1])
+    ]
+    sizes = [len(crop) for crop in crops]
+    ratios = slow_ratios(overview, tokens.grid, ratio)
+    shares = slow_shares(
+        budget - num_thumbnail, [n * rho for n, rho in zip(sizes, ratios, strict=True)], sizes
+    )
+    for crop, share in zip(crops, shares, strict=True):
+        own = {i: logits[i] for i in crop}
+        guide = {
+            i: slow_resize(
+                overview, bottom - top + 1, right - left + 1, place[i][0] - top, place[i][1] - left
+            )
+            for i in crop
+        }
+        own_norm = math.sqrt(sum(value**2 for value in own.values()))
+        guide_norm = math.sqrt(sum(value**2 for value in guide.values()))
+        kept += slow_top({i: own[i] / own_norm + guide[i] / guide_norm for i in crop}, share)
+    return sorted(kept)
+
+
+def part(tokens: VisualTokens, keep: Tensor) -> VisualTokens:
+    """The tokens where ``keep`` (N,) is true, as if the others were padding."""
+    return dataclasses.replace(
+        tokens,
+        features=tokens.features[keep],
+        view=tokens.view[keep],
+        row=tokens.row[keep],
+        column=tokens.column[keep],
+        vision={LOGITS: tokens.vision[LOGITS][keep]},
+    )
+
+
+def with_logits(tokens: VisualTokens, logits: Tensor) -> VisualTokens:
+    return dataclasses.replace(tokens, vision={LOGITS: logits})
+
+
+def select(tokens: VisualTokens, budget: int) -> list[int]:
+    kept = GlobalCom2().select(tokens, budget).keep_idx
+    assert kept.dtype == torch.int64
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    assert len(kept) == budget
+    return kept.tolist()
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"grid": (2, 2)},
+        {"grid": (2, 2), "padding": 5},
+        {"grid": (1, 3), "side": 12, "padding": 4},
+        {"grid": (3, 1), "side": 14, "padding": 3},
+        {"frames": 5, "side": 12},
+    ],
+    ids=["image", "anyres", "unpadded", "tall", "wide", "video"],
+)
+def test_keeps_what_the_reference_keeps(shape, ratio):
+    tokens = visual_tokens(**shape)
+    budget = round(ratio * len(tokens))
+    assert select(tokens, budget) == slow_select(tokens, budget)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_columns_may_be_padding_too(seed):
+    """An odd number of them on one side, and one row more on the other."""
+    tokens = visual_tokens(grid=(2, 2), side=12, padding=1, seed=seed)
+    canvas_column = (tokens.view - 1) % 2 * 12 + tokens.column
+    tokens = part(tokens, (tokens.view == 0) | ((canvas_column >= 3) & (canvas_column < 22)))
+    budget = round(0.2 * len(tokens))
+    assert select(tokens, budget) == slow_select(tokens, budget)
+
+
+def test_crops_compare_by_their_part_of_the_thumbnail():
+    """Sums 0, 0, 0 and 10 ln 3: p is 1/6 three times and 1/2, and its mean 1/4."""
+    overview = torch.zeros(4, 4)
+    overview[2:, 2:] = 10 * math.log(3) / 4
+    expected = [0.2 * 11 / 12] * 3 + [0.2 * 5 / 4]
+    assert crop_ratios(overview, (2, 2), 0.2, 10.0) == pytest.approx(expected)
+    assert crop_ratios(overview, (2, 2), 0.9, 10.0)[3] == 1.0
+    assert crop_ratios(overview, (2, 2), 0.2, 1e9) == pytest.approx([0.2] * 4)
+
+
+def test_crops_are_numbered_row_by_row():
+    overview = torch.zeros(6, 6)
+    overview[0, 4] = 50.0
+    ratios = crop_ratios(overview, (3, 2), 0.1, 10.0)
+    assert ratios.index(max(ratios)) == 2
+
+
+def test_the_last_cells_of_the_thumbnail_take_the_remainder():
+    """Cells of 1, 1 and 3 columns and 2 and 3 rows."""
+    sums = torch.tensor([2.0, 2.0, 6.0, 3.0, 3.0, 9.0])
+    p = (sums / 10).softmax(dim=0)
+    expected = (0.1 * (1 + p - 1 / 6)).tolist()
+    assert crop_ratios(torch.ones(5, 5), (3, 2), 0.1, 10.0) == pytest.approx(expected)
+
+
+def test_a_crop_with_more_attention_keeps_more_tokens():
+    """R = 0.1, and one crop has all the weight: 0.175 of it stays, and 0.075 of the others."""
+    tokens = visual_tokens(grid=(2, 2))
+    logits = tokens.vision[LOGITS].clone()
+    logits[(tokens.view == 0) & (tokens.row >= 12) & (tokens.column < 12)] += 10
+    kept = select(with_logits(tokens, logits), 288)
+    counts = tokens.view[kept].bincount(minlength=5).tolist()
+    assert counts == [58, 43, 43, 101, 43]  # 230 in the proportions 43.1, 43.1, 100.6, 43.1
+
+
+def test_a_crop_asks_for_all_its_tokens_at_most():
+    """12 and 4 columns, R = 0.8, all weight on the first: rho is 1 (not 1.2) and 0.4."""
+    tokens = visual_tokens(grid=(2, 1), side=12)
+    tokens = part(tokens, (tokens.view < 2) | (tokens.column < 4))
+    logits = tokens.vision[LOGITS].clone()
+    logits[(tokens.view == 0) & (tokens.column < 6)] += 10
+    kept = select(with_logits(tokens, logits), 269)
+    # Of 336 tokens; 115 of the thumbnail, and 154 in the proportions 144 * 1 to 48 * 0.4.
+    assert tokens.view[kept].bincount().tolist() == [115, 136, 18]
+
+
+def test_the_thumbnail_keeps_its_share_of_the_budget():
+    tokens = visual_tokens(grid=(2, 2), padding=5)
+    for budget in (240, 241, 500):
+        kept = select(tokens, budget)
+        expected = math.floor(budget * 576 / 2400 + 0.5)
+        assert int((tokens.view[kept] == 0).sum()) == expected
+
+
+@pytest.mark.parametrize(("row", "column"), [(3, 3), (20, 4), (5, 20), (16, 17)])
+def test_the_thumbnail_points_at_a_place_of_the_unpadded_canvas(row, column):
+    """Crops that attend evenly follow the thumbnail: what stays lies around the patch it marks."""
+    tokens = visual_tokens(grid=(2, 2), padding=10)  # rows 10 to 37 of 48, all 48 columns
+    away = (tokens.row - row) ** 2 + (tokens.column - column) ** 2
+    kept = select(with_logits(tokens, torch.where(tokens.view == 0, -away, 0).float()), 60)
+    crop = 1 + 2 * (row >= 12) + (column >= 12)
+    places = [canvas_place(tokens, i, 24) for i in kept if tokens.view[i] == crop]
+    assert len(places) == 18
+    centre = tuple(sum(axis) / len(axis) + 0.5 for axis in zip(*places, strict=True))
+    assert centre == pytest.approx((10 + (row + 0.5) * 28 / 24, (column + 0.5) * 2), abs=0.5)
+
+
+def test_attention_of_a_crop_and_of_the_thumbnail_weigh_the_same():
+    """However large the numbers of one of them are."""
+    tokens = visual_tokens(grid=(2, 2), side=12)
+    crops = tokens.view > 0
+    louder = tokens.vision[LOGITS] * torch.where(crops, 50.0, 1.0)
+    assert select(with_logits(tokens, louder), 72) == select(tokens, 72)
+
+
+def test_a_single_view_keeps_the_highest_logits():
+    logits = torch.zeros(16).index_fill(0, torch.tensor([3, 7, 12]), 1.0)
+    assert select(with_logits(visual_tokens(side=4), logits), 3) == [3, 7, 12]
+    assert select(with_logits(visual_tokens(side=4), logits), 4) == [0, 3, 7, 12]
+
+
+def test_frames_share_the_budget_evenly():
+    tokens = visual_tokens(frames=5, side=12)
+    assert tokens.view[select(tokens, 72)].bincount().tolist() == [15, 15, 14, 14, 14]
+
+
+def test_a_crop_that_is_all_padding_is_no_trouble():
+    tokens = visual_tokens(grid=(1, 3), side=6)
+    tokens = part(tokens, (tokens.view == 0) | (tokens.view == 2))
+    for budget in (1, 7, 40, 71):
+        assert set(tokens.view[select(tokens, budget)].tolist()) <= {0, 2}
+
+
+def test_one_token_and_all_but_one_are_possible_budgets():
+    for tokens in (visual_tokens(side=6), visual_tokens(grid=(2, 2), side=6, padding=1)):
+        assert select(tokens, 1) == slow_select(tokens, 1)
+        (dropped,) = set(range(len(tokens))) - set(select(tokens, len(tokens) - 1))
+        logits, view = tokens.vision[LOGITS], int(tokens.view[dropped])
+        if view == 0:
+            assert logits[dropped] == logits[tokens.view == 0].min()
+
+
+def test_every_budget_is_met():
+    tokens = visual_tokens(grid=(2, 1), side=6, padding=1)
+    for budget in range(1, len(tokens)):
+        select(tokens, budget)
+
+
+def test_the_layer_is_a_knob():
+    tokens = visual_tokens(grid=(2, 2), side=12)
+    assert GlobalCom2().needs == {("cls_logits", -1)}
+    other = GlobalCom2(cls_layer=-2)
+    assert other.needs == {("cls_logits", -2)}
+    moved = dataclasses.replace(tokens, vision={LOGITS: tokens.vision["cls_logits", -2]})
+    assert other.select(tokens, 72).keep_idx.tolist() == select(moved, 72)
+
+
+def test_half_precision_logits_are_ranked_in_float32():
+    tokens = visual_tokens(grid=(2, 2))
+    half = with_logits(tokens, tokens.vision[LOGITS].bfloat16())
+    assert select(half, 720) == slow_select(half, 720)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"temperature": 0}, {"temperature": -1.0}, {"temperature": "hot"}, {"cls_layer": 0.5}],
+)
+def test_bad_knobs_are_refused(knobs):
+    with pytest.raises(TodreError, match=next(iter(knobs))):
+        GlobalCom2(**knobs)
