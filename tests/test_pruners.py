@@ -94,6 +94,7 @@ def test_number_of_tokens_replaces_the_ratio():
         ("todre", {"probe_depths": 0.5}, r"probe_depths 0\.5 is not a list"),
         ("todre", {"objective": "max_summ"}, "objective 'max_summ' .* mean 'max_sum'"),
         ("todre", {"pivot": "clss"}, "pivot 'clss' .* mean 'cls'"),
+        ("todre", {"similarity": "centered"}, "similarity 'centered' .* mean 'centred'"),
         ("todre", {"text_set": "after"}, "text_set 'after' .*Allowed: after_image, all"),
         ("vanilla", {"retain_ratio": 0.5}, r"keeps every token, but a budget of 0\.5"),
         ("vanilla", {"retain_tokens": 64}, "keeps every token, but a budget of 64"),
@@ -208,6 +209,31 @@ def test_pivot_of_crops_comes_from_the_thumbnail_alone():
 
 def test_pivot_of_a_video_is_the_best_token_of_its_best_frame():
     assert Todre().pivot_index(tokens_whose_best_is(40, num_views=5, is_video=True)) == 40
+
+
+@pytest.mark.parametrize(("pivot", "sign"), [("nearest", 1.0), ("farthest", -1.0)])
+@pytest.mark.parametrize("is_video", [False, True])
+def test_pivot_by_the_mean_is_a_token_of_the_thumbnail_or_any_frame(pivot, sign, is_video):
+    tokens = visual_tokens(num_views=5, is_video=is_video)
+    rows = torch.nn.functional.normalize(tokens.features.double(), dim=1)
+    closeness = [
+        sign * float(torch.nn.functional.cosine_similarity(row, rows.mean(0), dim=0))
+        for row in rows
+    ]
+    allowed = range(80) if is_video else range(16)
+    assert Todre(pivot=pivot).pivot_index(tokens) == max(allowed, key=lambda i: closeness[i])
+    assert Todre(pivot=pivot).needs == frozenset()
+
+
+def test_centred_similarity_takes_the_mean_away_first():
+    tokens = visual_tokens()
+    lopsided = dataclasses.replace(tokens, features=tokens.features + 3.0)
+    centred = tokens.features.double() - tokens.features.double().mean(0)
+    pivot = Todre().pivot_index(tokens)
+    expected = sorted(reference.greedy_diverse(centred, 6, pivot, "max_sum"))
+    for given in (tokens, lopsided):
+        assert Todre(similarity="centred").select(given, 6).keep_idx.tolist() == expected
+    assert Todre().select(lopsided, 6).keep_idx.tolist() != expected
 
 
 def test_random_pivot_depends_on_the_seed_alone():
