@@ -7,8 +7,12 @@ STAMP := $(VENV)/.installed
 # Exists only while an install runs: what an interrupted one leaves behind cannot be trusted.
 UNFINISHED := $(VENV)/.unfinished
 
+# make demo METHODS=all RATIOS="0.5 0.25" IMAGES=20 OUT=outputs/all; each may be left out.
+DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(RATIOS)) \
+  $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types format bench train-mini readme clean
+.PHONY: help setup demo test check lint types format bench train-mini docs readme clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,8 +32,8 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	@rm -f $(UNFINISHED) && touch $@
 
-demo: $(STAMP) ## prune the bundled model and print the comparison table
-	@$(PY) -m llava_todre.cli demo
+demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMAGES, OUT)
+	@$(PY) -m llava_todre.cli demo $(DEMO_OPTIONS)
 
 test: $(STAMP) ## run the tests (offline, CPU)
 	@$(PY) -m pytest -q
@@ -53,7 +57,10 @@ bench: $(STAMP) ## time selection and prefill on this machine
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/train_mini.sh
 
-readme: $(STAMP) ## write the README's table again from the stored results
+docs: $(STAMP) ## write docs/methods.md again from the registry and the stored results
+	@$(PY) -m eval docs
+
+readme: $(STAMP) ## write the README's table and list of methods again
 	@$(PY) -m eval readme
 
 clean: ## remove .venv and caches; results and checkpoints stay

@@ -1,4 +1,4 @@
-"""``python -m eval bench`` and ``python -m eval readme``."""
+"""``python -m eval bench``, ``python -m eval docs`` and ``python -m eval readme``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ import sys
 from pathlib import Path
 
 from eval.bench import bench
+from eval.docs import check_docs, write_docs
 from eval.readme import check_readme, write_readme
+from llava_todre.errors import TodreError
 
 
-def main() -> int:
-    """Run one command."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     timing = commands.add_parser("bench", help="time selection and prefill on this machine")
     timing.add_argument("--repeats", type=int, default=5)
     timing.add_argument("--out", type=Path, help="also write the JSON here")
-    readme = commands.add_parser("readme", help="write the README's table from stored results")
-    readme.add_argument("--check", action="store_true", help="only say whether it is up to date")
-    options = parser.parse_args()
-    if options.command == "bench":
-        bench(options.repeats, options.out)
-        return 0
-    return check_readme() if options.check else write_readme()
+    for name, page in (("docs", "docs/methods.md"), ("readme", "the generated parts of README.md")):
+        command = commands.add_parser(name, help=f"write {page} from registry and stored results")
+        command.add_argument("--check", action="store_true", help="only say whether it is current")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "bench":
+            bench(options.repeats, options.out)
+            return 0
+        if options.command == "docs":
+            return check_docs() if options.check else write_docs()
+        return check_readme() if options.check else write_readme()
+    except TodreError as error:
+        print(f"eval: error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

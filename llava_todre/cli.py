@@ -96,7 +96,8 @@ def _demo_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", type=str | None, help="checkpoint (default: the bundled one)")
-    add("--methods", nargs="+", default=["random", "todre_v1", "todre"], help="see `todre list`")
+    methods = "names from `todre list`, A+B combinations, or all"
+    add("--methods", nargs="+", default=["random", "todre_v1", "todre"], help=methods)
     add("--ratios", nargs="+", type=float, default=[0.25, 0.10], help="shares of tokens kept")
     add("--num-images", type=int, default=96, help="held-out pictures, nine questions each")
     add("--out", default="outputs/demo", help="folder for results, table and pictures")
@@ -140,6 +141,7 @@ def _read_method_file(path: Path) -> dict[str, Any]:
 
 
 def _generate(options: Namespace) -> None:
+    from llava_todre.flops import decoder_prefill_flops
     from llava_todre.generate import Request, answer
     from llava_todre.model.images import load_image
     from llava_todre.model.load import load_pretrained_model
@@ -171,6 +173,10 @@ def _generate(options: Namespace) -> None:
     if options.picture:
         _save(picture_of(images, result.stats, model), options.picture)
     report = {"answer": result.text, "method": method, **result.stats.as_dict()}
+    unpruned = [result.stats.unpruned_prompt_tokens] * model.decoder_shape.layers
+    layers = result.stats.prompt_tokens_per_layer
+    report["prefill_flops"] = decoder_prefill_flops(model.decoder_shape, layers)
+    report["prefill_flops_unpruned"] = decoder_prefill_flops(model.decoder_shape, unpruned)
     report["stages_ms"] = {stage: round(ms, 2) for stage, ms in result.stages_ms.items()}
     print(json.dumps(report) if options.json else _as_text(report))
 
@@ -184,19 +190,27 @@ def _save(picture: Any, path: str) -> None:
 
 def _as_text(report: dict[str, Any]) -> str:
     kept, total = report["kept_tokens"], report["visual_tokens"]
+    spent, unpruned = report["prefill_flops"], report["prefill_flops_unpruned"]
     lines = [
         report["answer"],
         "",
         f"method     {report['method']}",
         f"tokens     {kept} of {total} visual tokens kept ({kept / total:.1%}), "
         f"{report['newline_tokens']} newline, {report['text_tokens']} text",
+        f"per layer  {report['mean_visual_tokens']:.1f} visual tokens, newlines included, "
+        "mean over decoder layers",
+        f"prefill    {spent / unpruned:.1%} of the FLOPs of the unpruned decoder prefill "
+        f"({spent:.3g} of {unpruned:.3g})",
     ]
     for probe in report["probes"]:
+        seen = []
         if probe["text_to_visual"] is not None:
-            lines.append(
-                f"probe      after layer {probe['layer']}: text to visual "
-                f"{probe['text_to_visual']:.3f}, visual to text {probe['visual_to_text']:.3f}"
-            )
+            seen = [
+                f"text to visual {probe['text_to_visual']:.3f}",
+                f"visual to text {probe['visual_to_text']:.3f}",
+            ]
+        seen.append(f"{probe['dropped']} tokens dropped")
+        lines.append(f"probe      after layer {probe['layer']}: {', '.join(seen)}")
     start = report["withdrawn_from"]
     where = "never" if start is None else f"from layer {start} on"
     lines.append(f"withdrawn  {where}")
@@ -223,11 +237,19 @@ def _demo(options: Namespace) -> None:
 
 
 def _list(options: Namespace) -> None:
+    from llava_todre.catalogue import COMBINATION, where
     from llava_todre.pruners import PRUNERS
 
     del options
+    rows = [("name", "prunes", "text", "paper")]
     for name, method in PRUNERS.items():
-        print(f"{name:10} {(method.__doc__ or '').strip().splitlines()[0]}")
+        text = "yes" if method.about.reads_text else "no"
+        rows.append((name, where(method), text, method.about.paper))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+    print("\nprunes: before the decoder, inside it, or both; text: what goes depends on the text.")
+    print(COMBINATION)
 
 
 _COMMANDS = {"generate": _generate, "demo": _demo, "list": _list}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import resource
 import statistics
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -24,17 +27,21 @@ from tqdm import tqdm
 from llava_todre.errors import TodreError
 from llava_todre.flops import decoder_prefill_flops
 from llava_todre.generate import Answer, Request, answer
+from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
 from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
-from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.table import as_markdown
 from llava_todre.viz import contact_sheet, draw_kept, token_boxes
 
 RANDOM_DRAWS = 3
 TIMED_PROMPTS = 24
 PICTURED_SCENES = 3
+ROW_OF_PICTURES = 5
+"""Pictures side by side, when there are more than fit on one sheet."""
+_ONE_SHEET = 7
 _MAX_NEW_TOKENS = 8
 _PICTURE_SCALE = 2
 
@@ -44,6 +51,7 @@ class Run:
     """One pass over the questions."""
 
     method: str
+    """A name of the registry, or two of them joined as A+B."""
     retain_ratio: float
     draw: int = 0
     """Which draw of a random method."""
@@ -52,7 +60,7 @@ class Run:
     def name(self) -> str:
         """A name fit for a file."""
         draw = f"_draw{self.draw}" if self.method == "random" else ""
-        return f"{self.method}_{self.retain_ratio!r}{draw}"
+        return re.sub(r"[^\w.]", "-", f"{self.method}_{self.retain_ratio!r}{draw}")
 
     def pruner(self, image_index: int) -> Pruner:
         """Return the method for one image; a random method draws afresh for each."""
@@ -69,11 +77,17 @@ def bundled_checkpoint() -> Path:
 
 
 def plan(methods: Sequence[str], ratios: Sequence[float]) -> list[Run]:
-    """Return the runs: the unpruned model first, then every method at every ratio."""
+    """Return the runs: the unpruned model first, then every method at every ratio.
+
+    Among ``methods``, "all" stands for the whole registry.
+    """
+    named = [name for method in methods for name in (PRUNERS if method == "all" else [method])]
     runs = [Run("vanilla", 1.0)]
+    # Stage 2 alone has no budget of its own.
+    runs += [Run(name, 1.0) for name in dict.fromkeys(named) if name.startswith("vanilla+")]
     for ratio in dict.fromkeys(ratios):
-        for method in dict.fromkeys(methods):
-            if method != "vanilla":
+        for method in dict.fromkeys(named):
+            if not method.startswith("vanilla"):
                 draws = RANDOM_DRAWS if method == "random" else 1
                 runs += [Run(method, ratio, draw) for draw in range(draws)]
     for run in runs:
@@ -93,7 +107,8 @@ def run_demo(
 
     Args:
         model_path: a checkpoint folder; the bundled one when None.
-        methods: names of methods; the unpruned model always comes first.
+        methods: names of methods, A+B combinations, or "all"; the unpruned model always comes
+            first.
         ratios: shares of the patch tokens to keep.
         num_images: held-out pictures, with one question of every task each.
         out: folder for everything that is written.
@@ -138,6 +153,7 @@ def run_demo(
         "questions": num_images * len(samples[0].questions),
         "seed": TEST_SEED,
         "tasks": list(TASKS),
+        "interval": {"level": LEVEL, "resamples": RESAMPLES, "over": "images, paired"},
         "rows": _rows(scored, _time_prefill(runs, samples, ask)),
         "runs": scored,
         "status": "complete",
@@ -238,7 +254,8 @@ def _rows(
             for task in TASKS
         }
         full = rows[0]["accuracy"] if rows else accuracy
-        relative = [accuracy[task] / full[task] for task in TASKS if full[task]]
+        relative = relative_average(np.array([*accuracy.values()]), np.array([*full.values()]))
+        spread = intervals([result["hits"] for result in results], scored[0]["hits"])
         mean = {
             key: statistics.fmean(result[key] for result in results)
             for key in results[0]
@@ -251,7 +268,9 @@ def _rows(
                 "draws": len(results),
                 "accuracy": accuracy,
                 "average": statistics.fmean(accuracy.values()),
-                "relative_average": statistics.fmean(relative) if relative else 0.0,
+                "average_interval": list(spread["average"]),
+                "relative_average": float(relative),
+                "relative_interval": list(spread["relative"]),
                 **mean,
                 "flops_share": mean["prefill_flops"] / (rows or [mean])[0]["prefill_flops"],
                 "prefill_speedup": speed[Run(method, ratio).name]["prefill"],
@@ -268,25 +287,41 @@ def _draw(
     model: LlavaLlamaForCausalLM,
     out: Path,
 ) -> None:
-    """Draw the kept tokens of the first scenes, a row per ratio and a column per method."""
+    """Draw the kept tokens of the first scenes, a row per ratio and a column per method.
+
+    With more methods than fit into a row, each ratio gets a sheet of its own.
+    """
     tile = model.get_vision_tower().config.image_size
     ratios = sorted({run.retain_ratio for run in runs if run.method != "vanilla"}, reverse=True)
     for scene, sample in enumerate(samples[:PICTURED_SCENES]):
         question = sample.questions[scene % len(sample.questions)]
         place = [sample.questions.index(question)]
-        rows = []
+        rows: list[list[tuple[str, Image.Image]]] = []
         for ratio in ratios or [1.0]:
-            cells: list[tuple[str, Image.Image]] = []
-            shown = [run for run in runs if run.draw == 0 and run.retain_ratio in (ratio, 1.0)]
-            for run in shown:
+            rows.append([])
+            for run in runs:
+                if run.draw > 0 or (run.method != "vanilla" and run.retain_ratio != ratio):
+                    continue
                 given = ask(sample, place, run.pruner(scene), max_new_tokens=_MAX_NEW_TOKENS)[0]
                 stats = given.stats.images[0]
                 boxes = token_boxes(stats, sample.image.size, model.config, tile)
-                title = f"{run.method}, {len(stats.keep_idx)} tokens: {given.text}"
-                cells.append((title, draw_kept(sample.image, boxes, stats, _PICTURE_SCALE)))
-            rows.append(cells)
-        sheet = contact_sheet(rows, f"{question.text}  ({question.answer})")
-        sheet.save(out / f"kept_{scene}.png")
+                tokens = f"{len(stats.keep_idx)} in, {given.stats.mean_visual_tokens:.0f} per layer"
+                picture = draw_kept(sample.image, boxes, stats, _PICTURE_SCALE)
+                rows[-1].append((f"{run.method}, {tokens}: {given.text}", picture))
+        caption = f"{question.text}  ({question.answer})"
+        if len(rows[0]) <= _ONE_SHEET:
+            contact_sheet(rows, caption).save(out / f"kept_{scene}.png")
+            continue
+        for ratio, cells in zip(ratios, rows, strict=True):
+            sheet = contact_sheet(_wrapped(cells), f"{caption}  retain_ratio {ratio:g}")
+            sheet.save(out / f"kept_{scene}_{ratio!r}.png")
+
+
+def _wrapped(cells: list[tuple[str, Image.Image]]) -> list[list[tuple[str, Image.Image]]]:
+    """Return the cells in rows of about the same length."""
+    num_rows = math.ceil(len(cells) / ROW_OF_PICTURES)
+    width = math.ceil(len(cells) / num_rows)
+    return [cells[start : start + width] for start in range(0, len(cells), width)]
 
 
 def _fingerprint(model_path: Path, num_images: int) -> str:

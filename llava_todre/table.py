@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 LEGEND = (
-    "tokens: patch tokens entering the decoder; per layer: visual tokens a decoder layer processes,"
-    " newlines included; mean: mean accuracy in %; relative: mean of accuracy / accuracy unpruned;"
-    " FLOPs: decoder prefill; prefill: its speed-up; TTFT: speed-up of vision, selection and"
-    " prefill; both medians over prompts, batch 1, taken in turns."
+    "tokens: patch tokens that enter the decoder; per layer: visual tokens that a decoder layer"
+    " processes, newlines included, mean over the layers (papers say equivalent tokens); mean:"
+    " mean accuracy in %; relative: mean of accuracy / accuracy unpruned, [95% interval, paired"
+    " bootstrap over images]; FLOPs: exact count of the decoder prefill, share of unpruned;"
+    " prefill: its speed-up; TTFT: speed-up of vision, selection and prefill; both medians over"
+    " prompts, batch 1, taken in turns."
 )
 
 
@@ -26,13 +29,21 @@ def _cells(results: dict[str, Any], per_task: bool) -> list[list[str]]:
                 f"{row['kept_tokens']:.0f}",
                 f"{row['mean_visual_tokens_per_layer']:.0f}",
                 *(f"{100 * score:.1f}" for score in [*scores, row["average"]]),
-                f"{row['relative_average']:.1%}",
+                with_interval(row["relative_average"], row.get("relative_interval")),
                 f"{row['flops_share']:.0%}",
                 f"{row['prefill_speedup']['median']:.1f}x",
                 f"{row['first_token_speedup']['median']:.1f}x",
             ]
         )
     return table
+
+
+def with_interval(value: float, interval: Sequence[float] | None) -> str:
+    """Return a share in percent with its interval, if that has a width."""
+    text = f"{value:.1%}"
+    if interval is None or interval[0] == interval[1]:
+        return text
+    return f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
 def as_text(results: dict[str, Any]) -> str:
@@ -48,15 +59,27 @@ def as_text(results: dict[str, Any]) -> str:
 
 def as_markdown(results: dict[str, Any], per_task: bool = True) -> str:
     """Return the table in Markdown, with how it was made below."""
-    table = _cells(results, per_task)
-    rule = ["---", *("---:" for _ in table[0][1:])]
-    lines = ["| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]]]
+    return "\n".join([*markdown_lines(_cells(results, per_task)), "", note(results), ""])
+
+
+def markdown_lines(table: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a Markdown table: header, rule, rows.
+
+    Args:
+        table: header and rows.
+        left: columns aligned to the left; the others hold numbers.
+    """
+    rule = ["---"] * left + ["---:"] * (len(table[0]) - left)
+    return ["| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]]]
+
+
+def note(results: dict[str, Any]) -> str:
+    """Return what the columns mean and how the numbers were made."""
     versions = results["versions"]
     dirty = ", with local changes" if results["git_dirty"] else ""
-    note = (
+    return (
         f"Bundled mini model (not evidence about 7B models), {results['questions']} held-out"
         f" questions on {results['num_images']} images, seed {results['seed']}; {LEGEND}"
         f" {results['device']}, torch {versions['torch']}, transformers"
         f" {versions['transformers']}, commit {(results['git_commit'] or 'none')[:10]}{dirty}."
     )
-    return "\n".join([*lines, "", note, ""])

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from llava_todre import TodreError
 from llava_todre.cli import main
+from llava_todre.flops import DecoderShape, decoder_prefill_flops
+from llava_todre.pruners import PRUNERS
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = str(GOLDEN / "llava-v1.6-tiny")
@@ -31,7 +36,9 @@ def test_text_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     out = capsys.readouterr().out
     assert "16 of 64 visual tokens kept (25.0%)" in out
     assert "probe      after layer 7" in out and "withdrawn  never" in out
-    assert "prefill" in out
+    mean = re.search(r"^per layer  ([\d.]+) visual tokens, newlines included", out, re.MULTILINE)
+    share = re.search(r"^prefill    ([\d.]+)% of the FLOPs of the unpruned", out, re.MULTILINE)
+    assert mean and 16.5 < float(mean[1]) <= 24 and share and 30 < float(share[1]) < 70
     assert Image.open(picture).width > 200
 
 
@@ -42,6 +49,31 @@ def test_json_report_with_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["probes"][0]["layer"] == 4
     assert report["kept_tokens"] == len(report["keep_idx"][0]) == 6
     assert report["visual_tokens_per_layer"][4] > 0 == report["visual_tokens_per_layer"][5]
+
+
+@pytest.mark.parametrize("method", ["todre_v1", "fastv"])
+def test_flops_are_those_of_the_layers_and_of_a_run_without_pruning(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(*extra: str) -> dict[str, Any]:
+        assert generate(*extra, "--json") == 0
+        return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+    pruned = report("--method", method, "--retain-ratio", "0.1")
+    unpruned = report("--method", "vanilla")
+    sizes = json.loads((Path(MODEL) / "config.json").read_text())
+    shape = DecoderShape(
+        *(sizes[key] for key in ("num_hidden_layers", "hidden_size", "intermediate_size")),
+        *(sizes[key] for key in ("num_attention_heads", "num_key_value_heads", "vocab_size")),
+    )
+    for each in (pruned, unpruned):
+        layers = [each["text_tokens"] + count for count in each["visual_tokens_per_layer"]]
+        assert each["prefill_flops"] == decoder_prefill_flops(shape, layers)
+        mean = sum(each["visual_tokens_per_layer"]) / shape.layers
+        assert each["mean_visual_tokens"] == pytest.approx(mean)
+    assert pruned["prefill_flops"] < 0.7 * unpruned["prefill_flops"]
+    assert pruned["prefill_flops_unpruned"] == unpruned["prefill_flops"]
+    assert unpruned["prefill_flops_unpruned"] == unpruned["prefill_flops"]
 
 
 def test_paper_protocol_keeps_five_views_without_newlines(
@@ -61,7 +93,16 @@ def test_every_method_file_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    assert capsys.readouterr().out.count("\n") == 4
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "prunes", "text", "paper"]
+    assert len(PRUNERS) >= 20
+    for line, (name, method) in zip(lines, PRUNERS.items(), strict=False):
+        shown, place, text, paper = re.split(r" {2,}", line)
+        assert (shown, paper) == (name, method.about.paper)
+        assert place in ("before", "inside", "both") or name == "vanilla"
+        assert text in ("yes", "no")
+    blank, _, last = lines[len(PRUNERS) :]
+    assert blank == "" and last == "A+B: Stage 1 of A, decoder stage of B."
 
 
 @pytest.mark.parametrize(
@@ -78,7 +119,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ({"extra": ["--option", "tau"]}, "not of the form KEY=VALUE"),
         ({"extra": ["--option", "tau=["]}, "not valid YAML"),
         ({"extra": ["--option", "cls_layer=a"]}, "cls_layer 'a' is not a whole number"),
-        ({"extra": ["--option", "cls_layer=99"]}, "cls_layer 99"),
+        ({"extra": ["--option", "cls_layer=99"]}, "vision layer 99"),
         ({"extra": ["--method", "random", "--option", "seed=x"]}, "seed 'x'"),
         ({"extra": ["--method", "missing.yaml"]}, "method file 'missing.yaml' cannot be read"),
         ({"extra": ["--template", "vicuna"]}, "Did you mean 'vicuna_v1'?"),
@@ -138,13 +179,13 @@ def test_nan_weights_are_reported_as_nan_features(
 
 
 def test_debug_shows_where_it_happened() -> None:
-    command = [sys.executable, "-m", "llava_todre.cli"]
     wrong = ["generate", "--model", MODEL, "--image", "nope.png", "--question", "what"]
-    plain = subprocess.run([*command, *wrong], capture_output=True, text=True)
-    assert plain.returncode == 1 and "Traceback" not in plain.stderr
     for asked in (["--debug", *wrong], [*wrong, "--debug"]):
-        debug = subprocess.run([*command, *asked], capture_output=True, text=True)
-        assert debug.returncode != 0 and "Traceback" in debug.stderr
+        with pytest.raises(TodreError, match=r"nope\.png"):
+            main(asked)
+    command = [sys.executable, "-m", "llava_todre.cli", *wrong]
+    plain = subprocess.run(command, capture_output=True, text=True)
+    assert plain.returncode == 1 and "Traceback" not in plain.stderr
 
 
 def test_what_nobody_foresaw_is_one_line_too(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llava_todre import TodreError, demo
-from llava_todre.demo import Run, plan, run_demo
+from llava_todre.demo import RANDOM_DRAWS, Run, plan, run_demo
+from llava_todre.intervals import intervals
 from llava_todre.mini import TASKS
-from llava_todre.table import as_markdown
+from llava_todre.pruners import PRUNERS
+from llava_todre.table import as_markdown, as_text, with_interval
 
 NUM_IMAGES = 2
 
@@ -75,6 +79,93 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
     assert len(repeated) == 5, "other questions are other runs"
 
 
+def test_intervals_are_those_of_the_stored_hits(finished: tuple[Path, dict[str, Any]]) -> None:
+    results = json.loads((finished[0] / "results.json").read_text())
+    hits: dict[str, list[dict[str, list[int]]]] = {}
+    for stored in results["runs"]:
+        hits.setdefault(stored["run"]["method"], []).append(stored["hits"])
+    assert [len(draws) for draws in hits.values()] == [1, RANDOM_DRAWS, 1]
+    for row in results["rows"]:
+        expected = intervals(hits[row["method"]], hits["vanilla"][0])
+        assert row["relative_interval"] == list(expected["relative"])
+        assert row["average_interval"] == list(expected["average"])
+        for name in ("relative", "average"):
+            low, high = row[f"{name}_interval"]
+            value = row["relative_average" if name == "relative" else "average"]
+            assert low <= value + 1e-9 and value - 1e-9 <= high
+    assert results["interval"]["level"] == 0.95
+    random = results["rows"][1]
+    assert random["relative_interval"][0] < random["relative_interval"][1]
+    shown = with_interval(random["relative_average"], random["relative_interval"])
+    assert shown in as_text(results) and f"| {shown} |" in as_markdown(results)
+
+
+def test_all_draws_of_a_method_make_its_interval() -> None:
+    right, wrong = (dict.fromkeys(TASKS, [hit] * 9 + [0] * 3) for hit in (1, 0))
+    same = {"version": "", "kept_tokens": 1, "prefill_flops": 1}
+    scored = [
+        {"run": {"method": "vanilla", "retain_ratio": 1.0, "draw": 0}, "hits": right, **same},
+        {"run": {"method": "random", "retain_ratio": 0.5, "draw": 0}, "hits": right, **same},
+        {"run": {"method": "random", "retain_ratio": 0.5, "draw": 1}, "hits": wrong, **same},
+    ]
+    speed: Any = {"prefill": {}, "first_token": {}}
+    _, row = demo._rows(scored, {"vanilla_1.0": speed, "random_0.5_draw0": speed})
+    assert (row["draws"], row["average"], row["relative_average"]) == (2, 0.375, 0.5)
+    assert row["relative_interval"] == [0, 1], "one draw or the other"
+    assert row["average_interval"][0] == 0 and 0.9 <= row["average_interval"][1] < 1
+
+
+def test_how_an_interval_is_printed() -> None:
+    assert with_interval(0.98312, [0.97149, 0.9921]) == "98.3% [97.1, 99.2]"
+    assert with_interval(1.0, [1.0, 1.0]) == with_interval(1.0, None) == "100.0%"
+
+
+def test_all_stands_for_every_method_once() -> None:
+    runs = plan(["all", "todre+todre_v1", "todre"], [0.5, 0.25])
+    assert runs[0] == Run("vanilla", 1.0)
+    for ratio in (0.5, 0.25):
+        named = [run.method for run in runs if run.retain_ratio == ratio]
+        assert named == [
+            *(name for name in PRUNERS for _ in range(RANDOM_DRAWS if name == "random" else 1))
+        ][1:] + ["todre+todre_v1"]
+    assert all(run.pruner(3).budget(1000) == 1000 * run.retain_ratio for run in runs)
+    assert len({run.name for run in runs}) == len(runs)
+    assert all(re.fullmatch(r"[\w.-]+", run.name) for run in runs), "fit for a file"
+
+
+def test_many_methods_get_a_sheet_per_ratio_in_rows(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sheets: list[list[list[str]]] = []
+    contact_sheet = demo.contact_sheet
+
+    def spy(rows: Any, caption: str) -> Any:
+        sheets.append([[title for title, _ in row] for row in rows])
+        return contact_sheet(rows, caption)
+
+    monkeypatch.setattr(demo, "contact_sheet", spy)
+    monkeypatch.setattr(demo, "TIMED_PROMPTS", 1)
+    monkeypatch.setattr(demo, "RANDOM_DRAWS", 2)
+    monkeypatch.setattr(demo, "_ONE_SHEET", 2)
+    monkeypatch.setattr(demo, "ROW_OF_PICTURES", 1)
+    monkeypatch.setattr(demo, "_fingerprint", lambda *_: finished[1]["runs"][0]["version"])
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    small_demo(tmp_path, ratios=[0.1, 0.25])
+    pictures = {f"kept_{scene}_{ratio}.png" for scene in (0, 1) for ratio in (0.25, 0.1)}
+    assert {file.name for file in tmp_path.glob("*.png")} == pictures
+    for sheet, tokens in zip(sheets, (80, 32) * NUM_IMAGES, strict=True):
+        (vanilla,), (random,), (todre,) = sheet
+        assert vanilla.startswith("vanilla, 320 in, 336 per layer: ")
+        assert random.startswith(f"random, {tokens} in, ") and todre.startswith(f"todre, {tokens}")
+
+
+@pytest.mark.parametrize(("cells", "rows"), [(8, [4, 4]), (10, [5, 5]), (11, [4, 4, 3]), (1, [1])])
+def test_rows_of_pictures_are_about_equally_long(cells: int, rows: list[int]) -> None:
+    wrapped = demo._wrapped([(str(i), None) for i in range(cells)])  # type: ignore[misc]
+    assert [len(row) for row in wrapped] == rows
+    assert [title for row in wrapped for title, _ in row] == [str(i) for i in range(cells)]
+
+
 def test_random_draws_differ_between_images_and_draws() -> None:
     seeds = {Run("random", 0.25, draw).pruner(image).seed for draw in (0, 1) for image in (0, 1)}  # type: ignore[attr-defined]
     assert len(seeds) == 4
@@ -83,6 +174,8 @@ def test_random_draws_differ_between_images_and_draws() -> None:
 def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(TodreError, match="Did you mean 'todre'"):
         plan(["todree"], [0.25])
+    with pytest.raises(TodreError, match="Did you mean 'todre'"):
+        plan(["todre_v1+todree"], [0.25])
     with pytest.raises(TodreError, match="retain_ratio"):
         plan(["todre"], [25])
     assert plan(["todre", "todre"], [0.25, 0.25]) == plan(["todre"], [0.25])

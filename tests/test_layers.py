@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
     ["errors", "version"],
-    ["selection", "relevance", "flops", "spans", "stats", "provenance", "table"],
+    ["selection", "relevance", "flops", "intervals", "spans", "stats", "provenance", "table"],
     ["pruners"],
-    ["withdrawal"],
+    ["withdrawal", "catalogue"],
     ["model"],
     ["mini", "generate", "hf", "viz"],
     ["demo", "lmms_plugin"],

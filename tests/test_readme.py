@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,17 +42,37 @@ def test_the_commands_run(
     assert "visual tokens kept" in capsys.readouterr().out
 
 
-def test_the_method_list_is_the_registry() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
-    assert set(rows) == set(PRUNERS)
+def test_every_method_is_named_once() -> None:
+    (section,) = re.findall(r"^## Methods\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+    named = re.findall(r"`(\w+)`", section)
+    assert {name: named.count(name) for name in PRUNERS} == dict.fromkeys(PRUNERS, 1)
+    (others,) = re.findall(r"^Also: (.*?)\.$", section, flags=re.DOTALL | re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+    assert {*rows, *re.findall(r"\w+", others)} == set(PRUNERS), "and nothing else"
 
 
 def test_the_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = re.findall(r"(?:^|`)make ([a-z][a-z-]*)", README, flags=re.MULTILINE)
     assert len(named) >= 3
+    variables = set(re.findall(r"\b([A-Z]{3,})=", README))
+    assert variables <= set(re.findall(r"\$\(if \$\(([A-Z]+)\)", makefile))
     for target in named:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_make_demo_passes_on_what_it_is_given() -> None:
+    given = ["METHODS=all todre+vtw", "RATIOS=0.5 0.25", "IMAGES=2", "OUT=outputs/x y"]
+    for arguments, expected in (
+        (given, "--methods all todre+vtw --ratios 0.5 0.25 --num-images 2 --out"),
+        ([], ""),
+    ):
+        shown = subprocess.run(
+            ["make", "-n", "demo", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        command = shlex.split(shown.stdout.splitlines()[-1])
+        assert command[1:4] == ["-m", "llava_todre.cli", "demo"]
+        assert command[4:] == [*expected.split(), *(["outputs/x y"] if arguments else [])]
 
 
 def test_links_lead_somewhere() -> None:
@@ -59,6 +80,6 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_the_table_is_the_stored_one_and_the_page_is_short() -> None:
+def test_table_and_list_are_current_and_the_page_is_short() -> None:
     assert render() == README, "run `make readme`"
     assert len(README.splitlines()) < 150

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from llava_todre.errors import unknown
+from llava_todre.errors import TodreError, unknown
 from llava_todre.pruners.base import (
     NEEDS,
     VISION_NEEDS,
@@ -16,15 +16,54 @@ from llava_todre.pruners.base import (
     Pruner,
     Selection,
 )
+from llava_todre.pruners.cdpruner import CDPruner
+from llava_todre.pruners.combined import Combined
+from llava_todre.pruners.dart import DART
+from llava_todre.pruners.divprune import DivPrune
+from llava_todre.pruners.downsample import Downsample
+from llava_todre.pruners.fastervlm import FasterVLM
+from llava_todre.pruners.fastv import FastV
+from llava_todre.pruners.globalcom2 import GlobalCom2
+from llava_todre.pruners.hiprune import HiPrune
+from llava_todre.pruners.holov import HoloV
+from llava_todre.pruners.pooling import Pooling
+from llava_todre.pruners.prumerge import PruMerge, PruMergePlus
+from llava_todre.pruners.pyramiddrop import PyramidDrop
 from llava_todre.pruners.random import Random
+from llava_todre.pruners.sparsevlm import SparseVLM, SparseVLMPlus
 from llava_todre.pruners.todre import Todre, TodreV1
+from llava_todre.pruners.trimtokenator import TrimTokenator
+from llava_todre.pruners.uniform import Uniform
 from llava_todre.pruners.vanilla import Vanilla
+from llava_todre.pruners.visionzip import VisionZip
+from llava_todre.pruners.vispruner import VisPruner
+from llava_todre.pruners.vtw import VTW
 
 PRUNERS: dict[str, type[Pruner]] = {
     "vanilla": Vanilla,
     "random": Random,
+    "uniform": Uniform,
+    "pooling": Pooling,
+    "downsample": Downsample,
     "todre": Todre,
     "todre_v1": TodreV1,
+    "fastv": FastV,
+    "sparsevlm": SparseVLM,
+    "sparsevlm_plus": SparseVLMPlus,
+    "fastervlm": FasterVLM,
+    "globalcom2": GlobalCom2,
+    "divprune": DivPrune,
+    "vtw": VTW,
+    "trimtokenator": TrimTokenator,
+    "cdpruner": CDPruner,
+    "visionzip": VisionZip,
+    "dart": DART,
+    "pyramiddrop": PyramidDrop,
+    "vispruner": VisPruner,
+    "prumerge": PruMerge,
+    "prumerge_plus": PruMergePlus,
+    "holov": HoloV,
+    "hiprune": HiPrune,
 }
 
 __all__ = [
@@ -32,6 +71,7 @@ __all__ = [
     "PRUNERS",
     "VISION_NEEDS",
     "About",
+    "Combined",
     "LayerView",
     "Merge",
     "Need",
@@ -45,17 +85,45 @@ def create_pruner(method: str, **knobs: Any) -> Pruner:
     """Return the method of that name with its paper's defaults, changed by ``knobs``.
 
     Args:
-        method: a key of :data:`PRUNERS`.
-        knobs: fields of the method, e.g. ``retain_ratio=0.25``.
+        method: a key of :data:`PRUNERS`; or ``"A+B"``, Stage 1 of A with the decoder stage of B.
+        knobs: fields of the method, e.g. ``retain_ratio=0.25``. Of a combination the budget is A's,
+            any other field belongs to the one that has it, and ``before.`` or ``inside.`` in front
+            of the name settles it where both do.
 
     Raises:
         TodreError: unknown method or knob, or a value out of range.
     """
+    before, plus, inside = method.partition("+")
+    if not plus:
+        _check_knobs(method, knobs)
+        return PRUNERS[method](**knobs)
+    shares: dict[str, dict[str, Any]] = {"before": {}, "inside": {}}
+    owned = {"before": _fields(before), "inside": _fields(inside)}
+    for key, value in knobs.items():
+        place, dot, name = key.partition(".")
+        if not dot or place not in shares:
+            owners = [place for place in owned if key in owned[place]]
+            if len(owners) == 2 and key not in ("retain_ratio", "retain_tokens"):
+                raise TodreError(
+                    f"option {key!r} is one of both {before!r} and {inside!r}; "
+                    f"allowed: before.{key}, inside.{key}."
+                )
+            place, name = owners[0] if owners else "before", key
+        shares[place][name] = value
+    return Combined(
+        before=create_pruner(before, **shares["before"]),
+        inside=create_pruner(inside, **shares["inside"]),
+    )
+
+
+def _fields(method: str) -> set[str]:
     if method not in PRUNERS:
         raise unknown("method", method, PRUNERS)
-    cls = PRUNERS[method]
-    fields = {field.name for field in dataclasses.fields(cls)}
+    return {field.name for field in dataclasses.fields(PRUNERS[method])}
+
+
+def _check_knobs(method: str, knobs: dict[str, Any]) -> None:
+    fields = _fields(method)
     for key in knobs:
         if key not in fields:
             raise unknown(f"option of method {method!r}:", key, fields)
-    return cls(**knobs)

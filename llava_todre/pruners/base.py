@@ -50,6 +50,8 @@ class About:
     count: Literal["exact", "at most", "own"] = "exact"
     """Whether the number of tokens kept is the budget, at most the budget, or the method's own
     affair."""
+    reads_text: bool = False
+    """Whether what is dropped depends on the text of the prompt."""
     order: str = "position"
     """The order in which the decoder reads the tokens that stay."""
     deviations: tuple[str, ...] = ()

@@ -34,6 +34,7 @@ class CDPruner(Pruner):
 
     about: ClassVar[About] = About(
         paper="CDPruner, NeurIPS 2025, arXiv 2506.10967",
+        reads_text=True,
         budget="k tokens of the image, shared among its views in proportion to their size",
         deviations=(
             "The default relevance comes from the decoder's own text embeddings, not negated; the "

@@ -44,6 +44,7 @@ class Todre(Pruner):
 
     about: ClassVar[About] = About(
         paper="ToDRE v2, arXiv 2505.18757v2",
+        reads_text=True,
         budget="k = share of the patch tokens of an image, thumbnail and crops together",
         deviations=("No code is public; every choice the paper leaves open is an option.",),
     )

@@ -41,6 +41,7 @@ class TrimTokenator(Pruner):
 
     about: ClassVar[About] = About(
         paper="TrimTokenator, arXiv 2509.00320",
+        reads_text=True,
         budget="k = share of the patch tokens of an image, thumbnail and crops together",
         deviations=(
             "No official code is public; the 80 % of Stage 1 and the first token of Stage 2 come "

@@ -1,0 +1,133 @@
+"""Base of the methods that drop patch tokens between decoder layers, in steps of known size.
+
+Symbols: N tokens now present, L decoder layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.base import LayerView, Merge, Pruner, require_choice, round_half_up
+from llava_todre.spans import Kind
+
+BudgetRule = Literal["count", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedPruner(Pruner):
+    """Keep a known share of the patch tokens behind each of a few decoder layers.
+
+    All images of a prompt form one pool. A prompt that ends with an image keeps it, because its
+    last token predicts the answer.
+    """
+
+    selects: ClassVar[bool] = False
+
+    budget_rule: BudgetRule = "count"
+    """What ``retain_ratio`` is a share of: ``count``, the patch tokens behind the last stage;
+    ``mean``, the mean over all decoder layers, each charged with what it processes."""
+
+    def __post_init__(self) -> None:
+        """Check the knobs."""
+        super().__post_init__()
+        require_choice("budget_rule", self.budget_rule, get_args(BudgetRule))
+
+    def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
+        """Return, by layer, the share of the patch tokens that layer 0 read to keep behind it.
+
+        The shares grow with ``ratio``, are 0 at 0 and reach 1 (at 1 or above); they fall from
+        layer to layer.
+        """
+        raise NotImplementedError
+
+    def choose(self, view: LayerView, count: int) -> Tensor | Merge:
+        """Return the positions of the ``count`` patch tokens that stay, in any order.
+
+        A method that merges returns its whole decision instead. Asked only to drop some.
+        """
+        raise NotImplementedError
+
+    def left(self, before: float, share: float) -> float:
+        """Return what a stage of that ``share`` leaves of ``before``, itself a share."""
+        del before
+        return share
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers of the stages; one behind the last layer would have no effect."""
+        if self.retain_ratio == 1.0 and self.retain_tokens is None:
+            return ()
+        return tuple(
+            sorted(layer for layer in self.stages(1.0, num_layers) if layer < num_layers - 1)
+        )
+
+    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+        """Drop what the stage behind this layer drops."""
+        if bool(view.visual[-1]):
+            return None
+        total = sum(view.entered)
+        wanted = sum(self.budget(num_patches) for num_patches in view.entered)
+        if wanted == total:
+            return None
+        ratio = wanted / total
+        if self.budget_rule == "mean":
+            ratio = self.ratio_for_mean(ratio, view.num_layers)
+        share = self.stages(ratio, view.num_layers)[view.layer]
+        count = max(1, round_half_up(share * total))
+        if count >= len(view.patches):
+            return None
+        chosen = self.choose(view, count)
+        return chosen if isinstance(chosen, Merge) else keep_of(view, chosen)
+
+    def mean_share(self, ratio: float, num_layers: int) -> float:
+        """Return the mean share of the patch tokens that the decoder layers process."""
+        stages = self.stages(ratio, num_layers)
+        share, total = 1.0, 0.0
+        for layer in range(num_layers):
+            total += share
+            share = self.left(share, stages[layer]) if layer in stages else share
+        return total / num_layers
+
+    def ratio_for_mean(self, mean: float, num_layers: int) -> float:
+        """Return the ratio at which :meth:`mean_share` is ``mean``, by bisection.
+
+        Raises:
+            TodreError: the layers before the last stage alone process more than that.
+        """
+        least = self.mean_share(0.0, num_layers)
+        if mean <= least:
+            given = f"retain_ratio {self.retain_ratio:g}"
+            if self.retain_tokens is not None:
+                given = f"retain_tokens {self.retain_tokens} (retain_ratio {mean:.4g})"
+            layers = ", ".join(map(str, self.probe_layers(num_layers)))
+            raise TodreError(
+                f"{given} is out of reach with budget_rule='mean': tokens leave after layers "
+                f"{layers} of {num_layers}, which makes a mean above {least:.4g} of the patch "
+                "tokens; allowed: a larger budget, or budget_rule='count'."
+            )
+        low, high = 0.0, 1.0
+        while self.mean_share(high, num_layers) < mean:
+            high *= 2
+        for _ in range(50):
+            middle = (low + high) / 2
+            if self.mean_share(middle, num_layers) < mean:
+                low = middle
+            else:
+                high = middle
+        return high
+
+
+def keep_of(view: LayerView, chosen: Tensor) -> Tensor:
+    """Return (N,) bool: of the patch tokens only those at the positions ``chosen``."""
+    keep = view.kinds != Kind.VISUAL
+    keep[chosen] = True
+    return keep
+
+
+def last_row(view: LayerView) -> Tensor:
+    """Return (1,) the position of the last token."""
+    return torch.tensor([len(view.kinds) - 1], device=view.kinds.device)

@@ -1,0 +1,184 @@
+"""DART against a plain reading of its specification."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from layer_views import (
+    ANYRES,
+    ENTERED,
+    LLAVA_15,
+    PROMPTS,
+    SYSTEM,
+    TEXT,
+    VISUAL,
+    kept_patches,
+    make_case,
+)
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.dart import DART
+
+
+def reference(case, count, num_image=4, num_text=4):
+    length = [float(np.abs(case.keys[:, i]).sum()) for i in range(len(case.kinds))]
+
+    def pivots(kind, most):
+        return sorted(sorted(case.where(kind), key=lambda i: -length[i])[:most])
+
+    normed = case.view.final_norm(torch.tensor(case.hidden)).numpy()
+    normed = normed / np.linalg.norm(normed, axis=1, keepdims=True)
+    image, text = pivots(VISUAL, min(num_image, count)), pivots(TEXT, num_text)
+    kept, turns = set(image), image + text
+    for turn, pivot in enumerate(turns):
+        quota = (count - len(image)) // len(turns) + (turn < (count - len(image)) % len(turns))
+        similarity = normed @ normed[pivot]
+        free = [i for i in case.where(VISUAL) if i not in kept]
+        kept |= set(sorted(free, key=lambda i: (similarity[i], i))[:quota])
+    return kept
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_it_keeps_pivots_and_what_is_least_like_them(prompt, ratio):
+    case = make_case(PROMPTS[prompt], ENTERED[prompt])
+    pruner = DART(retain_ratio=ratio)
+    count = sum(pruner.budget(n) for n in ENTERED[prompt])
+    kept = kept_patches(case, pruner.at_layer(case.view))
+    assert len(kept) == count
+    assert kept == reference(case, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 12, 13, 100, 575])
+def test_every_budget_is_met_exactly(count):
+    case = make_case(LLAVA_15, seed=1)
+    kept = kept_patches(case, DART(retain_tokens=count).at_layer(case.view))
+    assert len(kept) == count
+    assert kept == reference(case, count)
+
+
+@pytest.mark.parametrize(("num_image", "num_text"), [(1, 0), (3, 9), (50, 50), (4, 1)])
+def test_the_numbers_of_pivots_are_options(num_image, num_text):
+    """There are 20 text tokens: 50 pivots among them are 20."""
+    case = make_case(LLAVA_15)
+    pruner = DART(image_pivots=num_image, text_pivots=num_text)
+    kept = kept_patches(case, pruner.at_layer(case.view))
+    assert kept == reference(case, 58, num_image, num_text)
+
+
+def test_a_view_with_tokens_gone_is_read_by_its_own_places():
+    present = [i for i, kind in enumerate(ANYRES) if kind != VISUAL or i % 3 == 0]
+    case = make_case(ANYRES, (2880,), present)
+    kept = kept_patches(case, DART().at_layer(case.view))
+    assert len(kept) == 288
+    assert kept == reference(case, 288)
+
+
+@pytest.mark.parametrize("released", [128, 64, 192])
+def test_a_released_budget_is_4_more_here_and_then_every_pivot_takes_the_same(released):
+    assert divmod(released + 4 - 4, 8) == (released // 8, 0)
+    case = make_case(LLAVA_15)
+    kept = kept_patches(case, DART(retain_tokens=released + 4).at_layer(case.view))
+    assert kept == reference(case, released + 4)
+
+
+# Six patches, pivots: patch 1 and the first text token. Directions are angles in degrees.
+KINDS = [SYSTEM] + [VISUAL] * 6 + [TEXT] * 2
+ANGLES = [0, 0, 90, 80, 100, 179, 70, 90, 90]
+STRENGTH = [9, 5, 4, 3, 2, 1, 0, 8, 7]
+
+
+def small_case(**options):
+    angles = torch.deg2rad(torch.tensor(ANGLES, dtype=torch.float32))
+    keys = torch.zeros(4, 9, 16)
+    keys[1, :, 0] = torch.tensor(STRENGTH, dtype=torch.float32)
+    return make_case(
+        KINDS,
+        hidden=torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, 10)[:, None],
+        width=2,
+        keys=lambda: keys,
+        final_norm=lambda rows: rows,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"),
+    [
+        (1, {1}),  # the strongest patch
+        (2, {1, 5}),  # opposite to patch 1
+        (3, {1, 5, 6}),  # 89 degrees from text (patch 5) is taken; 20 degrees is next
+        (4, {1, 5, 4, 6}),  # patch 1 takes 5 and 4, then the text takes 6
+    ],
+)
+def test_pivots_take_turns_image_first(count, kept):
+    case = small_case()
+    pruner = DART(retain_tokens=count, image_pivots=1, text_pivots=1)
+    assert kept_patches(case, pruner.at_layer(case.view)) == kept
+
+
+def test_pivots_are_the_longest_keys_by_the_l1_norm_over_all_heads():
+    """Patch 2 is longest by L1, patch 3 by L2 and in every single head but the first."""
+    keys = torch.zeros(4, 9, 16)
+    keys[:, 3, 0] = 3.0
+    keys[0, 2, :14] = 1.0
+    case = make_case(KINDS, keys=lambda: -keys)
+    assert kept_patches(case, DART(retain_tokens=1).at_layer(case.view)) == {2}
+
+
+def test_similarity_is_that_of_the_states_behind_the_final_norm():
+    """The norm turns the plane: what was opposite to the pivot is now the same."""
+    case = small_case()
+    pruner = DART(retain_tokens=2, image_pivots=1, text_pivots=0)
+    assert kept_patches(case, pruner.at_layer(case.view)) == {1, 5}
+    folded = make_case(
+        KINDS,
+        hidden=case.view.hidden_states(),
+        keys=case.view.keys,
+        final_norm=lambda rows: rows.abs(),
+    )
+    assert kept_patches(folded, pruner.at_layer(folded.view)) == {1, 2}
+
+
+def test_text_before_the_image_is_no_pivot():
+    """The system token has the longest key of all and is like patch 1."""
+    case = small_case()
+    kept = kept_patches(
+        case, DART(retain_tokens=2, image_pivots=1, text_pivots=1).at_layer(case.view)
+    )
+    assert kept == {1, 5}
+
+
+def test_half_precision_gives_a_valid_choice():
+    case = make_case(LLAVA_15)
+    half = make_case(
+        LLAVA_15,
+        keys=lambda: case.view.keys().bfloat16(),
+        hidden=case.view.hidden_states().bfloat16(),
+    )
+    assert len(kept_patches(half, DART().at_layer(half.view))) == 58
+
+
+def test_states_must_be_finite():
+    hidden = torch.zeros(len(LLAVA_15), 64)
+    hidden[100] = torch.nan
+    case = make_case(LLAVA_15, hidden=hidden)
+    with pytest.raises(TodreError, match="NaN or Inf"):
+        DART().at_layer(case.view)
+
+
+def test_it_prunes_at_layer_2_with_four_pivots_of_each_kind():
+    pruner = DART()
+    assert pruner.probe_layers(32) == (1,)
+    assert DART(layer=5).probe_layers(32) == (4,)
+    assert (pruner.image_pivots, pruner.text_pivots) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("layer", 0), ("image_pivots", 0), ("text_pivots", -1), ("text_pivots", 1.5)],
+)
+def test_bad_knobs_are_refused(key, value):
+    with pytest.raises(TodreError, match=f"{key} {value!r} is .*allowed"):
+        DART(**{key: value})

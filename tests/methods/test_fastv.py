@@ -1,0 +1,100 @@
+"""FastV against a plain reading of its specification."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from layer_views import (
+    ENTERED,
+    HEADS,
+    PROMPTS,
+    SYSTEM,
+    TEXT,
+    VISUAL,
+    attention_row,
+    best,
+    kept_patches,
+    make_case,
+)
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.fastv import FastV
+
+
+def reference(case, count):
+    last = len(case.kinds) - 1
+    scores = sum(attention_row(case.queries, case.keys, head, last) for head in range(HEADS))
+    return best(scores / HEADS, case.where(VISUAL), count)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_it_keeps_what_the_last_token_attends_to_most(prompt, ratio):
+    case = make_case(PROMPTS[prompt], ENTERED[prompt])
+    pruner = FastV(retain_ratio=ratio)
+    count = sum(pruner.budget(n) for n in ENTERED[prompt])
+    kept = kept_patches(case, pruner.at_layer(case.view))
+    assert len(kept) == count
+    assert kept == reference(case, count)
+
+
+def test_heads_count_alike():
+    """One head prefers patch 1 a little, three of four patch 2: their mean decides."""
+    weights = torch.tensor([[0.5, 0.4, 0.1]] * 4)
+    weights[0] = torch.tensor([0.9, 0.0, 0.1])
+    weights[1:] = torch.tensor([0.2, 0.6, 0.2])
+    queries = torch.zeros(4, 1, 3)
+    keys = torch.zeros(4, 5, 3)
+    keys[:, 1:4] = weights.clamp_min(1e-3).log()[:, :, None]
+    queries[:, 0, 0] = 1.0
+    case = make_case(
+        [SYSTEM, VISUAL, VISUAL, VISUAL, TEXT],
+        queries=lambda rows: queries,
+        keys=lambda: keys,
+        scaling=1.0,
+    )
+    assert kept_patches(case, FastV(retain_tokens=1).at_layer(case.view)) == {2}
+
+
+def test_equal_scores_go_to_the_first():
+    case = make_case(PROMPTS["LLaVA-1.5"], keys=lambda: torch.ones(4, 631, 16))
+    kept = kept_patches(case, FastV(retain_tokens=100).at_layer(case.view))
+    assert kept == set(range(35, 135))
+
+
+@pytest.mark.parametrize("count", [1, 575])
+def test_extreme_budgets(count):
+    case = make_case(PROMPTS["LLaVA-1.5"])
+    kept = kept_patches(case, FastV(retain_tokens=count).at_layer(case.view))
+    assert kept == reference(case, count)
+
+
+def test_half_precision_gives_a_valid_choice():
+    case = make_case(PROMPTS["LLaVA-1.5"])
+    view = case.view
+    half = make_case(
+        PROMPTS["LLaVA-1.5"],
+        queries=lambda rows: view.queries(rows).bfloat16(),
+        keys=lambda: view.keys().bfloat16(),
+    )
+    assert len(kept_patches(half, FastV().at_layer(half.view))) == 58
+
+
+@pytest.mark.parametrize(
+    ("layer", "probes"), [(2, (1,)), (3, (2,)), (1, (0,)), (31, (30,)), (32, ())]
+)
+def test_layer_k_is_the_first_to_work_on_fewer_tokens(layer, probes):
+    pruner = FastV(layer=layer)
+    assert pruner.probe_layers(32) == probes
+    assert np.isclose(pruner.mean_share(0.0, 32), min(layer, 32) / 32)
+
+
+@pytest.mark.parametrize("layer", [0, -1, 2.0, "2", True])
+def test_a_bad_layer_is_refused(layer):
+    with pytest.raises(TodreError, match=f"layer {layer!r} is .*allowed"):
+        FastV(layer=layer)
+
+
+def test_its_authors_prune_at_layer_2():
+    assert FastV().layer == 2 and FastV().budget_rule == "count" and FastV().needs == frozenset()

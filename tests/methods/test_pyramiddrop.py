@@ -1,0 +1,98 @@
+"""PyramidDrop against a plain reading of its specification."""
+
+from __future__ import annotations
+
+import pytest
+from layer_views import (
+    ANYRES,
+    ENTERED,
+    HEADS,
+    LLAVA_15,
+    PROMPTS,
+    TEXT,
+    VISUAL,
+    attention_row,
+    best,
+    kept_patches,
+    make_case,
+    patches_per_layer,
+)
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners.pyramiddrop import PyramidDrop
+
+
+def reference(case, count):
+    last = len(case.kinds) - 1
+    rows = [attention_row(case.queries_ahead, case.keys_ahead, head, last) for head in range(HEADS)]
+    return best(sum(rows) / HEADS, case.where(VISUAL), count)
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.10])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_it_keeps_what_the_last_token_will_attend_to_most(prompt, ratio):
+    case = make_case(PROMPTS[prompt], ENTERED[prompt], layer=23)
+    pruner = PyramidDrop(retain_ratio=ratio)
+    count = sum(pruner.budget(n) for n in ENTERED[prompt])
+    kept = kept_patches(case, pruner.at_layer(case.view))
+    assert len(kept) == count
+    assert kept == reference(case, count)
+
+
+def test_a_later_stage_chooses_among_what_is_left():
+    present = [i for i, kind in enumerate(ANYRES) if kind != VISUAL or i % 2]
+    case = make_case(ANYRES, (2880,), present, layer=15)
+    kept = kept_patches(case, PyramidDrop().at_layer(case.view))
+    assert len(kept) == 720
+    assert kept == reference(case, 720)
+
+
+def test_the_default_is_the_schedule_of_its_authors():
+    """50, 25 and 12.5 % of the patches enter layers 8, 16 and 24 of 32."""
+    counts = patches_per_layer(PyramidDrop(), LLAVA_15, 32)
+    assert counts == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
+    assert PyramidDrop().mean_share(0.125, 32) == pytest.approx(0.46875)
+
+
+def test_every_stage_drops_the_same_factor():
+    shares = PyramidDrop().stages(0.4, 32)
+    assert list(shares) == [7, 15, 23]
+    assert list(shares.values()) == pytest.approx([0.4 ** (1 / 3), 0.4 ** (2 / 3), 0.4])
+    assert PyramidDrop(prune_depths=(0.75, 0.5)).stages(0.25, 32) == {15: 0.5, 23: 0.25}
+
+
+@pytest.mark.parametrize(
+    ("depths", "num_layers", "layers"),
+    [
+        ((0.25, 0.5, 0.75), 40, (9, 19, 29)),
+        ((0.25, 0.5, 0.75), 8, (1, 3, 5)),
+        ((0.25, 0.5, 0.75), 2, (0,)),
+        ((0.3, 1.0), 32, (8,)),
+        ((), 32, ()),
+    ],
+)
+def test_depths_name_the_first_layer_on_fewer_tokens(depths, num_layers, layers):
+    assert PyramidDrop(prune_depths=depths).probe_layers(num_layers) == layers
+
+
+def test_stages_that_fall_together_keep_the_smaller_share():
+    assert PyramidDrop().stages(0.125, 2) == {0: 0.125}
+
+
+@pytest.mark.parametrize("count", [1, 575])
+def test_extreme_budgets(count):
+    case = make_case(LLAVA_15, layer=23)
+    kept = kept_patches(case, PyramidDrop(retain_tokens=count).at_layer(case.view))
+    assert kept == reference(case, count)
+
+
+def test_images_and_text_may_alternate():
+    kinds = [*LLAVA_15, *[VISUAL] * 30, *[TEXT] * 4]
+    case = make_case(kinds, (576, 30), layer=7)
+    assert len(kept_patches(case, PyramidDrop().at_layer(case.view))) == round(606 / 2)
+
+
+@pytest.mark.parametrize("depths", [0.5, (0.0,), (1.1,), ("a",)])
+def test_bad_depths_are_refused(depths):
+    with pytest.raises(TodreError, match="prune_depths .*allowed"):
+        PyramidDrop(prune_depths=depths)

@@ -1,0 +1,120 @@
+"""docs/add_a_method.md works as printed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from llava_todre import load_pretrained_model
+from llava_todre.catalogue import where
+from llava_todre.cli import main
+from llava_todre.generate import Request, answer
+from llava_todre.pruners import PRUNERS, create_pruner
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "add_a_method.md").read_text()
+FILES = dict(re.findall(r"^`(\S+)`[^\n]*:\n\n```\w+\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
+METHOD, YAML = "llava_todre/pruners/norm.py", "configs/methods/norm.yaml"
+REGISTRY, TEST = "llava_todre/pruners/__init__.py", "tests/methods/test_norm.py"
+GLANCE = next(
+    code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "Glance" in code
+)
+SCENE = "checkpoints/mini/examples/scene_0.png"
+
+
+def module(name: str, code: str, folder: Path, patch: pytest.MonkeyPatch) -> ModuleType:
+    file = folder / (name.rpartition(".")[2] + ".py")
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader
+    loaded = importlib.util.module_from_spec(spec)
+    patch.setitem(sys.modules, name, loaded)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which the steps of the page have been done."""
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    (tmp_path / "configs" / "methods").mkdir(parents=True)
+    (tmp_path / YAML).write_text(FILES[YAML])
+    module("llava_todre.pruners.norm", FILES[METHOD], tmp_path, monkeypatch)
+    imports, _, lines = FILES[REGISTRY].partition("\n\n")
+    names: dict[str, object] = {}
+    exec(imports, names)
+    for name, method in eval("{" + textwrap.dedent(lines) + "}", names).items():
+        monkeypatch.setitem(PRUNERS, name, method)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def test_the_commands_run_and_keep_what_was_asked_for(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
+    generate, demo = (shlex.split(line)[1:] for line in text.splitlines())
+    assert main([*generate, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept_tokens"] == 80
+    demo[demo.index("--num-images") + 1] = "1"
+    demo.remove("random")
+    assert main([*demo, "--ratios", "0.25"]) == 0
+    rows = capsys.readouterr().out
+    assert re.search(r"^norm 25% +80 ", rows, re.MULTILINE)
+    assert re.search(r"^norm\+todre 25% +80 ", rows, re.MULTILINE)
+    assert (project / "outputs" / "norm" / "runs" / "norm-todre_0.25.json").exists()
+
+
+def test_the_file_the_yaml_and_the_knobs_agree(project: Path) -> None:
+    knobs = yaml.safe_load(FILES[YAML])
+    assert create_pruner(knobs.pop("method"), **knobs) == create_pruner("norm")
+    assert set(knobs) == set(vars(create_pruner("norm")))
+    with pytest.raises(ValueError, match=r"p 0\.5 is out of range"):
+        create_pruner("norm", p=0.5)
+    assert where(PRUNERS["norm"]) == "before" and not PRUNERS["norm"].about.reads_text
+
+
+def test_the_test_passes_and_would_notice_a_wrong_order(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = module("test_norm", FILES[TEST], project, monkeypatch)
+    (name,) = (name for name in vars(test) if name.startswith("test_"))
+    function = getattr(test, name)
+    function()
+    shortest = FILES[METHOD].replace("top(length", "top(-length")
+    wrong = module("llava_todre.pruners.norm", shortest, project, monkeypatch)
+    monkeypatch.setitem(PRUNERS, "norm", wrong.Norm)
+    with pytest.raises(AssertionError):
+        function()
+
+
+def test_the_method_inside_the_decoder_drops_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glance = module("llava_todre.pruners.glance", GLANCE, tmp_path, monkeypatch).Glance
+    monkeypatch.setitem(PRUNERS, "glance", glance)
+    assert where(glance) == "inside"
+    tokenizer, model, _, _ = load_pretrained_model(ROOT / "checkpoints" / "mini")
+    model.set_pruner("glance", retain_ratio=0.25)
+    given = answer(model, tokenizer, [Request("What does the sign say?", [str(ROOT / SCENE)])])
+    layers = given[0].stats.visual_tokens_per_layer
+    assert given[0].stats.kept_tokens == 320
+    assert layers[:4] == (336,) * 4, "layers 0 to 3 see everything"
+    assert len(set(layers[4:])) == 1 and 80 <= layers[4] <= 96
+
+
+def test_the_page_is_short_and_its_links_lead_somewhere() -> None:
+    assert set(FILES) == {METHOD, REGISTRY, YAML, TEST}
+    assert len(PAGE.splitlines()) <= 125
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
+        assert (ROOT / "docs" / target).exists(), target

@@ -1,0 +1,53 @@
+"""What ``todre list`` and docs/methods.md say of a method, read off its class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from torch import Tensor
+
+from llava_todre.catalogue import where
+from llava_todre.pruners import PRUNERS, LayerView, Pruner
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "text"),
+    [
+        ("vanilla", "-", False),
+        ("random", "before", False),
+        ("todre", "both", True),
+        ("cdpruner", "before", True),
+        ("fastervlm", "before", False),
+        ("fastv", "inside", True),
+        ("sparsevlm", "inside", True),
+        ("dart", "inside", True),  # keys of text tokens as pivots
+        ("vtw", "inside", False),  # drops at a fixed layer, whatever is asked
+    ],
+)
+def test_known_methods(name: str, place: str, text: bool) -> None:
+    method = PRUNERS[name]
+    assert (where(method), method.about.reads_text) == (place, text)
+
+
+def test_a_method_that_has_no_budget_before_the_decoder_is_inside() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Late(PRUNERS["random"]):  # type: ignore[misc]
+        selects: ClassVar[bool] = False
+
+        def at_layer(self, view: LayerView) -> Tensor | None:
+            return None
+
+    assert where(Late) == "inside"
+    assert where(Pruner) == "-"
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_every_method_prunes_somewhere_and_says_what_it_is(name: str) -> None:
+    method = PRUNERS[name]
+    assert (where(method) == "-") == (name == "vanilla")
+    assert "text_embeds" not in method().needs or method.about.reads_text
+    assert method.about.paper and method.about.budget
+    assert "\n" not in method.about.paper + method.about.budget + method.about.order
+    assert all(line.endswith(".") for line in method.about.deviations)
