@@ -195,7 +195,7 @@ def _as_text(report: dict[str, Any]) -> str:
         report["answer"],
         "",
         f"method     {report['method']}",
-        f"tokens     {kept} of {total} visual tokens kept ({kept / total:.1%}), "
+        f"tokens     {kept} of {total} visual tokens kept ({kept / total:.1%}) before the decoder, "
         f"{report['newline_tokens']} newline, {report['text_tokens']} text",
         f"per layer  {report['mean_visual_tokens']:.1f} visual tokens, newlines included, "
         "mean over decoder layers",

@@ -309,7 +309,7 @@ def _draw(
                 picture = draw_kept(sample.image, boxes, stats, _PICTURE_SCALE)
                 rows[-1].append((f"{run.method}, {tokens}: {given.text}", picture))
         caption = f"{question.text}  ({question.answer})"
-        if len(rows[0]) <= _ONE_SHEET:
+        if max(map(len, rows)) <= _ONE_SHEET:
             contact_sheet(rows, caption).save(out / f"kept_{scene}.png")
             continue
         for ratio, cells in zip(ratios, rows, strict=True):

@@ -103,7 +103,7 @@ def test_the_method_inside_the_decoder_drops_there(
 ) -> None:
     glance = module("llava_todre.pruners.glance", GLANCE, tmp_path, monkeypatch).Glance
     monkeypatch.setitem(PRUNERS, "glance", glance)
-    assert where(glance) == "inside"
+    assert where(glance) == "inside" and glance.about.reads_text
     tokenizer, model, _, _ = load_pretrained_model(ROOT / "checkpoints" / "mini")
     model.set_pruner("glance", retain_ratio=0.25)
     given = answer(model, tokenizer, [Request("What does the sign say?", [str(ROOT / SCENE)])])
@@ -115,6 +115,6 @@ def test_the_method_inside_the_decoder_drops_there(
 
 def test_the_page_is_short_and_its_links_lead_somewhere() -> None:
     assert set(FILES) == {METHOD, REGISTRY, YAML, TEST}
-    assert len(PAGE.splitlines()) <= 125
+    assert len(PAGE.splitlines()) <= 130
     for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
         assert (ROOT / "docs" / target).exists(), target

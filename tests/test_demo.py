@@ -133,6 +133,16 @@ def test_all_stands_for_every_method_once() -> None:
     assert all(re.fullmatch(r"[\w.-]+", run.name) for run in runs), "fit for a file"
 
 
+def test_a_decoder_stage_without_a_stage_before_it_runs_once() -> None:
+    runs = plan(["vanilla+vtw", "todre"], [0.5, 0.25])
+    assert [(run.method, run.retain_ratio) for run in runs] == [
+        ("vanilla", 1.0),
+        ("vanilla+vtw", 1.0),
+        ("todre", 0.5),
+        ("todre", 0.25),
+    ]
+
+
 def test_many_methods_get_a_sheet_per_ratio_in_rows(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
