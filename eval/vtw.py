@@ -46,7 +46,8 @@ def find_layer(
     for image, question in questions:
         ids = tokenizer_image_token(build_prompt(question, 1), tokenizer)
         pixels = process_images([image], processor, model.config)[0].to(model.device)
-        prompts.append((torch.tensor([ids], device=model.device), [pixels], [image.size]))
+        encoded = model.encode_images([pixels], [image.size])  # serves every layer tried
+        prompts.append((torch.tensor([ids], device=model.device), encoded))
     num_layers = model.config.num_hidden_layers
 
     def logits_at(layer: int | None) -> list[Tensor]:
@@ -55,8 +56,8 @@ def find_layer(
         else:
             model.set_pruner(VTW(layer=layer))
         return [
-            model(input_ids=ids, images=images, image_sizes=sizes, logits_to_keep=1).logits[0, -1]
-            for ids, images, sizes in tqdm(prompts, desc=f"layer {layer}", leave=False)
+            model(input_ids=ids, images=images, logits_to_keep=1).logits[0, -1]
+            for ids, images in tqdm(prompts, desc=f"layer {layer}", leave=False)
         ]
 
     layer, divergences = search_layer(logits_at, num_layers, eta, first)

@@ -80,6 +80,7 @@ def _generate_parser() -> ArgumentParser:
     add("--retain-ratio", type=float | None, help="share of visual tokens kept, in (0, 1]")
     add("--retain-tokens", type=int | None, help="number kept per image, instead of the ratio")
     add("--option", nargs="+", default=[], metavar="KEY=VALUE", help="other options of the method")
+    add("--clip-text", type=str | None, help="CLIP checkpoint, for methods that read the question")
     add("--protocol", default="native", help="native, or paper (2x2 grid, no unpadding, 2880)")
     add("--template", default="vicuna_v1", help="conversation template")
     add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
@@ -161,6 +162,8 @@ def _generate(options: Namespace) -> None:
         attn_implementation=options.attn_implementation,
         protocol=options.protocol,
     )
+    if options.clip_text:
+        model.load_clip_text(options.clip_text)
     model.set_pruner(pruner)
     result = answer(
         model,

@@ -57,14 +57,20 @@ class Run:
     """Which draw of a random method."""
 
     @property
+    def is_random(self) -> bool:
+        """Whether its Stage 1 draws tokens by chance."""
+        return self.method.partition("+")[0] == "random"
+
+    @property
     def name(self) -> str:
         """A name fit for a file."""
-        draw = f"_draw{self.draw}" if self.method == "random" else ""
+        draw = f"_draw{self.draw}" if self.is_random else ""
         return re.sub(r"[^\w.]", "-", f"{self.method}_{self.retain_ratio!r}{draw}")
 
     def pruner(self, image_index: int) -> Pruner:
         """Return the method for one image; a random method draws afresh for each."""
-        knobs = {"seed": 10_000 * self.draw + image_index} if self.method == "random" else {}
+        key = "before.seed" if "+" in self.method else "seed"
+        knobs = {key: 10_000 * self.draw + image_index} if self.is_random else {}
         return create_pruner(self.method, retain_ratio=self.retain_ratio, **knobs)
 
 
@@ -88,7 +94,7 @@ def plan(methods: Sequence[str], ratios: Sequence[float]) -> list[Run]:
     for ratio in dict.fromkeys(ratios):
         for method in dict.fromkeys(named):
             if not method.startswith("vanilla"):
-                draws = RANDOM_DRAWS if method == "random" else 1
+                draws = RANDOM_DRAWS if Run(method, ratio).is_random else 1
                 runs += [Run(method, ratio, draw) for draw in range(draws)]
     for run in runs:
         run.pruner(0)  # so that a wrong name or ratio is reported before anything is computed

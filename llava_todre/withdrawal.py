@@ -207,7 +207,8 @@ class Withdrawal:
             view = self._view(segment, sample, present, layer, decoder, inputs, output, cache)
             decision = self.pruner.at_layer(view)
             dropped = 0
-            if decision is not None and layer + 1 < self.num_layers:
+            ends_with_image = bool(view.visual[-1])  # and its last token predicts the answer
+            if decision is not None and layer + 1 < self.num_layers and not ends_with_image:
                 if isinstance(decision, Merge):
                     merged[sample] = present, decision.hidden_states
                     decision = decision.keep
@@ -308,6 +309,7 @@ class Withdrawal:
             prompt_embeds=lambda: embeds[sample].to(device)[in_prompt],
             entered=self.patches[sample],
             attention_ahead=attention_ahead,
+            rope_frequencies=decoder.rotary_emb.inv_freq,
             final_norm=final_norm,
         )
 

@@ -21,6 +21,8 @@ def test_options_go_to_the_stage_that_has_them() -> None:
         before=create_pruner("divprune", retain_ratio=0.25),
         inside=create_pruner("todre", tau=0.3),
     )
+    pruner = create_pruner("random+vtw", retain_ratio=0.25)
+    assert isinstance(pruner, Combined) and pruner.inside == create_pruner("vtw")
     pruner = create_pruner("random+fastv", retain_tokens=9, seed=4, **{"inside.retain_ratio": 0.5})
     assert isinstance(pruner, Combined)
     assert pruner.before == create_pruner("random", retain_tokens=9, seed=4)
@@ -41,6 +43,7 @@ def test_options_go_to_the_stage_that_has_them() -> None:
         ("todre+divprune", {}, "inside DivPrune drops nothing inside the decoder"),
         ("fastv+todre", {}, "before FastV selects nothing before the decoder"),
         ("vanilla+todre", {"retain_ratio": 0.5}, "keeps every token"),
+        ("divprune+fastv", {"retain_ratio": 0.25}, "inside.retain_ratio is missing: 'fastv' has"),
         ("a+b+c", {}, "method"),
         ("+todre", {}, "method ''"),
         ("todre+", {}, "method ''"),

@@ -157,7 +157,9 @@ def test_keeping_everything_is_no_pruning_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_is_left_behind(tiny_llava: TinyLlava, name: str) -> None:
+def test_nothing_is_left_behind(
+    tiny_llava: TinyLlava, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llava()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batch = batch_of("anyres", "video")
@@ -168,10 +170,14 @@ def test_nothing_is_left_behind(tiny_llava: TinyLlava, name: str) -> None:
     pruner = model.set_pruner(name, retain_ratio=0.25)
     frozen = pickle.dumps(pruner)
     cleared = {key: value for key, value in batch.items() if key != "inputs"}
-    with torch.enable_grad():  # a caller without no_grad must not pay for a graph in the selection
+    with torch.enable_grad(), monkeypatch.context() as patch:
+        records = []  # a caller without no_grad must not pay for a graph in the selection
+        select = type(pruner).select
+        spy = lambda *given: records.append(torch.is_grad_enabled()) or select(*given)  # noqa: E731
+        patch.setattr(type(pruner), "select", spy)
         model(input_ids=batch["inputs"], **cleared)
+        assert not any(records) and len(records) == 2 * pruner.selects
     assert pickle.dumps(pruner) == frozen
-    assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random_state), "the global generator is not used"
     assert [type(module) for module in model.modules()] == modules
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -133,6 +133,13 @@ def test_all_stands_for_every_method_once() -> None:
     assert all(re.fullmatch(r"[\w.-]+", run.name) for run in runs), "fit for a file"
 
 
+def test_a_random_first_stage_is_drawn_for_each_image_and_draw() -> None:
+    runs = [run for run in plan(["random+vtw"], [0.25]) if run.method != "vanilla"]
+    assert [run.draw for run in runs] == [0, 1, 2]
+    seeds = {run.pruner(image).before.seed for run in runs for image in (0, 1)}  # type: ignore[attr-defined]
+    assert len(seeds) == 6
+
+
 def test_a_decoder_stage_without_a_stage_before_it_runs_once() -> None:
     runs = plan(["vanilla+vtw", "todre"], [0.5, 0.25])
     assert [(run.method, run.retain_ratio) for run in runs] == [

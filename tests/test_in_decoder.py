@@ -196,3 +196,24 @@ def test_prompt_embeddings_are_let_go(tiny_llava: Callable[..., LlavaLlamaForCau
     withdrawal = model._last[1]
     assert withdrawal.prompt_embeds is None
     assert not any(segment.merged for segment in withdrawal.segments)
+
+
+@pytest.mark.parametrize("name", ["fastv", "sparsevlm", "dart", "pyramiddrop", "vtw", "todre"])
+@torch.no_grad()
+def test_a_prompt_that_ends_with_an_image_keeps_its_last_token_and_all_others(
+    tiny_llava: Callable[..., LlavaLlamaForCausalLM], name: str
+) -> None:
+    model = tiny_llava()
+    options = {"tau": 1.0, "probe_depths": (0.5,), "retain_ratio": 1.0} if name == "todre" else {}
+    batch = {
+        "input_ids": torch.tensor([[1, 5, -200], [1, -200, 7]]),
+        "images": torch.randn(2, 3, 3, 56, 56, generator=torch.Generator().manual_seed(0)),
+        "image_sizes": [(112, 40), (112, 40)],
+    }
+    expected = model(**batch).logits
+    model.set_pruner(name, **options)
+    logits = model(**batch).logits
+    image_last, text_last = model.last_stats
+    assert len(set(image_last.prompt_tokens_per_layer)) == 1
+    assert len(set(text_last.prompt_tokens_per_layer)) > 1
+    torch.testing.assert_close(logits[0, -1], expected[0, -1], rtol=0, atol=1e-5)

@@ -29,7 +29,7 @@ CORE = {
     *("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "numpy"),
     *("PIL", "yaml", "jsonargparse", "tqdm"),
 }
-MACHINE_PATH = re.compile(r"(?<![\w.~])(/(home|root|work|mnt|Users|scratch)/|[A-Z]:\\)")
+MACHINE_PATH = re.compile(r"(?<![\w.~>])(/(home|root|work|mnt|Users|scratch)/|[A-Z]:\\)")
 
 
 def module_name(path: Path) -> str:
@@ -97,6 +97,8 @@ def test_the_trainer_knows_nothing_of_the_pruning_model(module):
 def test_optional_packages_are_imported_where_they_are_used(module):
     at_the_top = (node for node in syntax(module).body if not isinstance(node, ast.FunctionDef))
     packages = {name.split(".")[0] for name in imports(module, at_the_top)}
+    if module == "llava_todre.lmms_plugin.model":  # lmms-eval imports it, and finds its base there
+        packages -= {"lmms_eval"}
     assert packages <= CORE | {"llava_todre"} | set(sys.stdlib_module_names)
 
 

@@ -21,7 +21,7 @@ def test_bundled_scenes_and_own_questions(
     tried = {int(layer): value for layer, value in found["divergence"].items()}
     assert found["samples"] == 2 and found["num_layers"] == 10
     assert list(tried) == list(range(8, min(found["layer"], 9) + 1))
-    assert [layer for layer, value in tried.items() if value <= 0.5][:1] in ([found["layer"]], [])
+    assert found["layer"] == next((k for k, value in tried.items() if value <= 0.5), 10)
 
     rows = [{"image": str(EXAMPLES / "scene_0.png"), "question": "What does the sign say?"}]
     file = tmp_path / "samples.jsonl"
@@ -38,6 +38,7 @@ def test_bundled_scenes_and_own_questions(
         (["--samples", "bad"], "keys image and question"),
         (["--samples", "empty"], "holds no questions"),
         (["--num-samples", "1", "--eta", "-1"], "eta -1"),
+        (["--num-samples", "1", "--first", "10"], "first 10 is out of range"),
     ],
 )
 def test_mistakes_are_named(

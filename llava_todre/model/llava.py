@@ -27,7 +27,7 @@ from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
-from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, create_pruner
+from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
 from llava_todre.stats import Clock, PruneStats
 from llava_todre.withdrawal import Withdrawal
 
@@ -51,6 +51,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     _no_split_modules = ["LlamaDecoderLayer", "CLIPEncoderLayer"]
 
     config_class = LlavaConfig
+    clip_text: ClipText | None = None
 
     def __init__(self, config: LlavaConfig) -> None:
         """Build without weights; nothing is pruned until :meth:`set_pruner`."""
@@ -59,7 +60,6 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.pruner: Pruner = create_pruner("vanilla")
-        self.clip_text: ClipText | None = None
         self.clock = Clock()
         self._last: tuple[list[tuple[PackedVisual, ...]], Withdrawal] | None = None
         self.post_init()
@@ -82,6 +82,12 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if not isinstance(method, Pruner):
             method = create_pruner(method, **knobs)
         elif knobs:
+            if isinstance(method, Combined):
+                raise TodreError(
+                    "options of a combination belong to its stages; allowed: none beside the "
+                    "object, or set_pruner('A+B', ...)."
+                )
+            check_knobs(type(method).__name__, type(method), knobs)
             method = dataclasses.replace(method, **knobs)
         if "clip_similarity" in method.needs and self.clip_text is None:
             raise TodreError(
@@ -102,7 +108,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             path: folder or hub id of the CLIP model whose vision tower this model uses.
             revision: branch, tag or commit on the hub.
         """
-        self.clip_text = ClipText.from_pretrained(path, revision).to(self.device)
+        clip_text = ClipText.from_pretrained(path, revision).to(self.device)
+        object.__setattr__(self, "clip_text", clip_text)  # beside the module, not a part of it
 
     # ------------------------------------------------------------------ images
 
@@ -242,7 +249,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """Run Stage 1 on every image, once where the question does not matter, and splice."""
         needs_text = "text_embeds" in self.pruner.needs
         clip = self.clip_text if "clip_similarity" in self.pruner.needs else None
-        if clip is not None and (questions is None or len(questions) != len(ids)):
+        to_compare = [visual for visual in visuals if visual.vision_features is not None]
+        if clip is not None and to_compare and (questions is None or len(questions) != len(ids)):
             raise TodreError(
                 f"questions has {len(questions or ())} entries; {type(self.pruner).__name__} needs "
                 f"the question of each of the {len(ids)} prompts, in words."

@@ -140,7 +140,8 @@ class EncodedVisual:
         self, text_embeds: Tensor | None, clip_similarity: Tensor | None = None
     ) -> VisualTokens:
         """Return what a method selects from."""
-        patches = self.patches.to(self.projected.device)
+        device = self.projected.device
+        patches = self.patches.to(device)
         patch = patches % self.side**2
         before = self.vision_features
         return VisualTokens(
@@ -155,8 +156,10 @@ class EncodedVisual:
             cls_features=self.cls_features,
             project=self.project,
             resized=self.resized,
-            text_embeds=text_embeds,
-            clip_similarity=None if clip_similarity is None else clip_similarity[patches],
+            text_embeds=None if text_embeds is None else text_embeds.to(device),
+            clip_similarity=(
+                None if clip_similarity is None else clip_similarity.to(device)[patches]
+            ),
         )
 
 
@@ -225,8 +228,9 @@ def _select(
             f"images were encoded without {sorted(map(str, missing))} that "
             f"{type(pruner).__name__} needs; set the pruner first, then encode."
         )
-    tokens = visual.tokens(text_embeds, clip_similarity)
-    return pruner.select(tokens, pruner.budget(num_tokens))
+    with torch.no_grad():  # what is kept has no gradient; neither have merged features
+        tokens = visual.tokens(text_embeds, clip_similarity)
+        return pruner.select(tokens, pruner.budget(num_tokens))
 
 
 def _pack(visual: EncodedVisual, selection: Selection, newline: Tensor | None) -> PackedVisual:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from llava_todre.errors import TodreError, unknown
@@ -31,6 +32,7 @@ from llava_todre.pruners.prumerge import PruMerge, PruMergePlus
 from llava_todre.pruners.pyramiddrop import PyramidDrop
 from llava_todre.pruners.random import Random
 from llava_todre.pruners.sparsevlm import SparseVLM, SparseVLMPlus
+from llava_todre.pruners.staged import StagedPruner
 from llava_todre.pruners.todre import Todre, TodreV1
 from llava_todre.pruners.trimtokenator import TrimTokenator
 from llava_todre.pruners.uniform import Uniform
@@ -77,6 +79,7 @@ __all__ = [
     "Need",
     "Pruner",
     "Selection",
+    "check_knobs",
     "create_pruner",
 ]
 
@@ -88,15 +91,17 @@ def create_pruner(method: str, **knobs: Any) -> Pruner:
         method: a key of :data:`PRUNERS`; or ``"A+B"``, Stage 1 of A with the decoder stage of B.
         knobs: fields of the method, e.g. ``retain_ratio=0.25``. Of a combination the budget is A's,
             any other field belongs to the one that has it, and ``before.`` or ``inside.`` in front
-            of the name settles it where both do.
+            of the name settles it where both do. A method that keeps a number of tokens inside the
+            decoder must be given ``inside.retain_ratio`` or ``inside.retain_tokens``.
 
     Raises:
         TodreError: unknown method or knob, or a value out of range.
     """
     before, plus, inside = method.partition("+")
     if not plus:
-        _check_knobs(method, knobs)
-        return PRUNERS[method](**knobs)
+        cls = _known(method)
+        check_knobs(method, cls, knobs)
+        return cls(**knobs)
     shares: dict[str, dict[str, Any]] = {"before": {}, "inside": {}}
     owned = {"before": _fields(before), "inside": _fields(inside)}
     for key, value in knobs.items():
@@ -110,20 +115,31 @@ def create_pruner(method: str, **knobs: Any) -> Pruner:
                 )
             place, name = owners[0] if owners else "before", key
         shares[place][name] = value
+    budgets = {"retain_ratio", "retain_tokens"}
+    if issubclass(PRUNERS[inside], StagedPruner) and not budgets & set(shares["inside"]):
+        raise TodreError(
+            f"inside.retain_ratio is missing: {inside!r} has a budget of its own, counted from the "
+            f"tokens that {before!r} lets in; allowed: inside.retain_ratio, inside.retain_tokens."
+        )
     return Combined(
         before=create_pruner(before, **shares["before"]),
         inside=create_pruner(inside, **shares["inside"]),
     )
 
 
-def _fields(method: str) -> set[str]:
-    if method not in PRUNERS:
-        raise unknown("method", method, PRUNERS)
-    return {field.name for field in dataclasses.fields(PRUNERS[method])}
-
-
-def _check_knobs(method: str, knobs: dict[str, Any]) -> None:
-    fields = _fields(method)
+def check_knobs(name: str, method: type[Pruner], knobs: Iterable[str]) -> None:
+    """Raise a TodreError unless every knob is a field of the method."""
+    fields = {field.name for field in dataclasses.fields(method)}
     for key in knobs:
         if key not in fields:
-            raise unknown(f"option of method {method!r}:", key, fields)
+            raise unknown(f"option of method {name!r}:", key, fields)
+
+
+def _fields(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(_known(method))}
+
+
+def _known(method: str) -> type[Pruner]:
+    if method not in PRUNERS:
+        raise unknown("method", method, PRUNERS)
+    return PRUNERS[method]

@@ -104,6 +104,8 @@ class LayerView:
     """Patch tokens of each image or video that layer 0 read."""
     attention_ahead: Callable[[Tensor], Tensor]
     """(R,) positions -> (H, R, N) attention of these rows in ``layer + 1``, before it has run."""
+    rope_frequencies: Tensor
+    """(E / 2,) radians per position of each pair of the rotary embedding."""
     final_norm: Callable[[Tensor], Tensor]
     """(R, D) -> (R, D) the norm behind the last layer."""
     measured: dict[str, float] = field(default_factory=dict)
@@ -192,7 +194,8 @@ class Pruner:
     def at_layer(self, view: LayerView) -> Tensor | Merge | None:
         """Return (N,) bool, which tokens the next layers keep; None keeps all, Merge changes some.
 
-        Newline tokens need no thought: one stays as long as a patch token of its row does.
+        Newline tokens need no thought: one stays as long as a patch token of its row does. Nor does
+        a prompt that ends with an image, whose last token predicts the answer: it keeps everything.
         """
         del view
         return None
@@ -214,6 +217,15 @@ def require_int(key: str, value: Any, low: int | None = None) -> None:
         raise TodreError(f"{key} {value!r} is not a whole number; allowed: e.g. {low or 0}.")
     if low is not None and value < low:
         raise TodreError(f"{key} {value!r} is out of range; allowed: {low} or more.")
+
+
+def require_layer(layer: int, num_layers: int) -> None:
+    """Raise a TodreError unless tokens can leave at the entry of ``layer``."""
+    if layer >= num_layers:
+        raise TodreError(
+            f"layer {layer} is out of range for a decoder of {num_layers} layers; allowed: 1 to "
+            f"{num_layers - 1}."
+        )
 
 
 def require_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:

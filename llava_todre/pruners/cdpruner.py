@@ -42,6 +42,9 @@ class CDPruner(Pruner):
             "Once no token adds to the determinant, the released code returns fewer tokens than "
             "asked for; here the most relevant of the rest make up the number.",
             "The released code never unpads and gives every view the same number.",
+            "Relevance is scaled to [0, 1] within each image, not over the whole batch.",
+            "With relevance=clip, each chunk of a question too long for CLIP has its own marks of "
+            "beginning and end; the released code cuts every 77 tokens.",
             "Videos are pruned frame by frame.",
         ),
     )

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_int, top
+from llava_todre.pruners.base import About, LayerView, require_int, require_layer, top
 from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import unit_rows
 from llava_todre.spans import Kind
@@ -55,7 +55,7 @@ class DART(StagedPruner):
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return the one stage, after layer K - 1."""
-        del num_layers
+        require_layer(self.layer, num_layers)
         return {self.layer - 1: ratio}
 
     def choose(self, view: LayerView, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_int, top
+from llava_todre.pruners.base import About, LayerView, require_int, require_layer, top
 from llava_todre.pruners.staged import StagedPruner, last_row
 
 
@@ -39,7 +39,7 @@ class FastV(StagedPruner):
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return the one stage, after layer K - 1."""
-        del num_layers
+        require_layer(self.layer, num_layers)
         return {self.layer - 1: ratio}
 
     def choose(self, view: LayerView, count: int) -> Tensor:

@@ -42,7 +42,7 @@ class PruMerge(Pruner):
     about: ClassVar[About] = About(
         paper="LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388",
         budget="per view T = its share: T - 1 tokens by attention and one for the dropped; "
-        "adaptive = true ignores the budget and keeps the paper's own count",
+        "adaptive = true keeps the paper's own count instead, where the budget drops any token",
         deviations=(
             "The release sends kept tokens by falling attention, then the extra one; here all are "
             "in position order, the extra one in the place of the dropped token with the highest "
@@ -135,7 +135,7 @@ class PruMergePlus(PruMerge):
         paper="LLaVA-PruMerge+, ICCV 2025, arXiv 2403.15388",
         budget="per view T = its share: a quarter by attention, one for the dropped, the rest "
         "evenly spaced (published means: 32 tokens without, 144 with the spaced ones); "
-        "adaptive = true ignores the budget and keeps the paper's own count",
+        "adaptive = true keeps the paper's own count instead, where the budget drops any token",
         deviations=(
             *PruMerge.about.deviations,
             "In the release the number of spaced tokens follows from the number by attention, "

@@ -71,8 +71,8 @@ class SparseVLM(_RatedByText):
         paper="SparseVLM 1.5, ICML 2025, arXiv 2410.04417",
         reads_text=True,
         budget="the published counts 300, 200, 110 for 192 of 576 tokens, in proportion: after "
-        "the three stages 1.563, 1.042 and 0.573 of retain_ratio stay (1/3 is that table), "
-        "and recycling adds about 3 % of what each stage drops; with budget_rule=mean "
+        "the three stages 1.563, 1.042 and 0.573 of retain_ratio stay (1/3 is that table; 1 prunes "
+        "nothing), and recycling adds about 3 % of what each stage drops; with budget_rule=mean "
         "recycled tokens count",
         count="own",
         deviations=(
@@ -132,7 +132,8 @@ class SparseVLMPlus(_RatedByText):
         paper="SparseVLM+ (SparseVLM 2.0), 2025, arXiv 2410.04417",
         reads_text=True,
         budget="the published counts 300, 200, 118 for 192 of 576 tokens, in proportion: after "
-        "the three stages 1.563, 1.042 and 0.615 of retain_ratio stay (1/3 is that table)",
+        "the three stages 1.563, 1.042 and 0.615 of retain_ratio stay (1/3 is that table; 1 prunes "
+        "nothing)",
         count="own",
         deviations=(
             "Other published budgets (128, 96, 64) have tables that are not in proportion to each "
@@ -146,20 +147,17 @@ class SparseVLMPlus(_RatedByText):
 
     num_heads: int = 14
     """Heads that rate, at least 1; all heads if the model has fewer."""
-    rope_theta: float = 10_000.0
-    """Base of the model's rotary embedding."""
 
     def __post_init__(self) -> None:
         """Check the knobs."""
         super().__post_init__()
         require_int("num_heads", self.num_heads, 1)
-        require("rope_theta", self.rope_theta, 1.0, math.inf)
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the best patch tokens by corrected attention."""
         patches, rows = view.patches, raters(view)
         attention = view.attention(rows)[:, :, patches]  # (H, R, P)
-        weights = rope_weights(len(view.prompt_kinds), view.keys().shape[-1], self.rope_theta)
+        weights = rope_weights(len(view.prompt_kinds), view.rope_frequencies)
         distance = view.positions[rows][:, None] - view.positions[patches]  # (R, P)
         attention = attention / weights.to(attention)[distance.abs()]
         heads = top(attention.sum(dim=(1, 2)), self.num_heads)
@@ -181,16 +179,15 @@ def raters(view: LayerView) -> Tensor:
     return rows if len(rows) else last_row(view)
 
 
-def rope_weights(num_distances: int, width: int, theta: float) -> Tensor:
+def rope_weights(num_distances: int, frequencies: Tensor) -> Tensor:
     """Return (num_distances,) float64: scaled products of two vectors of ones, rotated by RoPE.
 
     The product is ``2 * sum(cos(distance * frequency)) / sqrt(E)`` over the E / 2 frequencies. Far
     apart it falls to zero and below; here not below what one pair in phase gives.
     """
-    exponents = torch.arange(0, width, 2, dtype=torch.float64) / width  # (E / 2,)
     distances = torch.arange(num_distances, dtype=torch.float64)
-    cosines = (distances[:, None] * torch.pow(theta, -exponents)).cos()
-    return 2 * cosines.sum(dim=1).clamp_min(1.0) / math.sqrt(width)
+    cosines = (distances[:, None] * frequencies.double().cpu()).cos()  # (num_distances, E / 2)
+    return 2 * cosines.sum(dim=1).clamp_min(1.0) / math.sqrt(2 * len(frequencies))
 
 
 def merge_clusters(states: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,7 @@ BudgetRule = Literal["count", "mean"]
 class StagedPruner(Pruner):
     """Keep a known share of the patch tokens behind each of a few decoder layers.
 
-    All images of a prompt form one pool. A prompt that ends with an image keeps it, because its
-    last token predicts the answer.
+    All images of a prompt form one pool.
     """
 
     selects: ClassVar[bool] = False
@@ -67,8 +66,6 @@ class StagedPruner(Pruner):
 
     def at_layer(self, view: LayerView) -> Tensor | Merge | None:
         """Drop what the stage behind this layer drops."""
-        if bool(view.visual[-1]):
-            return None
         total = sum(view.entered)
         wanted = sum(self.budget(num_patches) for num_patches in view.entered)
         if wanted == total:

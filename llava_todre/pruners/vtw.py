@@ -49,16 +49,18 @@ class VTW(Pruner):
             require_int("layer", self.layer, 1)
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return layer K - 1, unless K is behind the last layer."""
+        """Return layer K - 1, or nothing when K is the number of layers."""
         first = self.layer or max(1, round_half_up(self.retain_ratio * num_layers))
+        if first > num_layers:
+            raise TodreError(
+                f"layer {first} is out of range for a decoder of {num_layers} layers; allowed: 1 "
+                f"to {num_layers}, the last meaning never."
+            )
         return (first - 1,) if first < num_layers else ()
 
     def at_layer(self, view: LayerView) -> Tensor | None:
         """Withdraw all visual tokens."""
-        visual = view.visual
-        if not bool(visual.any()) or bool(visual[-1]):
-            return None  # a prompt that ends with an image: its last token predicts the answer
-        return ~visual
+        return ~view.visual
 
 
 def search_layer(
@@ -84,6 +86,11 @@ def search_layer(
     """
     require("eta", eta, 0.0, float("inf"))
     require_int("first", first, 1)
+    if first >= num_layers:
+        raise TodreError(
+            f"first {first} is out of range for a decoder of {num_layers} layers; allowed: 1 to "
+            f"{num_layers - 1}."
+        )
     full = [logits.float().log_softmax(dim=-1) for logits in logits_at(None)]
     if not full:
         raise TodreError("logits_at(None) returned no samples; allowed: at least one.")

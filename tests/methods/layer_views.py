@@ -59,6 +59,7 @@ def make_case(
     width: int = 64,
     seed: int = 0,
     hidden: Tensor | None = None,
+    rope_theta: float = 10_000.0,
     **given: Any,
 ) -> Case:
     """Return random data of a prompt of which the positions ``present`` are left (None: all)."""
@@ -98,6 +99,7 @@ def make_case(
             ahead_queries[:, rows], ahead_keys, rows, scaling
         ),
         "final_norm": final_norm,
+        "rope_frequencies": rope_frequencies(head_width, rope_theta),
     }
     arrays = (queries, keys, ahead_queries, ahead_keys, states, embeds)
     return Case(
@@ -106,6 +108,12 @@ def make_case(
         kinds=[kinds[i] for i in left.tolist()],
         positions=left.tolist(),
     )
+
+
+def rope_frequencies(head_width: int, theta: float) -> Tensor:
+    """Return (E / 2,) float64."""
+    pairs = range(head_width // 2)
+    return torch.tensor([theta ** (-2 * i / head_width) for i in pairs], dtype=torch.float64)
 
 
 def attention_row(queries: np.ndarray, keys: np.ndarray, head: int, row: int) -> np.ndarray:

@@ -81,13 +81,17 @@ def test_half_precision_gives_a_valid_choice():
     assert len(kept_patches(half, FastV().at_layer(half.view))) == 58
 
 
-@pytest.mark.parametrize(
-    ("layer", "probes"), [(2, (1,)), (3, (2,)), (1, (0,)), (31, (30,)), (32, ())]
-)
+@pytest.mark.parametrize(("layer", "probes"), [(2, (1,)), (3, (2,)), (1, (0,)), (31, (30,))])
 def test_layer_k_is_the_first_to_work_on_fewer_tokens(layer, probes):
     pruner = FastV(layer=layer)
     assert pruner.probe_layers(32) == probes
-    assert np.isclose(pruner.mean_share(0.0, 32), min(layer, 32) / 32)
+    assert np.isclose(pruner.mean_share(0.0, 32), layer / 32)
+
+
+def test_a_layer_the_decoder_does_not_have_is_refused():
+    with pytest.raises(TodreError, match="layer 32 is out of range .* 32 layers; allowed: 1 to 31"):
+        FastV(layer=32).probe_layers(32)
+    assert FastV(layer=32, retain_ratio=1.0).probe_layers(32) == ()
 
 
 @pytest.mark.parametrize("layer", [0, -1, 2.0, "2", True])

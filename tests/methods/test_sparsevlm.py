@@ -22,6 +22,7 @@ from layer_views import (
     kept_patches,
     make_case,
     patches_per_layer,
+    rope_frequencies,
 )
 
 from llava_todre.errors import TodreError
@@ -304,7 +305,7 @@ def test_how_much_is_recycled_is_an_option(options, num_merged):
 
 
 def test_the_rope_weight_is_the_product_of_rotated_ones():
-    weights = rope_weights(700, 128, 10_000.0)
+    weights = rope_weights(700, rope_frequencies(128, 10_000.0))
     assert weights[0].item() == pytest.approx(math.sqrt(128))
     for distance in (0, 1, 17, 640):
         product = 0.0
@@ -318,7 +319,7 @@ def test_the_rope_weight_is_the_product_of_rotated_ones():
 
 
 def test_the_rope_weight_is_bounded_far_away_only():
-    weights = rope_weights(3000, 128, 10_000.0)
+    weights = rope_weights(3000, rope_frequencies(128, 10_000.0))
     floor = 2 / math.sqrt(128)
     assert (weights[:1479] > floor).all()
     assert weights[1479] == pytest.approx(floor)
@@ -346,10 +347,10 @@ def test_distances_are_those_of_the_prompt_not_of_the_view():
 
 
 @pytest.mark.parametrize(("num_heads", "theta"), [(1, 1e4), (14, 1e4), (2, 5e5)])
-def test_number_of_heads_and_rope_base_are_options(num_heads, theta):
+def test_number_of_heads_and_the_rope_base_of_the_model_matter(num_heads, theta):
     """The view has 8 heads: 14 are all of them."""
-    case = make_case(LLAVA_15, layer=2)
-    pruner = SparseVLMPlus(num_heads=num_heads, rope_theta=theta)
+    case = make_case(LLAVA_15, layer=2, rope_theta=theta)
+    pruner = SparseVLMPlus(num_heads=num_heads)
     expected = slow_plus(case, 91, num_heads, theta)
     assert kept_patches(case, pruner.at_layer(case.view)) == expected
 
@@ -414,7 +415,6 @@ def test_half_precision_gives_a_valid_choice(method):
         (SparseVLM, {"cluster_ratio": -0.1}, r"cluster_ratio -0\.1"),
         (SparseVLMPlus, {"num_heads": 0}, "num_heads 0 .*1 or more"),
         (SparseVLMPlus, {"num_heads": 2.0}, r"num_heads 2\.0"),
-        (SparseVLMPlus, {"rope_theta": 0.5}, r"rope_theta 0\.5"),
     ],
 )
 def test_bad_knobs_are_refused(method, options, message):
@@ -426,5 +426,5 @@ def test_defaults_are_those_of_the_authors():
     pruner, plus = SparseVLM(), SparseVLMPlus()
     assert pruner.prune_depths == plus.prune_depths == (2 / 32, 6 / 32, 15 / 32)
     assert (pruner.recycle, pruner.recycle_ratio, pruner.cluster_ratio) == (True, 0.3, 0.1)
-    assert (plus.num_heads, plus.rope_theta) == (14, 10_000.0)
+    assert plus.num_heads == 14
     assert pruner.about.count == plus.about.count == "own"
