@@ -68,7 +68,11 @@ def test_make_demo_passes_on_what_it_is_given() -> None:
         ([], ""),
     ):
         shown = subprocess.run(
-            ["make", "-n", "demo", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            ["make", "--no-print-directory", "-n", "demo", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         command = shlex.split(shown.stdout.splitlines()[-1])
         assert command[1:4] == ["-m", "llava_todre.cli", "demo"]
