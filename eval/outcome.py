@@ -1,0 +1,200 @@
+"""What became of a run: from the files lmms-eval left behind to the run's JSON.
+
+lmms-eval exits with 0 after almost any failure, so its exit status decides nothing. A run is
+complete when its results are there, hold every metric, and stand on all the items they should.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from eval.runs import Run
+from eval.suites import scores
+from llava_todre.errors import TodreError
+from llava_todre.lmms_plugin.log import read_answers
+from llava_todre.provenance import provenance
+
+FORMAT = 1
+_MEANS = (
+    "visual_tokens",
+    "kept_tokens",
+    "mean_visual_tokens_per_layer",
+    "prefill_flops",
+    "prefill_flops_unpruned",
+)
+_LONGEST_REASON = 500
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"^(?:\[rank\d+\]: ?)?(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*")
+_WRAPPER = re.compile("ChildFailedError|RetryError|Connection closed by peer")
+"""Errors that only say that something else went wrong."""
+_LOGGED = re.compile(r"^.*\bERROR\b[^-]*- +(.*)$")
+
+
+def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, Any]:
+    """Return the JSON of a run that lmms-eval finished.
+
+    Args:
+        run: what was run.
+        work: lmms-eval's ``--output_path``.
+        log_dir: the model's log of answers.
+        processes: among which the items were shared.
+
+    Raises:
+        TodreError: something is missing, damaged, or of the wrong number.
+    """
+    results = _read_results(work)
+    samples = {task: _read_samples(work, task) for task in run.suite.tasks}
+    _check_counts(run, results, samples)
+    benchmarks = scores(run.suite, results, samples, work)
+    lines = _scored_lines(log_dir, samples)
+    seconds = sum(line["seconds"] for line in lines) / processes
+    return _record(
+        run,
+        status="complete",
+        error=None,
+        benchmarks=benchmarks,
+        seconds=seconds,
+        items_per_second=len(lines) / seconds if seconds else None,
+        tokens={key: fmean(line[key] for line in lines) for key in _MEANS}
+        | {"withdrawn_share": fmean(line["withdrawn_from"] is not None for line in lines)},
+        peak_memory_mib=max(line["peak_memory_mib"] for line in lines),
+        processes=processes,
+    )
+
+
+def failed(run: Run, reason: str) -> dict[str, Any]:
+    """Return the JSON of a run that failed: the reason, and nothing that looks like a score."""
+    measured = dict.fromkeys(("seconds", "items_per_second", "tokens", "peak_memory_mib"))
+    return _record(run, status="failed", error=reason, benchmarks={}, **measured)
+
+
+def _record(run: Run, **outcome: Any) -> dict[str, Any]:
+    origin = provenance()
+    try:
+        origin["versions"]["lmms_eval"] = version("lmms_eval")
+    except PackageNotFoundError:
+        origin["versions"]["lmms_eval"] = None
+    return {"format": FORMAT, "name": run.name, "config": run.config(), **outcome, **origin}
+
+
+def last_error(log: Path, returncode: int) -> str:
+    """Return why a child failed, as far as its output tells: one line."""
+    try:
+        text = log.read_text(errors="replace")
+    except OSError:
+        text = ""
+    lines = [_COLOURS.sub("", line).rstrip() for line in text.splitlines()]
+    lines = [line for line in lines if line.strip()]
+    raised = [line for line in lines if _RAISED.match(line)]
+    causes = [line for line in raised if not _WRAPPER.search(line)]
+    logged = [match[1] for line in lines if (match := _LOGGED.match(line))]
+    said = (causes or raised or logged or lines or ["nothing was printed"])[-1].strip()
+    how = f"ended by signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
+    return f"{said[:_LONGEST_REASON]} ({how}, all output in {log})"
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """Return a stored run; None when there is none, or something else."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    is_run = isinstance(record, dict) and record.get("format") == FORMAT
+    return record if is_run and record.get("status") in ("complete", "failed") else None
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a run so that it is there whole or not at all, even after a power cut."""
+    draft = file.with_name(f"{file.name}.{os.getpid()}.part")
+    with draft.open("w") as stream:
+        stream.write(_indented(record))
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, file)
+
+
+def _indented(record: Mapping[str, Any]) -> str:
+    """Return JSON for readers: indented, but the many scores of a benchmark on one line."""
+    marks, rows = {}, {}
+    for key, mark in record["benchmarks"].items():
+        marks[key] = {**mark, "items": f"<items of {key}>"}
+        rows[key] = mark["items"]
+    text = json.dumps({**record, "benchmarks": marks}, indent=1, allow_nan=False)
+    for key, items in rows.items():
+        text = text.replace(json.dumps(marks[key]["items"]), json.dumps(items))
+    return text + "\n"
+
+
+# ------------------------------------------------------------------------- lmms-eval's files
+
+
+def results_files(work: Path) -> list[Path]:
+    """Return the results JSONs below a folder; MMBench writes a submission of the same name."""
+    found = sorted(work.rglob("*_results.json"))
+    return [file for file in found if file.parent.name != "submissions"]
+
+
+def _read_results(work: Path) -> dict[str, Any]:
+    found = results_files(work)
+    if len(found) != 1:
+        raise TodreError(f"lmms-eval left {len(found)} results JSONs in {work}; expected: 1.")
+    try:
+        results: dict[str, Any] = json.loads(found[0].read_text())
+    except ValueError as error:
+        raise TodreError(f"results {str(found[0])!r} are damaged: {error}.") from None
+    if not isinstance(results, dict) or not isinstance(results.get("results"), dict):
+        raise TodreError(f"results {str(found[0])!r} are damaged: no key 'results'.")
+    return results
+
+
+def _read_samples(work: Path, task: str) -> list[dict[str, Any]]:
+    found = sorted(work.rglob(f"*_samples_{task}.jsonl"))
+    if len(found) != 1:
+        raise TodreError(f"task {task!r}: lmms-eval left {len(found)} samples files; expected: 1.")
+    try:
+        return [json.loads(line) for line in found[0].read_text().split("\n") if line]
+    except ValueError as error:
+        raise TodreError(f"samples {str(found[0])!r} are damaged: {error}.") from None
+
+
+def _check_counts(
+    run: Run, results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> None:
+    """Raise unless every task was scored on as many items as the suite says it has."""
+    for task, expected in run.expected.items():
+        scored = len({record["doc_id"] for record in samples[task]})
+        if scored == expected == len(samples[task]):
+            continue
+        here = results.get("n-samples", {}).get(task, {}).get("original")
+        hint = ""
+        if here is not None and scored == min(here, run.limit or here):
+            hint = (
+                f" The data here has {here}; if that is right, correct the suite and repeat the "
+                "run, whose answers are kept."
+            )
+        raise TodreError(
+            f"task {task!r}: {scored} items were scored; suite {run.suite_name!r} expects "
+            f"{expected}.{hint}"
+        )
+
+
+def _scored_lines(
+    log_dir: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return the log's lines of the items that were scored."""
+    scored = {(task, record["doc_id"]) for task, group in samples.items() for record in group}
+    lines = [line for line in read_answers(log_dir) if (line["task"], line["doc_id"]) in scored]
+    logged = {(line["task"], line["doc_id"]) for line in lines}
+    if logged != scored:
+        counts = Counter(task for task, _ in scored - logged)
+        missing = ", ".join(f"{count} of {task}" for task, count in counts.items())
+        raise TodreError(f"log_dir {str(log_dir)!r} lacks items that were scored: {missing}.")
+    return lines

@@ -1,0 +1,364 @@
+"""What one run is: one model, one method, one suite, resolved and checked before anything starts.
+
+    configs/runs/X.yaml  ->  Run  ->  a name, the arguments of lmms-eval, the "config" of its result
+
+A run is known by what it computes. Its name is readable and ends in a hash of everything that can
+change a score; how it is carried out (devices, number of processes) is not part of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.suites import Suite, load_suite
+from llava_todre.errors import TodreError, unknown
+from llava_todre.model.convert import PROTOCOLS
+from llava_todre.model.placement import ATTENTION, DTYPES, spreads
+from llava_todre.model.prompt import conv_templates
+from llava_todre.pruners import Combined, Pruner, create_pruner
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+RUN_KEYS = ("model", "method", "options", "suite", "limit", "seed", "batch_size")
+MODEL_DEFAULTS: dict[str, Any] = {
+    "pretrained": None,
+    "revision": None,
+    "dtype": "auto",
+    "protocol": "native",
+    "device_map": None,
+    "attn_implementation": "sdpa",
+    "template": "vicuna_v1",
+    "max_new_tokens": 1024,
+    "clip_text": None,
+}
+"""Keys of a model config, as the lmms-eval model ``llava_todre`` knows them."""
+_ALLOWED = {
+    "dtype": ("auto", *DTYPES),
+    "protocol": tuple(PROTOCOLS),
+    "attn_implementation": ATTENTION,
+    "template": tuple(conv_templates),
+}
+_WEIGHTS = ("*.json", "*.safetensors", "*.bin", "*.model")
+_LARGE_FILE = 64 * 2**20
+"""Bytes; of larger files only the size goes into a checkpoint's fingerprint."""
+_LONGEST_NAME = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one model and one suite."""
+
+    model_key: str
+    """Name of the model config, or the last part of an inline model's path."""
+    model: Mapping[str, Any]
+    """All keys of :data:`MODEL_DEFAULTS`; for a local checkpoint its ``fingerprint`` too."""
+    method: str
+    options: Mapping[str, Any]
+    """The budget, and every knob that is not the method's default."""
+    suite_name: str
+    limit: int | None = None
+    """Items per task; None is all."""
+    seed: int = 0
+    """Of lmms-eval, and of methods that draw at random."""
+    batch_size: int = 1
+
+    @property
+    def suite(self) -> Suite:
+        """The benchmarks."""
+        return load_suite(self.suite_name)
+
+    @property
+    def expected(self) -> dict[str, int]:
+        """Number of items of each task."""
+        sizes = {k: n for mark in self.suite.benchmarks for k, n in mark.samples.items()}
+        return {task: min(size, self.limit or size) for task, size in sizes.items()}
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether one copy of the model takes several devices."""
+        return spreads(self.model["device_map"])
+
+    def config(self) -> dict[str, Any]:
+        """Return what the result says about how it was made; JSON types only."""
+        return {
+            "model": {"key": self.model_key, **self.model},
+            "method": self.method,
+            "options": {key: _as_json(value) for key, value in self.options.items()},
+            "suite": self.suite_name,
+            "benchmarks": [mark.key for mark in self.suite.benchmarks],
+            "limit": self.limit,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+    @cached_property
+    def name(self) -> str:
+        """A name fit for a file: what a reader wants to know, then a hash of all of it."""
+        words = [self.model_key, self.suite_name, self.method]
+        for key, value in self.options.items():
+            known = key in ("retain_ratio", "retain_tokens")
+            words.append(_short(value) if known else f"{key}-{_short(value)}")
+        words += [f"seed{self.seed}"] * bool(self.seed)
+        words += [f"limit{self.limit}"] * (self.limit is not None)
+        readable = re.sub(r"[^\w.+-]+", "-", "-".join(words))[:_LONGEST_NAME].strip("-")
+        return f"{readable}-{self._digest()}"
+
+    def _digest(self) -> str:
+        """Hash all that can change a score, the method's defaults and the suite's tasks too."""
+        knobs = knobs_of(create_pruner(self.method, **self.options))
+        measured = [(m.key, m.tasks, m.metric, m.frames) for m in self.suite.benchmarks]
+        everything = {**self.config(), "options": knobs, "benchmarks": measured}
+        text = json.dumps(everything, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def model_args(self, log_dir: str) -> str:
+        """Return what follows ``--model_args``.
+
+        Args:
+            log_dir: for the answers of an interrupted run.
+        """
+        frames = {mark.frames for mark in self.suite.benchmarks} - {None}
+        folder = local_folder(self.model["pretrained"])
+        arguments = {
+            **{key: value for key, value in self.model.items() if key != "fingerprint"},
+            "pretrained": self.model["pretrained"] if folder is None else shown_path(folder),
+            "method": self.method,
+            **self.options,
+            "seed": self.seed,
+            "max_frames": frames.pop() if frames else None,
+            "log_dir": log_dir,
+        }
+        given = {key: value for key, value in arguments.items() if value is not None}
+        return ",".join(f"{key}={_as_argument(value)}" for key, value in given.items())
+
+
+def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
+    """Return the run a config describes.
+
+    Args:
+        config: keys of :data:`RUN_KEYS`; ``model``, ``method`` and ``suite`` are required.
+        where: what to call the config in messages.
+
+    Raises:
+        TodreError: unknown key, method, option, suite or model; value of wrong type or range.
+    """
+    check_keys(where, config, RUN_KEYS, required=("model", "method", "suite"))
+    model_key, model = resolve_model(config["model"])
+    options = config.get("options") or {}
+    if not isinstance(options, Mapping):
+        raise TodreError(f"{where}: options {options!r} is not a mapping of option to value.")
+    for key in ("method", "suite"):
+        if not isinstance(config[key], str):
+            raise TodreError(f"{where}: {key} {config[key]!r} is not a name.")
+    marks = load_suite(config["suite"]).benchmarks
+    frames = {mark.frames for mark in marks if mark.frames is not None}
+    if len(frames) > 1:
+        raise TodreError(
+            f"{where}: suite {config['suite']!r} takes {sorted(frames)} frames; allowed: one count."
+        )
+    if "seed" in options:
+        raise TodreError(f"{where}: option 'seed' is the key 'seed' of the run; give it there.")
+    limit = config.get("limit")
+    return Run(
+        model_key=model_key,
+        model=model,
+        method=config["method"],
+        options=canonical_options(config["method"], options),
+        suite_name=config["suite"],
+        limit=limit if limit is None else _integer(where, "limit", limit, 1),
+        seed=_integer(where, "seed", config.get("seed", 0), 0),
+        batch_size=_integer(where, "batch_size", config.get("batch_size", 1), 1),
+    )
+
+
+def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
+    """Return (key, all settings) of a model.
+
+    Args:
+        model: the name of a file of configs/models, a checkpoint's folder or hub id (with a slash),
+            or a mapping of :data:`MODEL_DEFAULTS`, which changes such a file if it has a ``key``. A
+            copy of a known checkpoint, by the last part of its path, has that one's settings.
+    """
+    changes = dict(model) if isinstance(model, Mapping) else {"key": model}
+    given = changes.pop("key", None)
+    if given is None:
+        base: dict[str, Any] = {}
+        key = Path(str(changes.get("pretrained"))).name
+    else:
+        key, base = _known_model(given)
+    where = f"model {key!r}"
+    given_keys = base | changes
+    check_keys(where, given_keys, tuple(MODEL_DEFAULTS), required=("pretrained",))
+    settings = MODEL_DEFAULTS | given_keys
+    for name, allowed in _ALLOWED.items():
+        if settings[name] not in allowed:
+            raise unknown(f"{where}: {name}", settings[name], allowed)
+    _integer(where, "max_new_tokens", settings["max_new_tokens"], 1)
+    for name in ("pretrained", "revision", "device_map", "clip_text"):
+        value = settings[name]
+        if not isinstance(value, str) and (name == "pretrained" or value is not None):
+            raise TodreError(f"{where}: {name} {value!r} is not a text.")
+    folder = local_folder(settings["pretrained"])
+    if folder is not None:
+        settings["fingerprint"] = _fingerprint(folder)
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", settings["pretrained"]):
+        raise TodreError(
+            f"{where}: pretrained {settings['pretrained']!r} does not exist; "
+            "allowed: a checkpoint's folder, or a hub id owner/name."
+        )
+    return key, settings
+
+
+def _known_model(given: Any) -> tuple[str, dict[str, Any]]:
+    """Return (key, settings) of a name of configs/models, or of a path."""
+    known = {path.stem: read_yaml(path) for path in sorted((CONFIGS / "models").glob("*.yaml"))}
+    if isinstance(given, str) and given in known:
+        return given, known[given]
+    if not (isinstance(given, str) and "/" in given):
+        raise unknown("model", given, [*known, "a folder or hub id with a slash"])
+    last = Path(given).name
+    for key, settings in known.items():
+        if Path(settings["pretrained"]).name == last.removesuffix("-hf"):
+            return key, {**settings, "pretrained": given, "revision": None}
+    return last, {"pretrained": given}
+
+
+def local_folder(pretrained: str) -> Path | None:
+    """Return the folder of a checkpoint on disk, sought here and in the checkout; else None."""
+    for folder in (Path(pretrained).expanduser(), ROOT / pretrained):
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def shown_path(path: Path) -> str:
+    """Return a path relative to the working directory if it lies below it."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+@lru_cache
+def _fingerprint(folder: Path) -> str:
+    """Return a hash of a checkpoint, so that results of other weights are not taken for its own."""
+    files = sorted(file for pattern in _WEIGHTS for file in folder.rglob(pattern))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
+        digest.update(file.read_bytes() if size <= _LARGE_FILE else b"")
+    return digest.hexdigest()[:12]
+
+
+def canonical_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same options in their one spelling: the budget, and what is not the default."""
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    knobs = knobs_of(create_pruner(method, **given))
+    defaults = knobs_of(create_pruner(method))
+    changed = {key: value for key, value in knobs.items() if value != defaults[key]}
+    if "retain_tokens" in changed:
+        return changed
+    return {"retain_ratio": knobs["retain_ratio"], **changed}
+
+
+def knobs_of(pruner: Pruner) -> dict[str, Any]:
+    """Return all knobs of a method, spelled as ``create_pruner`` takes them."""
+    if not isinstance(pruner, Combined):
+        return {field.name: getattr(pruner, field.name) for field in dataclasses.fields(pruner)}
+    before, inside = knobs_of(pruner.before), knobs_of(pruner.inside)
+    budget = {key: before.pop(key) for key in ("retain_ratio", "retain_tokens")}
+    budget |= {f"before.{key}": value for key, value in before.items()}
+    return budget | {f"inside.{key}": value for key, value in inside.items()}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(map(_short, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_argument(value: Any) -> str:
+    """Spell a value so that it survives lmms-eval's and the model's reading."""
+    if isinstance(value, tuple):
+        return "".join(f"{part!r};" for part in value) or "[]"
+    text = str(value)
+    return f"'{text}'" if "," in text else text
+
+
+# ------------------------------------------------------------------------ files and their keys
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise TodreError(f"config {str(path)!r} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise TodreError(f"config {str(path)!r} is not valid YAML: {text}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise TodreError(f"config {str(path)!r} must hold 'key: value' lines.")
+    return content
+
+
+def check_keys(
+    where: str, config: Mapping[str, Any], allowed: Iterable[str], required: Iterable[str] = ()
+) -> None:
+    """Raise unless a config has only allowed keys and all required ones."""
+    allowed = tuple(allowed)
+    for key in config:
+        if key not in allowed:
+            raise unknown(f"{where}: key", key, allowed)
+    for key in required:
+        if config.get(key) is None:
+            raise TodreError(f"{where}: key {key!r} is missing; allowed: {', '.join(allowed)}.")
+
+
+def with_changes(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """Return the config with ``key=value`` lines applied; dots lead into nested mappings.
+
+    Args:
+        config: as read from a file; not changed.
+        changes: e.g. ``"options.tau=0.05"``; values are YAML.
+    """
+    changed: dict[str, Any] = dict(config)
+    for line in changes:
+        path, equals, text = line.partition("=")
+        if not equals or not path:
+            raise TodreError(f"set {line!r} is not of the form KEY=VALUE.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise TodreError(f"set {line!r} has a value that is not valid YAML.") from None
+        *parents, key = path.split(".")
+        level = changed
+        for parent in parents:
+            inner = level.get(parent)
+            if isinstance(inner, str) and parent == "model":
+                inner = {"key": inner}  # a setting of a named model: keep its others
+            if inner is not None and not isinstance(inner, Mapping):
+                raise TodreError(f"set {line!r}: {parent!r} is {inner!r}, which has no keys.")
+            level[parent] = dict(inner or {})
+            level = level[parent]
+        level[key] = value
+    return changed
+
+
+def _integer(where: str, key: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TodreError(f"{where}: {key} {value!r} is out of range; allowed: {least} or more.")
+    return value

@@ -1,0 +1,132 @@
+"""What to run: the runs behind one run config, a table of the papers, or a grid of settings.
+
+    configs/runs/X.yaml      one run, or ``table``: the rows of a table on one model
+    configs/sweeps/Y.yaml    ``base``: one run, and ``grid``: values for some of its keys
+
+A grid is every combination of its values; of several grids, all that each of them gives. The keys
+are those of a run, any option of the method, and short names: ``ratio``, ``layers`` (probe depths,
+also as 7/8) and ``stages`` (none, 1, 2, 1+2).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from eval.published import LAYERS, RowSpec, models, rows, suite_rows
+from eval.runs import RUN_KEYS, Run, check_keys, read_yaml, resolve, with_changes
+from llava_todre.errors import TodreError, unknown
+
+SHORT = {"ratio": "retain_ratio", "layers": "probe_depths"}
+STAGES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "1": {"probe_depths": ()},
+    "2": {"retain_ratio": 1.0},
+    "1+2": {},
+}
+"""What each choice of stages changes about the options; none is the method ``vanilla``."""
+_ABLATIONS = ("4", "5", "6", "pivot")
+_TABLE_KEYS = ("table", "version", *(key for key in RUN_KEYS if key not in ("method", "options")))
+
+
+def plan(files: Iterable[Path], changes: Sequence[str] = ()) -> list[Run]:
+    """Return the runs of config files, each once, checked.
+
+    Args:
+        files: of any of the three kinds.
+        changes: ``key=value`` lines for all of them; in a sweep they change its base.
+
+    Raises:
+        TodreError: a wrong key or value, in one line with the file's name.
+    """
+    runs: dict[str, Run] = {}
+    for file in files:
+        content = read_yaml(file)
+        for run in _runs(str(file), content, changes):
+            runs.setdefault(run.name, run)
+    return list(runs.values())
+
+
+def _runs(where: str, content: Mapping[str, Any], changes: Sequence[str]) -> list[Run]:
+    if "grid" in content:
+        return sweep(where, content, changes)
+    content = with_changes(content, changes)
+    return table(where, content) if "table" in content else [resolve(content, where)]
+
+
+def table(where: str, content: Mapping[str, Any]) -> list[Run]:
+    """Return the runs of one or several tables, on one model and suite.
+
+    On models the papers speak of, the rows are theirs (``version``: v1, v2, or null for both);
+    elsewhere those of a comparison of the same shape.
+    """
+    check_keys(where, content, _TABLE_KEYS, required=("table", "model", "suite"))
+    names = content["table"] if isinstance(content["table"], list) else [content["table"]]
+    shared = {key: content[key] for key in _TABLE_KEYS[2:] if key in content}
+    key = resolve({**shared, "method": "vanilla"}, where).model_key
+    found = []
+    for name in map(str, names):
+        found += [
+            resolve({**shared, "method": row.method, "options": row.options}, where)
+            for row in _rows(name, content.get("version"), key)
+        ]
+    return found
+
+
+def _rows(name: str, version: str | None, model: str) -> list[RowSpec]:
+    if model in models(name):
+        return rows(name, version, model, LAYERS.get(model))
+    if name in _ABLATIONS:  # the same settings of ToDRE for any model
+        return rows(name, version, num_layers=LAYERS.get(model))
+    return suite_rows(name, LAYERS.get(model))
+
+
+def sweep(where: str, content: Mapping[str, Any], changes: Sequence[str] = ()) -> list[Run]:
+    """Return the runs of a base and its grid, or list of grids."""
+    check_keys(where, content, ("base", "grid"), required=("base", "grid"))
+    if not isinstance(content["base"], Mapping):
+        raise TodreError(f"{where}: base must hold 'key: value' lines.")
+    base = with_changes(content["base"], changes)
+    grids = content["grid"] if isinstance(content["grid"], list) else [content["grid"]]
+    found = []
+    for grid in grids:
+        if not isinstance(grid, Mapping):
+            raise TodreError(f"{where}: grid must hold 'key: [values]' lines.")
+        for key, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise TodreError(f"{where}: grid key {key!r} is {values!r}; allowed: [values].")
+            if any(change.partition("=")[0] in (key, f"options.{key}") for change in changes):
+                raise TodreError(f"{where}: {key!r} was set, but the grid sets it too.")
+        for values in itertools.product(*grid.values()):
+            found.append(resolve(_at(where, base, dict(zip(grid, values, strict=True))), where))
+    return found
+
+
+def _at(where: str, base: Mapping[str, Any], point: dict[str, Any]) -> dict[str, Any]:
+    """Return the run at one point of a grid."""
+    stages = point.pop("stages", None)
+    config = {**base, **{key: value for key, value in point.items() if key in RUN_KEYS}}
+    options = dict(config.get("options") or {})
+    for key, value in point.items():
+        if key not in RUN_KEYS:
+            options[SHORT.get(key, key)] = _depths(where, value) if key == "layers" else value
+    if stages is not None:
+        if str(stages) not in STAGES:
+            raise unknown(f"{where}: stages", stages, STAGES)
+        options |= STAGES[str(stages)]
+        if str(stages) == "none":
+            config["method"], options = "vanilla", {}
+    return {**config, "options": options}
+
+
+def _depths(where: str, value: Any) -> tuple[float, ...]:
+    """Return probe depths, each a number or a fraction such as 7/8."""
+    try:
+        return tuple(float(Fraction(str(depth))) for depth in value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise TodreError(
+            f"{where}: layers {value!r}; allowed: a list of depths such as 0.875 or 7/8."
+        ) from None

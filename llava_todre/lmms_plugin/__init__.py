@@ -1,0 +1,25 @@
+"""LLaVA with visual-token pruning as a model of lmms-eval: ``lmms_eval --model llava_todre``.
+
+lmms-eval finds :func:`manifest` through the entry point ``lmms_eval.models`` once this package is
+installed. Every option of model and method is a model argument:
+
+    lmms_eval --model llava_todre --tasks pope --batch_size 4 \
+        --model_args pretrained=checkpoints/mini,method=todre,retain_ratio=0.1,log_dir=outputs/log
+
+``model`` holds the class, ``arguments`` what stands behind ``--model_args``, ``items`` what one
+call of lmms-eval asks for, ``video`` the frames of a clip, ``log`` the answers that are kept on
+disk, and ``fingerprint`` what they depend on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAME = "llava_todre"
+
+
+def manifest() -> Any:
+    """Return the ``ModelManifest`` by which lmms-eval knows the model."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(NAME, simple_class_path="llava_todre.lmms_plugin.model.LlavaTodre")

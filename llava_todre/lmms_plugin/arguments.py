@@ -1,0 +1,136 @@
+"""From ``--model_args`` to a pruning method, and from the seed of a run to that of one item.
+
+lmms-eval splits ``a=1,b=x`` at commas and turns what looks like a number or a truth value into one;
+everything else arrives as text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_todre.errors import TodreError, unknown
+from llava_todre.pruners import PRUNERS, Pruner, create_pruner
+from llava_todre.pruners.base import require_int
+
+_STAGES = ("before.", "inside.")
+
+
+def text(key: str, value: Any) -> str | None:
+    """Return an argument that is a name or a path; None when it was not given."""
+    if isinstance(value, (bool, float)):  # its spelling is lost: "1e5" became 100000.0
+        raise TodreError(f"{key} {value!r} is not text; put it in quotes: {key}='...'.")
+    if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return value[1:-1]
+    return None if value is None else str(value)
+
+
+def whole(key: str, value: Any) -> int:
+    """Return an argument that is a whole number of at least 1."""
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    require_int(key, value, low=1)
+    return int(value)
+
+
+def option(value: Any) -> Any:
+    """Return an option of a method as the method knows it.
+
+    A list is written ``[0.5,0.875]`` or ``0.5;0.875``; text is read as YAML.
+    """
+    if isinstance(value, float) and value < 0 and value.is_integer():
+        return int(value)  # lmms-eval takes "-1" for a float
+    if not isinstance(value, str):
+        return value
+    if ";" in value:
+        return tuple(option(part) for part in value.split(";") if part.strip())
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise TodreError(f"value {value!r} of a model argument is not valid YAML.") from None
+    return tuple(parsed) if isinstance(parsed, list) else parsed
+
+
+def build_pruner(
+    method: str, options: Mapping[str, Any], seed: int | None, arguments: Iterable[str]
+) -> tuple[Pruner, int]:
+    """Return the method of a run, and the seed of the run.
+
+    Args:
+        method: a name of the registry, two of them joined as A+B, or a YAML file that holds
+            ``method`` and any of its options.
+        options: model arguments that are not the model's own; they override the file's.
+        seed: of the run; when None, that of the file, or 0.
+        arguments: the model's own arguments, which a misspelt option may have meant.
+    """
+    knobs: dict[str, Any] = {}
+    if method.endswith((".yaml", ".yml")):
+        knobs = _read_method_file(Path(method))
+        method = knobs.pop("method", None)
+        if not isinstance(method, str):
+            raise TodreError("the method file has no key 'method'; allowed: a name as its value.")
+    _check_names(method, options, arguments)
+    knobs |= {key: option(value) for key, value in options.items()}
+    chosen = knobs.pop("seed", 0) if seed is None else seed
+    knobs.pop("seed", None)
+    require_int("seed", chosen)
+    return with_seed(create_pruner(method, **knobs), chosen), chosen
+
+
+def _read_method_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise TodreError(f"method {str(path)!r} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise TodreError(f"method {str(path)!r} is not valid YAML.") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise TodreError(f"method {str(path)!r} must hold 'key: value' lines.")
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+
+
+def _check_names(method: str, options: Mapping[str, Any], arguments: Iterable[str]) -> None:
+    """Refuse what neither the model nor the method knows, with the names of both."""
+    known = set(arguments)
+    for name in method.split("+"):
+        if name not in PRUNERS:
+            raise unknown("method", name, PRUNERS)
+        known |= {field.name for field in dataclasses.fields(PRUNERS[name])}
+    for key in options:
+        place = next((stage for stage in _STAGES if "+" in method and key.startswith(stage)), "")
+        if key.removeprefix(place) not in known:
+            raise unknown("model argument", key, known)
+
+
+# ---------------------------------------------------------------------- seeds
+
+
+def draws(pruner: Pruner) -> bool:
+    """Return whether the method draws at random, so that its seed matters."""
+    if any(draws(part) for part in _parts(pruner).values()):
+        return True
+    # Where only the first token may be drawn, another rule for it leaves nothing to chance.
+    return hasattr(pruner, "seed") and getattr(pruner, "pivot", "random") == "random"
+
+
+def with_seed(pruner: Pruner, seed: int) -> Pruner:
+    """Return the method with this seed in every part that has one."""
+    changed: dict[str, Any] = {name: with_seed(part, seed) for name, part in _parts(pruner).items()}
+    if hasattr(pruner, "seed"):
+        changed["seed"] = seed
+    return dataclasses.replace(pruner, **changed) if changed else pruner
+
+
+def item_seed(seed: int, item: object) -> int:
+    """Return a seed of 56 bits for one item of a run."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {item}".encode()).digest()[:7], "big")
+
+
+def _parts(pruner: Pruner) -> dict[str, Pruner]:
+    values = {field.name: getattr(pruner, field.name) for field in dataclasses.fields(pruner)}
+    return {name: value for name, value in values.items() if isinstance(value, Pruner)}

@@ -1,0 +1,97 @@
+"""What the answers of a run depend on, besides what is asked.
+
+The model is hashed as it stands in memory, so it does not matter where it was loaded from, or from
+how many files: equal weights, equal fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.provenance import provenance
+
+_CHUNK = 1 << 22
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(
+    model: LlavaLlamaForCausalLM, tokenizer: Any, settings: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Return a short name for a run, and what it stands for.
+
+    Runs on processors of the same kind ("cpu", "cuda") share a name; their rounding may differ
+    between two models of it.
+
+    Args:
+        model: with its weights.
+        tokenizer: the model's.
+        settings: all other choices that change answers.
+    """
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    processor = model.get_vision_tower().image_processor
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = {
+        "settings": dict(settings),
+        "weights": weights_digest(model),
+        "config": _digest(json.dumps(config, sort_keys=True, default=str)),
+        "generation_config": _digest(str(model.generation_config)),
+        "image_processor": _digest(str(processor)),
+        "tokenizer": _digest(words),
+        "source": _source_digest(),
+        "versions": _versions(),
+        "device": model.device.type,
+    }
+    return _digest(json.dumps(parts, sort_keys=True, default=str)), parts
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return a hash of the names, shapes, formats and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _checksum(tensor: Tensor) -> list[int]:
+    """Return one number per chunk: the bits of the values, weighted by place, modulo 2**64.
+
+    Computed where the tensor is, in whole numbers, so it is the same everywhere.
+    """
+    bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
+    odd = torch.arange(1, 2 * min(_CHUNK, len(bits)), 2, device=bits.device)
+    return [int((part.long() * odd[: len(part)]).sum()) for part in bits.split(_CHUNK)]
+
+
+@cache
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = provenance()["versions"]
+    try:
+        return versions | {"av": version("av")}
+    except PackageNotFoundError:
+        return versions | {"av": None}
+
+
+@cache
+def _source_digest() -> str:
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

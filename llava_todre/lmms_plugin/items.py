@@ -1,0 +1,183 @@
+"""What one call of lmms-eval asks for: items, the batches they form, what each of them shows.
+
+Batches depend on the requests alone, never on what is finished already: so an interrupted run
+computes every answer in the same company, and thus with the same rounding, as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from llava_todre.errors import TodreError, unknown
+from llava_todre.lmms_plugin.video import read_frames
+
+_SAMPLING = ("temperature", "top_p", "top_k")
+_SEARCH = ("num_beams", "repetition_penalty")
+_KNOWN = (*_SAMPLING, *_SEARCH, "max_new_tokens", "do_sample", "until", "image_aspect_ratio")
+
+Key = tuple[str, str, int, int]
+"""Task, split, ``doc_id``, ``repeat``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One question about one document."""
+
+    task: str
+    split: str
+    doc_id: int
+    repeat: int
+    """Counts the questions about this document, from 0."""
+    prompt: str
+    gen_kwargs: dict[str, Any]
+    """The task's; never changed, as lmms-eval looks at them again."""
+    doc_to_visual: Callable[[Any], Any]
+
+    @property
+    def key(self) -> Key:
+        """What no other item of a call shares."""
+        return self.task, self.split, self.doc_id, self.repeat
+
+
+def items_of(requests: Iterable[Any]) -> tuple[dict[Key, Item], list[Key]]:
+    """Return the items of a call in order, and for each request the item that answers it.
+
+    With several processes lmms-eval repeats the last request where a process has fewer than the
+    others. Nobody reads these answers, so they are not computed again.
+    """
+    items: dict[Key, Item] = {}
+    keys: list[Key] = []
+    seen: Counter[tuple[str, str, int]] = Counter()
+    for request in requests:
+        prompt, gen_kwargs, doc_to_visual, doc_id, task, split = request.args
+        place = (task, split, doc_id)
+        is_padding = bool((request.metadata or {}).get("__padding_only__"))
+        repeat = 0 if is_padding else seen[place]
+        seen[place] += not is_padding
+        key = (*place, repeat)
+        keys.append(key)
+        items.setdefault(key, Item(*key, prompt, gen_kwargs, doc_to_visual))
+    return items, keys
+
+
+def batches_of(items: Iterable[Item], size: int) -> list[list[Item]]:
+    """Return batches of items of one task, split and set of generation arguments, in order."""
+    groups: dict[tuple[str, str, str], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.task, item.split, _as_json(item.gen_kwargs)), []).append(item)
+    return [
+        group[start : start + size]
+        for group in groups.values()
+        for start in range(0, len(group), size)
+    ]
+
+
+def batch_name(batch: Sequence[Item], shown: Sequence[Shown]) -> str:
+    """Return a hash of everything that is asked in a batch."""
+    asked = [
+        [*item.key, item.prompt, item.gen_kwargs, *visuals.digests]
+        for item, visuals in zip(batch, shown, strict=True)
+    ]
+    return hashlib.sha256(_as_json(asked).encode()).hexdigest()[:16]
+
+
+def generation(
+    gen_kwargs: dict[str, Any], max_new_tokens: int
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return arguments for ``generate`` and the strings that end an answer.
+
+    As LLaVA does, an answer is drawn at random only where the task gives a temperature above 0.
+    ``image_aspect_ratio`` is for models that have no such setting of their own.
+
+    Args:
+        gen_kwargs: the task's.
+        max_new_tokens: where the task does not say.
+    """
+    for key in gen_kwargs:
+        if key not in _KNOWN:
+            raise unknown("generation argument", key, _KNOWN)
+    given = {key: value for key, value in gen_kwargs.items() if value is not None}
+    sampled = given.get("temperature", 0) > 0
+    settings: dict[str, Any] = {"max_new_tokens": given.get("max_new_tokens", max_new_tokens)}
+    settings["do_sample"] = sampled
+    for key in (*_SEARCH, *(_SAMPLING if sampled else ())):
+        if key in given:
+            settings[key] = given[key]
+    until = given.get("until", ())
+    return settings, (until,) if isinstance(until, str) else tuple(until)
+
+
+def cut(answer: str, until: Iterable[str]) -> str:
+    """Return the answer up to the first of the strings that end it."""
+    for end in until:
+        answer = answer.split(end)[0] if end else answer
+    return answer.strip()
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures of an item, or the frames of its video."""
+
+    pictures: tuple[Image.Image, ...]
+    is_video: bool
+    digests: tuple[str, ...]
+    """A hash of every picture, or of the video file."""
+
+
+def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Shown:
+    """Return what an item shows.
+
+    Args:
+        item: for messages.
+        visuals: what the task's ``doc_to_visual`` returned: PIL images, one video file, or nothing.
+        max_frames: frames of a video.
+    """
+    given = [visual for visual in visuals or () if visual is not None]
+    if len(given) == 1 and isinstance(given[0], (str, os.PathLike)):
+        path = os.fspath(given[0])
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise TodreError(f"video {path!r} cannot be read: {error.strerror}.") from None
+        version = f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}"
+        return Shown(read_frames(path, max_frames, version), True, (version,))
+    if not all(isinstance(visual, Image.Image) for visual in given):
+        kinds = ", ".join(sorted({type(visual).__name__ for visual in given}))
+        raise TodreError(
+            f"document {item.doc_id} of {item.task} shows {len(given)} things of type {kinds}; "
+            "allowed: PIL images, one video file, or nothing."
+        )
+    return Shown(tuple(given), False, tuple(_digest(picture) for picture in given))
+
+
+def shared(shown: Sequence[Shown]) -> list[tuple[Image.Image, ...]]:
+    """Return the pictures of each item, equal ones as the same object: encoded once per batch."""
+    first: dict[str, Image.Image] = {}
+    return [
+        item.pictures
+        if item.is_video
+        else tuple(map(first.setdefault, item.digests, item.pictures))
+        for item in shown
+    ]
+
+
+def _digest(picture: Image.Image) -> str:
+    digest = hashlib.blake2b(picture.tobytes(), digest_size=12)
+    transparency = picture.info.get("transparency")
+    digest.update(f"{picture.mode} {picture.size} {picture.getpalette()} {transparency}".encode())
+    return digest.hexdigest()
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)

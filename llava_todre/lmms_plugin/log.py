@@ -1,0 +1,118 @@
+"""Answers on disk, one JSON line per item, so that an interrupted run goes on where it stopped.
+
+    <log_dir>/current                                    fingerprint of the latest run
+    <log_dir>/<fingerprint>/settings.json                what the fingerprint stands for
+    <log_dir>/<fingerprint>/<task>.<split>.rank<r>.jsonl what process r answered
+
+A line is an item and its answer:
+
+    task, split, doc_id, repeat     the item; repeat counts questions about one document, from 0
+    batch                           hash of all that was asked together with it, pictures included
+    prompt, gen_kwargs, answer      what went in and came out, as lmms-eval has it
+    visual_tokens, kept_tokens      patch tokens before pruning, and those the decoder got
+    mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
+    withdrawn_from                  first decoder layer without visual tokens, or null
+    prefill_flops, prefill_flops_unpruned
+    seconds                         of the batch, from pictures in memory to text, per item
+    peak_memory_mib                 of the process so far, on GPUs if it uses any
+
+Every process writes to a file of its own and reads those of all. A line that a kill cut short is as
+if it were not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_todre.errors import TodreError
+
+Line = dict[str, Any]
+Place = tuple[str, int, int]
+"""Hash of the batch, ``doc_id``, ``repeat``."""
+
+
+class AnswerLog:
+    """The answers of one run, from this start and from earlier ones."""
+
+    def __init__(self, log_dir: Path, fingerprint: str, rank: int, settings: Line) -> None:
+        """Open the log of the run with that fingerprint; rank 0 says that it is the current one.
+
+        Args:
+            log_dir: may hold the logs of several runs.
+            fingerprint: equal for runs that give equal answers.
+            rank: of this process.
+            settings: what the fingerprint stands for.
+        """
+        self._folder, self._rank = log_dir / fingerprint, rank
+        self._finished: dict[tuple[str, str], dict[Place, Line]] = {}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                _write(self._folder / "settings.json", json.dumps(settings, indent=1))
+                _write(log_dir / "current", fingerprint)
+        except OSError as error:
+            reason = error.strerror
+            raise TodreError(f"log_dir {str(log_dir)!r} cannot be used: {reason}.") from None
+
+    def finished(self, task: str, split: str) -> dict[Place, Line]:
+        """Return the answers of earlier starts to a task, by all processes; read once."""
+        if (task, split) not in self._finished:
+            files = sorted(self._folder.glob(f"{_stem(task, split)}.rank*.jsonl"))
+            lines = (line for file in files for line in _lines(file))
+            self._finished[task, split] = {
+                (line["batch"], line["doc_id"], line["repeat"]): line for line in lines
+            }
+        return self._finished[task, split]
+
+    def append(self, task: str, split: str, lines: Sequence[Line]) -> None:
+        """Store the answers of a batch; they are safe from a kill when this returns."""
+        file = self._folder / f"{_stem(task, split)}.rank{self._rank}.jsonl"
+        text = "".join(json.dumps(line, default=str) + "\n" for line in lines)
+        with file.open("a+b") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            if end > 0:
+                stream.seek(end - 1)
+                text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
+            stream.write(text.encode())
+
+
+def read_answers(log_dir: Path) -> list[Line]:
+    """Return the lines of the latest run, one per item, ordered by task, split, doc and repeat.
+
+    A run that was started with another limit or other documents before left lines of its own here:
+    pick those whose ``doc_id`` was scored.
+    """
+    try:
+        folder = log_dir / (log_dir / "current").read_text()
+    except OSError as error:
+        raise TodreError(f"log_dir {str(log_dir)!r} holds no log: {error.strerror}.") from None
+    items = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in _lines(file):
+            items[line["task"], line["split"], line["doc_id"], line["repeat"]] = line
+    return [items[key] for key in sorted(items)]
+
+
+def _lines(file: Path) -> Iterator[Line]:
+    for text in file.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:  # the last line before a kill, or nothing
+            continue
+        yield line
+
+
+def _stem(task: str, split: str) -> str:
+    return ".".join(re.sub(r"[^\w-]", "-", part) for part in (task, split))
+
+
+def _write(file: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
+    draft = file.with_name(file.name + ".part")
+    draft.write_text(text)
+    os.replace(draft, file)

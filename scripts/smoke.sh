@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Does everything work here? Two runs of the bundled model on two items per task; about a minute.
+# LIMIT=2 OUT=folder; arguments go to `python -m eval sweep`.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+out="${OUT:-outputs/smoke}"
+"${PYTHON:-python}" -m eval sweep configs/sweeps/smoke.yaml --out "$out" --offline \
+  --limit "${LIMIT:-2}" "$@"
+has_results "$@" || exit 0
+"${PYTHON:-python}" -m eval table 1 --suite mini --results "$out"

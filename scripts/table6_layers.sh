@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Table 6: the probe layers of Stage 2, on four image benchmarks. Start again after a kill.
+# GPUS=0,1 LIMIT=100 MODEL=name SUITE=name OUT=folder; arguments go to `python -m eval run`.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+run_and_show 6 table6_layers "$@"

@@ -1,0 +1,432 @@
+"""Runs become results: done ones are kept, failures are told, a kill costs the items in flight."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import commands, launch
+from eval.launch import Launch, command, execute
+from eval.outcome import last_error, read_record
+from eval.runs import ROOT, Run, resolve
+from llava_todre.errors import TodreError
+
+FAKE = Path(__file__).with_name("fake_lmms_eval.py")
+CONFIG: dict[str, Any] = {"model": "mini", "suite": "mini", "limit": 2}
+SWEEP = """
+base: {model: mini, suite: mini, limit: 2}
+grid:
+  - {method: [vanilla]}
+  - {method: [todre, divprune], ratio: [0.25]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(launch, "prepare", lambda suite: None)
+    monkeypatch.setattr(launch, "visible_gpus", lambda: ())
+    monkeypatch.setattr(commands, "visible_gpus", lambda: ())
+
+
+@pytest.fixture
+def evaluate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run ``sweep`` on three runs, with faults of the fake; returns status, stdout and stderr."""
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+
+    def run(
+        *arguments: str, fault: str = "", only: str = "", pause: float = 0.0
+    ) -> tuple[int, str, str]:
+        program = (str(FAKE), "--fault", fault, "--only", only, "--pause", str(pause))
+        monkeypatch.setattr(commands, "Launch", functools.partial(Launch, program=program))
+        parser = argparse.ArgumentParser()
+        commands.add_parsers(parser.add_subparsers(dest="command"))
+        given = ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), *arguments]
+        capsys.readouterr()
+        status = commands.run(parser.parse_args(given))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def records(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the stored runs by method."""
+    found = [json.loads(file.read_text()) for file in out.glob("*.json")]
+    return {record["config"]["method"]: record for record in found}
+
+
+def run_of(method: str = "todre", **changes: Any) -> Run:
+    return resolve(CONFIG | {"method": method} | changes)
+
+
+# ------------------------------------------------------------------------------- results
+
+
+def test_a_run_leaves_one_json_with_everything(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    status, _, said = evaluate()
+    assert status == 0 and "3 runs complete, 0 failed" in said
+    found = records(tmp_path / "out")
+    assert set(found) == {"vanilla", "todre", "divprune"}
+    record = found["todre"]
+    assert record["format"] == 1 and record["status"] == "complete" and record["error"] is None
+    assert record["name"] in {file.stem for file in (tmp_path / "out").glob("*.json")}
+    assert record["config"]["options"] == {"retain_ratio": 0.25}
+    assert list(record["benchmarks"]) == record["config"]["benchmarks"]
+    exist = record["benchmarks"]["exist"]
+    assert exist["num_samples"] == 2 and [doc for doc, _ in exist["items"]] == [0, 1]
+    assert exist["score"] == 50 * sum(score for _, score in exist["items"])
+    assert record["seconds"] == pytest.approx(18 * 0.25)
+    assert record["items_per_second"] == pytest.approx(4.0)
+    assert record["tokens"]["kept_tokens"] == 80 and record["tokens"]["withdrawn_share"] == 0
+    assert record["peak_memory_mib"] == 100
+    assert {"git_commit", "versions", "device", "time_utc"} <= set(record)
+    assert record["versions"].keys() >= {"torch", "lmms_eval"}
+
+
+def test_what_is_done_is_not_done_again(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    evaluate()
+    before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*.json")}
+    status, _, said = evaluate(fault="no data")
+    assert status == 0 and "3 runs complete" in said
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out").glob("*.json")}
+
+
+def test_a_damaged_result_is_made_again(evaluate: Callable[..., Any], tmp_path: Path) -> None:
+    evaluate()
+    file = next((tmp_path / "out").glob("*todre*.json"))
+    for content in ("{", "[]", '{"format": 0, "status": "complete"}', '{"format": 1}'):
+        file.write_text(content)
+        assert evaluate()[0] == 0
+        assert (read_record(file) or {})["status"] == "complete"
+
+
+FAULTS = {
+    "no data": "FileNotFoundError: Couldn't find any data file",
+    "raises": "ValueError: image of document 1 of todre_mini_exist is broken",
+    "killed": "ended by signal 9",
+    "truncated": "_results.json' are damaged",
+    "few": "task 'todre_mini_exist': 1 items were scored; suite 'mini' expects 2",
+    "no metric": "metric 'exact_match' is missing; found: something_else",
+    "nan": "metric 'exact_match' is nan",
+    "no samples": "left 0 samples files; expected: 1",
+    "torn samples": "samples_todre_mini_exist.jsonl' are damaged",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_run_is_told_and_never_looks_like_a_score(
+    fault: str, evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    # With a limit, a metric may be missing because none of its items were asked.
+    limit = ["--limit", "96"] if fault == "no metric" else []
+    status, printed, said = evaluate(*limit, fault=fault, only="divprune")
+    assert status == 1 and not printed
+    assert "2 runs complete, 1 failed" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("eval: FAILED mini-mini-div")]
+    assert FAULTS[fault] in line
+    found = records(tmp_path / "out")
+    assert found["divprune"]["status"] == "failed" and FAULTS[fault] in found["divprune"]["error"]
+    assert found["divprune"]["benchmarks"] == {} and found["divprune"]["tokens"] is None
+    assert found["todre"]["status"] == found["vanilla"]["status"] == "complete"
+
+
+def test_a_failed_run_is_repeated_on_demand_and_keeps_its_answers(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    evaluate(fault="raises", only="divprune")
+    status, _, said = evaluate()
+    assert status == 1 and "1 runs failed earlier; --retry-failed repeats them" in said
+    assert "FAILED mini-mini-divprune" in said and "document 1" in said
+    status, _, said = evaluate("--retry-failed")
+    assert status == 0 and records(tmp_path / "out")["divprune"]["status"] == "complete"
+    (log,) = (tmp_path / "out" / "logs").glob("*divprune*/fingerprint/todre_mini_exist.*")
+    assert log.read_text().count('"doc_id": 0,') == 1
+
+
+def test_other_data_than_the_suite_expects_fails_with_advice(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    status, _, said = evaluate("--limit", "3", fault="other data", only="divprune")
+    assert status == 1
+    assert "2 items were scored; suite 'mini' expects 3. The data here has 2; if that" in said
+
+
+def test_answers_that_were_not_logged_fail_the_run(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    evaluate()
+    file = next((tmp_path / "out").glob("*divprune*.json"))
+    file.unlink()
+    log = tmp_path / "out" / "logs" / file.stem / "fingerprint"
+    for line in (log / "todre_mini_exist.test.rank0.jsonl").read_text().splitlines()[:1]:
+        (log / "todre_mini_exist.test.rank0.jsonl").write_text(line.replace("_exist", "_other"))
+    status, _, said = evaluate()
+    assert status == 1 and "lacks items that were scored: 1 of todre_mini_exist" in said
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(TodreError, match="out '.*out' cannot be a folder"):
+        execute([run_of()], Launch(tmp_path / "out", program=(str(FAKE),)))
+
+
+def test_the_last_error_is_what_the_child_said_last(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    for text, said in (
+        ("a\nlib.errors.TodreError: bad key\n  more\n", "lib.errors.TodreError: bad key"),
+        ("\x1b[31mx | ERROR | m:f:1 - \x1b[0mno such task\nbye\n", "no such task"),
+        ("Segmentation fault\n\n", "Segmentation fault"),
+        ("[rank1]: ValueError: odd\nx.ChildFailedError: \n", "[rank1]: ValueError: odd"),
+        ("ValueError: odd\nRuntimeError: [] Connection closed by peer\n", "ValueError: odd"),
+        ("RuntimeError: Connection closed by peer\n", "RuntimeError: Connection closed by peer"),
+        ("OSError: no hub\ntenacity.RetryError: RetryError[<Future>]\n", "OSError: no hub"),
+        ("", "nothing was printed"),
+    ):
+        log.write_text(text)
+        assert last_error(log, 0) == f"{said} (exit status 0, all output in {log})"
+    assert "ended by signal 9" in last_error(tmp_path / "none", -9)
+
+
+# ------------------------------------------------------------------------------- commands
+
+
+def test_a_dry_run_prints_commands_that_a_shell_runs_as_they_are(
+    evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_python", lambda: sys.executable)
+    status, printed, said = evaluate("--dry-run", "--offline", "--jobs", "2")
+    assert status == 0 and "python -m eval.mini_data" in said
+    assert not (tmp_path / "out").exists()
+    lines = printed.splitlines()
+    assert len(lines) == 3
+    settings, words = {}, shlex.split(lines[1])
+    while "=" in words[0]:
+        key, _, value = words.pop(0).partition("=")
+        settings[key] = value
+    assert {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "OMP_NUM_THREADS"} <= set(settings)
+    assert words[:2] == [sys.executable, str(FAKE)]
+    assert words[words.index("--limit") + 1] == "2" and "--log_samples" in words
+    assert words[words.index("--seed") + 1] == "0"
+    subprocess.run(lines[1], shell=True, check=True, capture_output=True, cwd=ROOT)
+    assert list((tmp_path / "out" / "work").rglob("*_results.json"))
+
+
+def test_the_program_is_lmms_eval_and_python_is_named_shortly_if_it_is_the_one_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.shutil, "which", lambda name: sys.executable)
+    environment, arguments = command(run_of(), Launch(tmp_path), (), 1)
+    assert arguments[:5] == ["python", "-m", "lmms_eval", "--model", "llava_todre"]
+    assert environment == {}
+    monkeypatch.setattr(launch.shutil, "which", lambda name: "/elsewhere/python")
+    assert command(run_of(), Launch(tmp_path), (), 1)[1][0] == sys.executable
+
+
+def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
+    environment, arguments = command(run_of(), Launch(tmp_path, processes=2), (), 1)
+    start = arguments.index("torch.distributed.run") - 1
+    assert arguments[start : start + 7] == (
+        "-m torch.distributed.run --standalone --nproc_per_node 2 -m lmms_eval".split()
+    )
+    assert environment["ACCELERATE_USE_CPU"] == "true"
+    environment, _ = command(run_of(), Launch(tmp_path, processes=2), ("4", "5"), 1)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "4,5"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_spread", "slots"),
+    [
+        ({}, False, [()]),
+        ({"jobs": 2}, False, [(), ()]),
+        ({"gpus": "0123"}, False, ["0", "1", "2", "3"]),
+        ({"gpus": "0123", "jobs": 2}, False, ["0", "1"]),
+        ({"gpus": "01", "jobs": 4}, False, ["0", "1", "0", "1"]),
+        ({"gpus": "0123", "processes": 2}, False, ["01", "23"]),
+        ({"gpus": "0123"}, True, ["0123"]),
+        ({"gpus": "0123", "jobs": 2}, True, ["01", "23"]),
+    ],
+)
+def test_every_job_has_gpus_of_its_own(
+    changes: dict[str, Any], is_spread: bool, slots: list[Any], tmp_path: Path
+) -> None:
+    model = {"key": "mini", "device_map": "auto"} if is_spread else "mini"
+    changes = {**changes, "gpus": tuple(changes.get("gpus", ()))}
+    assert Launch(tmp_path, **changes).slots([run_of(model=model)]) == [tuple(s) for s in slots]
+
+
+def test_processes_need_as_many_gpus_and_a_model_that_fits_one(tmp_path: Path) -> None:
+    with pytest.raises(TodreError, match="processes 2 needs as many GPUs; given: 0"):
+        Launch(tmp_path, gpus=("0",), processes=2).slots([run_of()])
+    spread = run_of(model={"key": "mini", "device_map": "auto"})
+    with pytest.raises(TodreError, match="processes 2 with a device_map that spreads"):
+        Launch(tmp_path, gpus=("0", "1"), processes=2).slots([spread])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--jobs", "0"], "jobs 0 is out of range"),
+        (["--processes", "0"], "processes 0 is out of range"),
+        (["--gpus", "0"], "gpus '0': 0 not found here; allowed: none"),
+        (["--gpus", "0,,1"], "gpus '0,,1' is not a list"),
+        (["--limit", "0"], "limit 0 is out of range"),
+        (["--set", "base.limit=3"], "key 'base' is unknown"),
+        (["--slurm", "slrum"], "slurm 'slrum' is unknown"),
+        (["--slurm", "--slurm-set", "x"], "slurm-set 'x' is not of the form"),
+        (["--out", "a,b"], "out 'a,b' has a comma"),
+    ],
+)
+def test_wrong_arguments_are_one_line_before_anything_starts(
+    arguments: list[str], said: str, evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(TodreError, match=said) as raised:
+        evaluate(*arguments)
+    assert "\n" not in str(raised.value) and not (tmp_path / "out" / "work").exists()
+
+
+def test_gpus_may_be_named_in_a_dry_run_without_having_them(
+    evaluate: Callable[..., Any],
+) -> None:
+    _, printed, _ = evaluate("--dry-run", "--gpus", "4,5")
+    starts = [line.split()[0] for line in printed.splitlines()]
+    assert starts == [f"CUDA_VISIBLE_DEVICES={gpu}" for gpu in (4, 5, 4)]
+
+
+def test_children_are_told_the_names_of_the_gpus_we_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.visible_gpus() == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert launch.visible_gpus() == ("3", "5")
+
+
+# ------------------------------------------------------------------------------- interruptions
+
+
+@pytest.fixture
+def start(tmp_path: Path, evaluate: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Run the three runs in a process of their own, which needs no imports: a fork of this one."""
+    started = []
+
+    def run(**fake: Any) -> Any:
+        def target() -> None:
+            sys.exit(evaluate("--limit", "4", **fake)[0])
+
+        process = multiprocessing.get_context("fork").Process(target=target)
+        process.start()
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def logged(out: Path) -> int:
+    return sum(len(file.read_text().splitlines()) for file in out.glob("logs/*/*/*.jsonl"))
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within a minute"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere children outlive a killed parent")
+def test_a_killed_sweep_goes_on_and_ends_with_the_same_scores(
+    start: Callable[..., Any], evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = start(pause=0.05)
+    wait_for(lambda: len(list(out.glob("*.json"))) == 1 and logged(out) > 45)
+    process.kill()
+    process.join()
+    pids = [int(file.read_text()) for file in out.glob("logs/*/pid")]
+    wait_for(lambda: not any(map(is_alive, pids)))
+    assert logged(out) < 3 * 36 and len(list(out.glob("*.json"))) == 1
+    assert evaluate("--limit", "4")[0] == 0
+    assert logged(out) == 3 * 36, "no answer that was there was asked for again"
+    interrupted = records(out)
+    shutil.rmtree(out)
+    assert evaluate("--limit", "4")[0] == 0
+    for method, record in records(out).items():
+        same = [json.dumps(each["benchmarks"]) for each in (record, interrupted[method])]
+        assert same[0] == same[1]
+    assert set(interrupted) == {"vanilla", "todre", "divprune"}
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+)
+def test_a_signal_stops_the_children_and_records_nothing(
+    number: int, status: int, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    process = start(pause=60)
+    out = tmp_path / "out"
+    wait_for(lambda: any(file.read_text() for file in out.glob("logs/*/pid")))
+    (pid,) = [int(file.read_text()) for file in out.glob("logs/*/pid")]
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == status
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not list(out.glob("*.json"))
+
+
+def test_two_commands_do_not_work_on_the_same_run(
+    tmp_path: Path,
+) -> None:
+    run, how = run_of(), Launch(tmp_path, program=(str(FAKE), "--pause", "0.05"))
+    reports = []
+    threads = [
+        threading.Thread(target=lambda: reports.append(execute([run], how))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [report.done for report in reports] == [[run.name], [run.name]]
+    assert logged(tmp_path) == 18, "each item was asked once"
+
+
+def test_jobs_go_on_at_the_same_time(tmp_path: Path) -> None:
+    runs = [run_of(seed=seed) for seed in range(3)]
+    report = execute(runs, Launch(tmp_path, jobs=3, program=(str(FAKE), "--pause", "0.1")))
+    assert len(report.done) == 3
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    (record,) = records(tmp_path).values()
+    assert record["torch_threads"] == max(1, cores // 3), "the cores are shared"
+    starts = [file.stat().st_mtime for file in tmp_path.glob("logs/*/pid")]
+    ends = [file.stat().st_mtime for file in tmp_path.glob("*.json")]
+    assert len(starts) == len(ends) == 3 and max(starts) < min(ends)

