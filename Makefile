@@ -26,7 +26,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@if [ -e $(UNFINISHED) ]; then \
 	  echo "The last install did not finish; starting over."; rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
-	@echo "Installing into $(VENV), once; a few minutes and 1.5 GB (more if torch comes with CUDA):"
+	@echo "Installing into $(VENV), once; a few minutes and 2 GB (more if torch comes with CUDA):"
 	@sed -nE 's/^([A-Za-z_-]+)==.*/\1/p' requirements.txt | uniq | xargs | fold -s -w 96 | sed 's/^/  /'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ImageFile
 from torch import Tensor, nn
 
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
@@ -77,6 +78,12 @@ def tiny_llava() -> Callable[..., LlavaLlamaForCausalLM]:
         return model
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def pillow_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what some task modules of lmms-eval do: let Pillow read damaged files silently."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(params=["eager", "sdpa"])
