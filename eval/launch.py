@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.util
 import os
 import shlex
 import shutil
@@ -198,6 +199,7 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
             report.add(record, is_old=True)
     if not waiting:
         return report
+    _check_installed(launch.program)
     for suite in {run.suite_name: run.suite for run in waiting.values()}.values():
         prepare(suite)
     for folder in ("", "logs", "work"):
@@ -231,6 +233,14 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
             progress.count(crew.children.values())
             time.sleep(_POLL_SECONDS)
     return report
+
+
+def _check_installed(program: Sequence[str]) -> None:
+    if program[0] == "-m" and importlib.util.find_spec(program[1]) is None:
+        raise TodreError(
+            f"{program[1]} is not installed: pip install -e '.[eval]', and then "
+            "pip install --no-deps lmms_eval==0.7.3."
+        )
 
 
 @contextmanager

@@ -245,7 +245,6 @@ class LlavaTodre(lmms):
             "seed": self.seed,
             "template": self.template,
             "max_frames": self.max_frames,
-            "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
             "attn_implementation": self.model.config._attn_implementation,
         }

@@ -56,7 +56,8 @@ def evaluate(options: argparse.Namespace, fault: str) -> None:
         raise FileNotFoundError("Couldn't find any data file at configs/tasks/mini/data")
     log_dir = Path(arguments["log_dir"])
     log = AnswerLog(log_dir, "fingerprint", 0, {})
-    (log_dir / "pid").write_text(str(os.getpid()))
+    with (log_dir / "pid").open("a") as starts:
+        starts.write(f"{os.getpid()}\n")
     samples = {}
     for task in options.tasks.split(","):
         finished = log.finished(task, "test")
@@ -80,6 +81,8 @@ def write(options: argparse.Namespace, fault: str, samples: dict[str, list[dict]
     original = dict.fromkeys(samples, SIZE)
     if fault == "few":
         samples[first].pop()
+    if fault == "odd samples":
+        del samples[first][0]["doc_id"]
     if fault == "other data":
         samples[first] = samples[first][:2]
         original[first] = 2

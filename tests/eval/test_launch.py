@@ -22,7 +22,7 @@ import pytest
 
 from eval import commands, launch
 from eval.launch import Launch, command, execute
-from eval.outcome import last_error, read_record
+from eval.outcome import complete, last_error, read_record
 from eval.runs import ROOT, Run, resolve
 from llava_todre.errors import TodreError
 
@@ -102,6 +102,14 @@ def test_a_run_leaves_one_json_with_everything(
     assert record["versions"].keys() >= {"torch", "lmms_eval"}
 
 
+def test_processes_that_share_the_items_take_a_share_of_the_time(tmp_path: Path) -> None:
+    run, how = run_of(), Launch(tmp_path, program=(str(FAKE),))
+    execute([run], how)
+    work, log_dir = tmp_path / "work" / run.name, tmp_path / "logs" / run.name
+    record = complete(run, work, log_dir, processes=2)
+    assert record["seconds"] == pytest.approx(18 * 0.25 / 2) and record["processes"] == 2
+
+
 def test_what_is_done_is_not_done_again(evaluate: Callable[..., Any], tmp_path: Path) -> None:
     evaluate()
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*.json")}
@@ -128,6 +136,7 @@ FAULTS = {
     "no metric": "metric 'exact_match' is missing; found: something_else",
     "nan": "metric 'exact_match' is nan",
     "no samples": "left 0 samples files; expected: 1",
+    "odd samples": "KeyError: 'doc_id'",
     "torn samples": "samples_todre_mini_exist.jsonl' are damaged",
 }
 
@@ -187,6 +196,12 @@ def test_a_folder_that_cannot_be_made_is_said_first(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(TodreError, match="out '.*out' cannot be a folder"):
         execute([run_of()], Launch(tmp_path / "out", program=(str(FAKE),)))
+
+
+def test_a_missing_lmms_eval_is_said_once_with_how_to_install_it(tmp_path: Path) -> None:
+    with pytest.raises(TodreError, match="no_lmms_eval is not installed: pip install"):
+        execute([run_of()], Launch(tmp_path, program=("-m", "no_lmms_eval")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_last_error_is_what_the_child_said_last(tmp_path: Path) -> None:
@@ -368,12 +383,14 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_same_scores(
 ) -> None:
     out = tmp_path / "out"
     process = start(pause=0.05)
-    wait_for(lambda: len(list(out.glob("*.json"))) == 1 and logged(out) > 45)
+    wait_for(lambda: len(list(out.glob("*.json"))) == 1 and logged(out) > 40)
+    before = logged(out)
     process.kill()
     process.join()
-    pids = [int(file.read_text()) for file in out.glob("logs/*/pid")]
+    pids = [int(pid) for file in out.glob("logs/*/pid") for pid in file.read_text().split()]
     wait_for(lambda: not any(map(is_alive, pids)))
-    assert logged(out) < 3 * 36 and len(list(out.glob("*.json"))) == 1
+    assert logged(out) < before + 12 < 72, "the child ended too"
+    assert len(list(out.glob("*.json"))) == 1
     assert evaluate("--limit", "4")[0] == 0
     assert logged(out) == 3 * 36, "no answer that was there was asked for again"
     interrupted = records(out)
@@ -397,8 +414,8 @@ def test_a_signal_stops_the_children_and_records_nothing(
     wait_for(lambda: any(file.read_text() for file in out.glob("logs/*/pid")))
     (pid,) = [int(file.read_text()) for file in out.glob("logs/*/pid")]
     os.kill(process.pid, number)
-    process.join(30)
-    assert process.exitcode == status
+    process.join(launch._GRACE_SECONDS - 3)
+    assert process.exitcode == status, "without waiting for the children to be forced"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     assert not list(out.glob("*.json"))
@@ -418,6 +435,16 @@ def test_two_commands_do_not_work_on_the_same_run(
         thread.join(60)
     assert [report.done for report in reports] == [[run.name], [run.name]]
     assert logged(tmp_path) == 18, "each item was asked once"
+    (starts,) = tmp_path.glob("logs/*/pid")
+    assert len(starts.read_text().splitlines()) == 1
+
+
+def test_what_an_interrupted_attempt_left_is_not_taken_for_a_result(tmp_path: Path) -> None:
+    run = run_of()
+    left = tmp_path / "work" / run.name / "checkpoints__mini" / "20260101_000000_results.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    assert execute([run], Launch(tmp_path, program=(str(FAKE),))).done == [run.name]
 
 
 def test_jobs_go_on_at_the_same_time(tmp_path: Path) -> None:

@@ -173,6 +173,22 @@ def test_a_cluster_that_is_unknown_is_refused(tmp_path: Path) -> None:
         slurm.submit([], Launch(tmp_path), "slrum", {})
 
 
+def test_a_machine_without_slurm_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(TodreError, match="slurm 'slurm' refused: ") as raised:
+        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "slurm", {})
+    assert "\n" not in str(raised.value)
+
+
+def test_parameters_that_submitit_does_not_know_are_told(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(TodreError, match="slurm 'local' refused: .*slurm_partitoin"):
+        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "local", {"slurm_partitoin": "x"})
+
+
 def test_a_job_at_its_time_limit_is_submitted_again(tmp_path: Path) -> None:
     submitit = pytest.importorskip("submitit")
     job = slurm.Job(planned(tmp_path, BASE)[0], Launch(tmp_path))
