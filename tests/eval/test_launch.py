@@ -102,10 +102,13 @@ def test_a_run_leaves_one_json_with_everything(
     assert record["versions"].keys() >= {"torch", "lmms_eval"}
 
 
-def test_processes_that_share_the_items_take_a_share_of_the_time(tmp_path: Path) -> None:
+def test_time_is_that_of_the_scored_items_and_shared_by_processes(tmp_path: Path) -> None:
     run, how = run_of(), Launch(tmp_path, program=(str(FAKE),))
     execute([run], how)
     work, log_dir = tmp_path / "work" / run.name, tmp_path / "logs" / run.name
+    log = log_dir / "fingerprint" / "todre_mini_exist.test.rank0.jsonl"
+    line = json.loads(log.read_text().splitlines()[0])
+    log.write_text(log.read_text() + json.dumps(line | {"doc_id": 9, "seconds": 99.0}) + "\n")
     record = complete(run, work, log_dir, processes=2)
     assert record["seconds"] == pytest.approx(18 * 0.25 / 2) and record["processes"] == 2
 

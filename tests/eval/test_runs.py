@@ -108,7 +108,8 @@ def test_options_have_one_spelling() -> None:
 
 
 def test_the_config_in_a_result_is_json_and_resolves_to_the_same_run() -> None:
-    run = resolve(CONFIG | {"options": {"probe_depths": [0.5, 0.75]}, "limit": 4})
+    options = {"probe_depths": [0.5, 0.75]}
+    run = resolve(CONFIG | {"options": options, "limit": 4, "seed": 3, "batch_size": 2})
     config = json.loads(json.dumps(run.config()))
     assert config["benchmarks"][0] == "exist" and config["model"]["key"] == "mini"
     del config["benchmarks"], config["model"]["fingerprint"]
