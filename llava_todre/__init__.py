@@ -13,7 +13,7 @@ from llava_todre.version import __version__
 
 if TYPE_CHECKING:
     from llava_todre.errors import TodreError
-    from llava_todre.generate import Answer, Request, answer, ask
+    from llava_todre.generate import Answer, Memory, Request, answer, ask, prepare
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import PRUNERS, Pruner, create_pruner
     from llava_todre.stats import PruneStats
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "TodreError": "errors",
     "Answer": "generate",
+    "Memory": "generate",
     "Request": "generate",
     "answer": "generate",
     "ask": "generate",
+    "prepare": "generate",
     "load_pretrained_model": "model.load",
     "PRUNERS": "pruners",
     "Pruner": "pruners",
@@ -34,6 +36,7 @@ _HOMES = {
 __all__ = [
     "PRUNERS",
     "Answer",
+    "Memory",
     "PruneStats",
     "Pruner",
     "Request",
@@ -43,6 +46,7 @@ __all__ = [
     "ask",
     "create_pruner",
     "load_pretrained_model",
+    "prepare",
 ]
 
 

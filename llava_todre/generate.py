@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +15,27 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.model.images import load_image, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.model.multimodal import EncodedVisual
+from llava_todre.model.prefix import PrefixStore
 from llava_todre.model.prompt import (
     DEFAULT_IMAGE_TOKEN,
     build_prompt,
     conv_templates,
     tokenizer_image_token,
 )
+from llava_todre.pruners import Pruner
 from llava_todre.stats import PruneStats
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """An image, or the frames of a video, resized and cut for the vision tower."""
+
+    pixels: Tensor
+    """(V, 3, S, S), or (3, S, S) for an image that is one view."""
+    size: tuple[int, int]
+    """(width, height) of the image before."""
+
 
 Picture = Image.Image | str | os.PathLike[str]
 
@@ -35,8 +49,9 @@ class Request:
 
     question: str
     """May contain ``<image>`` where each image goes; they stand in front otherwise."""
-    images: Sequence[Picture] = ()
-    """PIL images or files; with ``is_video`` the frames of one video in order; none for text."""
+    images: Sequence[Picture | Views] = ()
+    """PIL images or files; with ``is_video`` the frames of one video in order; none for text. Or
+    what :func:`prepare` made of them."""
     is_video: bool = False
 
 
@@ -59,6 +74,7 @@ def answer(
     template: str = "vicuna_v1",
     max_new_tokens: int = 64,
     timed: bool = False,
+    memory: Memory | None = None,
     **generate_kwargs: Any,
 ) -> list[Answer]:
     """Answer a batch of questions with the model's current pruner.
@@ -67,10 +83,11 @@ def answer(
         model: from ``load_pretrained_model``.
         tokenizer: from ``load_pretrained_model``.
         requests: the batch; prompts may differ in length and number of images. Requests that share
-            the very same image objects encode them once.
+            the very same image objects or files encode them once.
         template: a key of ``conv_templates``.
         max_new_tokens: longest answer.
         timed: measure the stages views, vision, selection, prefill and decode.
+        memory: what earlier calls of this model computed about the same images.
         generate_kwargs: passed to ``generate``, e.g. ``num_beams``; greedy unless given otherwise.
     """
     if max_new_tokens < 1:
@@ -87,13 +104,15 @@ def answer(
         settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
     settings |= generate_kwargs
     with model.clock.timing(timed) as stages:
-        with model.clock.stage("views"):
-            pixels, sizes, modalities, places = _prepare_images(model, requests)
-        encoded = model.encode_images(pixels, sizes, modalities)
-        visuals = [encoded[place] for place in places]
+        visuals = _encode(model, requests, memory)
         questions = [request.question.replace(DEFAULT_IMAGE_TOKEN, " ") for request in requests]
         output = model.generate(
-            ids, images=visuals, attention_mask=mask, questions=questions, **settings
+            ids,
+            images=visuals,
+            attention_mask=mask,
+            questions=questions,
+            prefixes=None if memory is None else memory.prefixes,
+            **settings,
         )
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
     if stop is not None:
@@ -116,35 +135,113 @@ def ask(
     return answer(model, tokenizer, [Request(question, several)], **kwargs)[0]
 
 
-def _prepare_images(
-    model: LlavaLlamaForCausalLM, requests: Sequence[Request]
-) -> tuple[list[Tensor], list[tuple[int, int]], list[str], list[int]]:
-    """Return distinct pixels, sizes and modalities, and which of them each placeholder shows."""
-    processor = model.get_vision_tower().image_processor
-    pixels: list[Tensor] = []
-    sizes: list[tuple[int, int]] = []
-    modalities: list[str] = []
-    known: dict[Any, int] = {}
-    places: list[int] = []
-    for request in requests:
-        if request.is_video and not request.images:
-            raise TodreError("images is empty; a video needs at least one frame.")
-        groups = [list(request.images)] if request.is_video else [[item] for item in request.images]
-        for group in groups:
-            key = (request.is_video, *(_identity(item) for item in group))
-            if key not in known:
-                known[key] = len(pixels)
-                opened = [_open(item) for item in group]
-                config = _FRAME if request.is_video else model.config
-                views = process_images(opened, processor, config)
-                pixels.append(torch.as_tensor(views if request.is_video else views[0]))
-                sizes.append(opened[0].size)
-                modalities.append("video" if request.is_video else "image")
-            places.append(known[key])
-    return pixels, sizes, modalities, places
+def prepare(model: LlavaLlamaForCausalLM, request: Request) -> Request:
+    """Return the request with its pictures loaded, resized and cut.
+
+    This is the part of :func:`answer` that does not run the model; another thread may do it ahead.
+    Requests about one image share its :class:`Views` to have it encoded once.
+    """
+    views = [_views(model, group, request.is_video) for group in _groups(request)]
+    return replace(request, images=views)
 
 
-def _open(picture: Picture) -> Image.Image:
+class Memory:
+    """What questions about the same image need only once: its tokens, and its keys and values.
+
+    An image is the same if it is the same object, or an unchanged file. Answers are those of calls
+    without a memory: methods that read the question choose their tokens afresh, and only what no
+    question can change is kept. For one model.
+    """
+
+    def __init__(self, max_images: int = 1) -> None:
+        """Start empty.
+
+        Args:
+            max_images: how many images to remember between calls, the latest ones.
+        """
+        self.prefixes = PrefixStore(max_images)
+        self._images: list[_Encoded] = []
+
+    def find(self, key: Any, pruner: Pruner) -> EncodedVisual | None:
+        """Return what is known about an image, and make it the latest."""
+        for known in self._images:
+            if known.key == key and known.pruner == pruner:
+                self._images.remove(known)
+                self._images.append(known)
+                return known.visual
+        return None
+
+    def add(self, key: Any, pruner: Pruner, group: _Group, visual: EncodedVisual) -> None:
+        """Remember an image; the oldest is forgotten when the call ends."""
+        self._images.append(_Encoded(key, pruner, group, visual))
+
+    def trim(self) -> None:
+        """Forget all but the latest images."""
+        self._images = self._images[-self.prefixes.max_prefixes :]
+
+
+_Group = Sequence[Picture | Views]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    key: Any
+    pruner: Pruner
+    group: _Group
+    """Held so that no other object can get the identity of one of these."""
+    visual: EncodedVisual
+
+
+def _encode(
+    model: LlavaLlamaForCausalLM, requests: Sequence[Request], memory: Memory | None
+) -> list[EncodedVisual]:
+    """Return one encoding per placeholder; those of equal images are the same object."""
+    shown = [
+        ((request.is_video, *map(_identity, group)), group)
+        for request in requests
+        for group in _groups(request)
+    ]
+    known: dict[Any, EncodedVisual] = {}
+    if memory is not None:
+        found = ((key, memory.find(key, model.pruner)) for key, _ in shown)
+        known = {key: visual for key, visual in found if visual is not None}
+    new = {key: group for key, group in shown if key not in known}
+    with model.clock.stage("views"):
+        views = [_views(model, group, key[0]) for key, group in new.items()]
+    modalities = ["video" if key[0] else "image" for key in new]
+    parts = [slice(index, index + 1) for index in range(len(new))]
+    # What is remembered is encoded by itself: its numbers must not depend on its company.
+    for part in parts if memory is not None else [slice(None)]:
+        encoded = model.encode_images(
+            [view.pixels for view in views[part]],
+            [view.size for view in views[part]],
+            modalities[part],
+        )
+        known |= zip(list(new)[part], encoded, strict=True)
+    if memory is not None:
+        for key, group in new.items():
+            memory.add(key, model.pruner, group, known[key])
+        memory.trim()
+    return [known[key] for key, _ in shown]
+
+
+def _groups(request: Request) -> list[_Group]:
+    """Return the pictures behind each placeholder of a request."""
+    if request.is_video and not request.images:
+        raise TodreError("images is empty; a video needs at least one frame.")
+    return [list(request.images)] if request.is_video else [[item] for item in request.images]
+
+
+def _views(model: LlavaLlamaForCausalLM, group: _Group, is_video: bool) -> Views:
+    if len(group) == 1 and isinstance(group[0], Views):
+        return group[0]
+    opened = [_open(item) for item in group]
+    config = _FRAME if is_video else model.config
+    views = process_images(opened, model.get_vision_tower().image_processor, config)
+    return Views(torch.as_tensor(views if is_video else views[0]), opened[0].size)
+
+
+def _open(picture: Picture | Views) -> Image.Image:
     if isinstance(picture, (str, os.PathLike)):
         return load_image(picture)
     if not isinstance(picture, Image.Image):
@@ -152,8 +249,14 @@ def _open(picture: Picture) -> Image.Image:
     return picture
 
 
-def _identity(picture: Picture) -> Any:
-    return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
+def _identity(picture: Picture | Views) -> Any:
+    if not isinstance(picture, (str, os.PathLike)):
+        return id(picture)
+    try:
+        status = os.stat(picture)
+    except OSError:
+        return os.fspath(picture)  # opening it says what is wrong
+    return os.fspath(picture), status.st_size, status.st_mtime_ns
 
 
 def _prepare_prompts(

@@ -14,6 +14,11 @@ stock ones alike:
 * every mask the model builds comes from layer 0's length; each later layer gets it re-expressed in
   its own key axis.
 
+When the keys of the first ``cached`` positions (up to the last visual token) were computed for an
+earlier question about the same images, only the rows behind them run, and dropping tokens means
+gathering the stored keys. This equals a fresh run for methods that withdraw all visual tokens or
+none (``Pruner.shares_prefix``).
+
 The state of one prompt batch lives on its KV cache (``cache.withdrawal``), so calls, turns and
 models cannot mix.
 """
@@ -84,15 +89,17 @@ class Segment:
 class Withdrawal:
     """Stage 2 for one batch of prompts: asks the method after its probe layers, and obeys."""
 
-    def __init__(self, pruner: Pruner, spans: Spans, num_layers: int) -> None:
+    def __init__(self, pruner: Pruner, spans: Spans, num_layers: int, cached: int = 0) -> None:
         """Start with every layer holding the whole prompt.
 
         Args:
             pruner: the method; its ``probe_layers`` and ``at_layer`` are used.
             spans: kinds of the (B, L) positions of the prompt.
             num_layers: number of decoder layers.
+            cached: positions of the prompt whose keys the cache holds when the prefill begins.
         """
         self.pruner = pruner
+        self.cached = cached
         self.num_layers = num_layers
         self.probe_layers = frozenset(pruner.probe_layers(num_layers))
         batch, length = spans.kinds.shape
@@ -118,7 +125,7 @@ class Withdrawal:
             raise TodreError(
                 f"cache {type(cache).__name__} cannot drop tokens per layer; allowed: DynamicCache."
             )
-        self.prefilling = cache is None or cache.get_seq_length() == 0
+        self.prefilling = cache is None or cache.get_seq_length() == self.cached
         for segment in self.segments:
             segment.decode_mask = None
         if not self.prefilling:
@@ -127,9 +134,10 @@ class Withdrawal:
         if self.probe_layers:
             self.prompt_embeds = hidden_states
         prompt = self.segments[0]
-        if length != prompt.columns.shape[1]:
+        expected = prompt.columns.shape[1] - self.cached
+        if length != expected:
             raise TodreError(
-                f"prompt of {length} tokens, expected {prompt.columns.shape[1]}: chunked prefill "
+                f"prompt of {length} tokens, expected {expected}: chunked prefill "
                 "and assisted decoding cannot be combined with withdrawal inside the decoder; "
                 "set probe_depths=() or switch them off."
             )
@@ -168,6 +176,9 @@ class Withdrawal:
                     segment, inputs.attention_mask, num_new, num_queries, flash
                 )
             return replace(inputs, attention_mask=segment.decode_mask)
+        if self.cached:
+            assert cache is not None, "the stored keys are in a cache"
+            return self._enter_behind_stored_keys(layer, segment, inputs, cache, flash)
         hidden_states = inputs.hidden_states
         if layer == segment.start:
             assert segment.step is not None
@@ -243,6 +254,26 @@ class Withdrawal:
 
     # ------------------------------------------------------------------ mechanics
 
+    def _enter_behind_stored_keys(
+        self, layer: int, segment: Segment, inputs: LayerInputs, cache: Cache, flash: bool
+    ) -> LayerInputs:
+        """Drop tokens from the keys stored for ``layer``; the rows that run all stay."""
+        num_rows = inputs.hidden_states.shape[1]
+        stored = cache.layers[layer]
+        columns = segment.columns[:, : segment.columns.shape[1] - num_rows]
+        stored.keys = gather(stored.keys, columns, dim=2)
+        stored.values = gather(stored.values, columns, dim=2)
+        if layer == segment.start:
+            mask = inputs.attention_mask
+            if mask is not None:
+                mask = _hide(gather(mask, segment.columns, dim=-1), segment.valid)
+            elif segment.ragged:
+                valid = segment.valid
+                mask = valid if flash else _causal(num_rows, valid.shape[1], valid)
+            segment.prompt_context = mask, inputs.position_embeddings, inputs.position_ids
+        assert segment.prompt_context is not None
+        return LayerInputs(inputs.hidden_states, *segment.prompt_context)
+
     def _view(
         self,
         segment: Segment,
@@ -262,11 +293,24 @@ class Withdrawal:
             table[min(sample, len(table) - 1)].to(device) for table in inputs.position_embeddings
         ]
 
+        num_stored = segment.columns.shape[1] - inputs.hidden_states.shape[1]
+
         def chosen(tensor: Tensor) -> Tensor:  # (..., M, width) -> (..., N, width)
             return tensor.index_select(-2, present) if segment.ragged else tensor
 
+        def whole(states: Tensor) -> Tensor:
+            if num_stored:
+                raise TodreError(
+                    f"{type(self.pruner).__name__} has withdraws_all, but reads rows before the "
+                    "end of the images; allowed: rows behind them, and keys."
+                )
+            return states
+
         def project(module: Any, name: str, states: Tensor, columns: Tensor) -> Tensor:
             projection = getattr(module.self_attn, name)
+            columns = columns - num_stored
+            if num_stored and bool((columns < 0).any()):
+                whole(states)
             entering = states[columns].to(projection.weight.device)
             projected = projection(module.input_layernorm(entering)).to(device)  # (R, heads * E)
             heads = projected.unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)[None]
@@ -283,7 +327,7 @@ class Withdrawal:
         def attention_ahead(rows: Tensor) -> Tensor:
             following = decoder.layers[layer + 1]
             queries, keys = (
-                project(following, name, output[sample], columns)
+                project(following, name, whole(output[sample]), columns)
                 for name, columns in (("q_proj", present[rows]), ("k_proj", present))
             )
             return attention_rows(queries, keys, rows, following.self_attn.scaling)
@@ -300,13 +344,13 @@ class Withdrawal:
             layer=layer,
             num_layers=self.num_layers,
             kinds=segment.kinds[sample].to(device)[present],
-            hidden_states=lambda: chosen(output[sample]),
+            hidden_states=lambda: chosen(whole(output[sample])),
             queries=lambda rows: project(module, "q_proj", hidden, present[rows]),
             keys=functools.cache(keys),
             scaling=module.self_attn.scaling,
             positions=columns - in_prompt[0],
             prompt_kinds=prompt.kinds[sample].to(device)[in_prompt],
-            prompt_embeds=lambda: embeds[sample].to(device)[in_prompt],
+            prompt_embeds=lambda: whole(embeds[sample]).to(device)[in_prompt],
             entered=self.patches[sample],
             attention_ahead=attention_ahead,
             rope_frequencies=decoder.rotary_emb.inv_freq,
@@ -339,11 +383,20 @@ class Withdrawal:
         keep: Tensor,
         merged: dict[int, tuple[Tensor, Tensor]],
     ) -> None:
-        """Pack the kept columns (B, M bool) to the right, as many as the longest sample needs."""
-        counts = keep.sum(dim=-1)
+        """Pack the kept columns (B, M bool) to the right, as many as the longest sample needs.
+
+        Behind stored keys, only these are packed.
+        """
+        num_rows = self.segments[0].columns.shape[1] - self.cached
+        end = keep.shape[1] - (num_rows if self.cached else 0)
+        counts = keep[:, :end].sum(dim=-1)
         length = int(counts.max())
-        order = keep.to(torch.int8).argsort(dim=-1, stable=True)[:, keep.shape[1] - length :]
+        order = keep[:, :end].to(torch.int8).argsort(dim=-1, stable=True)[:, end - length :]
         valid = torch.arange(length, device=keep.device) >= (length - counts)[:, None]
+        if self.cached:
+            rows = torch.arange(end, keep.shape[1], device=keep.device).expand(len(keep), -1)
+            order = torch.cat([order, rows], dim=1)
+            valid = torch.cat([valid, previous.valid[:, end:]], dim=1)
         kinds = previous.kinds.gather(1, order).masked_fill(~valid, Kind.PADDING)
         columns = previous.columns.gather(1, order)
         self.segments.append(Segment(start, columns, valid, kinds, order, merged))

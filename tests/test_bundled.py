@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_todre import Answer, Memory, Request, answer, load_pretrained_model
 from llava_todre.cli import main
 from llava_todre.mini import TEST_SEED
+from llava_todre.mini.heldout import held_out
 
 MINI = Path(__file__).parents[1] / "checkpoints" / "mini"
 EXAMPLES = json.loads((MINI / "examples" / "examples.json").read_text())
@@ -33,6 +35,36 @@ def test_todre_generate_answers_questions_about_a_bundled_scene(
         report = json.loads(capsys.readouterr().out)
         right.append(report["answer"] == entry["answer"])
     assert len(scene) == 9 and sum(right) >= 8
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs", "scenes"),
+    [("vanilla", {}, 5), ("todre", {"retain_ratio": 0.1, "tau": 0.01}, 24)],
+)
+def test_answers_do_not_depend_on_batch_or_stored_prefix(
+    method: str, knobs: dict[str, float], scenes: int
+) -> None:
+    tokenizer, model, _, _ = load_pretrained_model(MINI)
+    model.set_pruner(method, **knobs)
+    texts: dict[str, list[str]] = {"fresh": [], "batched": [], "one by one": [], "shared": []}
+    withdrawn = set()
+    memory = Memory()
+    for sample in held_out(scenes):
+        requests = [Request(question.text, [sample.image]) for question in sample.questions]
+
+        def given(some: list[Request], memory: Memory | None = None) -> list[Answer]:
+            return answer(model, tokenizer, some, max_new_tokens=8, memory=memory)
+
+        texts["fresh"] += [given([one])[0].text for one in requests]
+        texts["batched"] += [each.text for each in given(requests)]
+        shared = given(requests, memory)
+        texts["shared"] += [each.text for each in shared]
+        texts["one by one"] += [given([one], memory)[0].text for one in requests]
+        withdrawn |= {each.stats.withdrawn_from for each in shared}
+    assert texts["batched"] == texts["shared"] == texts["one by one"] == texts["fresh"]
+    assert len(texts["fresh"]) == 9 * scenes
+    assert memory.prefixes.hits == scenes * 17, "all but the first question about each image"
+    assert len(withdrawn) == (2 if method == "todre" else 1), "some withdrew, others did not"
 
 
 def test_the_card_meets_what_was_promised() -> None:

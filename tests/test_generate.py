@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_todre import Request, TodreError, answer, ask, load_pretrained_model
+from llava_todre import Memory, Request, TodreError, answer, ask, load_pretrained_model, prepare
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.prompt import conv_templates
 
@@ -85,6 +85,93 @@ def test_an_image_asked_about_twice_is_encoded_once(
     monkeypatch.setattr(type(model.get_vision_tower()), "forward", spy)
     answer(model, tokenizer, [Request(q, [images[0]]) for q in QUESTIONS], max_new_tokens=1)
     assert seen == [5]  # thumbnail and 2 x 2 crops, once
+
+
+@pytest.mark.parametrize("method", ["todre", "fastv", "cdpruner"])
+def test_a_memory_encodes_an_image_once_for_all_calls_and_changes_no_answer(
+    loaded: tuple[Any, Any],
+    images: list[Image.Image],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner(method, retain_ratio=0.25)
+    batches = [
+        [Request(QUESTIONS[0], [images[0]]), Request(QUESTIONS[1], [images[0]])],
+        [Request(QUESTIONS[2], [images[0]]), Request(QUESTIONS[1], [images[1]])],
+        [Request(QUESTIONS[0], [images[1]]), Request("why", images, is_video=True)],
+        [Request(QUESTIONS[1], images, is_video=True), Request("hello")],
+    ]
+    fresh = [answer(model, tokenizer, batch, max_new_tokens=8) for batch in batches]
+    encoded: list[int] = []
+    encode = type(model.get_vision_tower()).forward
+
+    def spy(tower: Any, pixels: torch.Tensor, wanted: Any = ()) -> Any:
+        encoded.append(len(pixels))
+        return encode(tower, pixels, wanted)
+
+    monkeypatch.setattr(type(model.get_vision_tower()), "forward", spy)
+    memory = Memory(max_images=2)
+    again = [answer(model, tokenizer, batch, max_new_tokens=8, memory=memory) for batch in batches]
+    assert [a.text for batch in again for a in batch] == [a.text for b in fresh for a in b]
+    assert encoded == [5, 4, 3]  # thumbnail and crops of two images, the frames of the video
+    assert memory.prefixes.hits == (3 if method == "todre" else 0)
+
+
+def test_a_memory_knows_a_file_until_it_changes(
+    loaded: tuple[Any, Any], images: list[Image.Image], tmp_path: Path
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre", retain_ratio=0.25)
+    memory, file = Memory(), tmp_path / "image.png"
+
+    def answer_about(image: Image.Image, question: str) -> tuple[str, int]:
+        image.save(file)
+        given = ask(model, tokenizer, file, question, max_new_tokens=8, memory=memory)
+        fresh = ask(model, tokenizer, file, question, max_new_tokens=8)
+        assert given.text == fresh.text
+        return given.text, memory.prefixes.hits
+
+    first, hits = answer_about(images[0], QUESTIONS[0])
+    assert hits == 0
+    ask(model, tokenizer, file, QUESTIONS[1], max_new_tokens=1, memory=memory)
+    assert memory.prefixes.hits == 1
+    second, hits = answer_about(images[1], QUESTIONS[0])
+    assert hits == 1 and second != first
+
+
+def test_a_memory_does_not_carry_over_to_another_method(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    memory = Memory(max_images=3)
+    for method in ("fastervlm", "todre", "fastervlm"):
+        model.set_pruner(method, retain_ratio=0.25)
+        given = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=8, memory=memory)
+        fresh = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=8)
+        assert given.text == fresh.text
+        assert given.stats.as_dict() == fresh.stats.as_dict()
+    assert memory.prefixes.hits == 1
+
+
+def test_what_is_prepared_ahead_gives_the_same_answer(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre", retain_ratio=0.25)
+    requests = [
+        Request(QUESTIONS[0], [images[0]]),
+        Request(QUESTIONS[1], [images[1], images[2]]),
+        Request(QUESTIONS[2], images, is_video=True),
+        Request("hello"),
+    ]
+    ready = [prepare(model, request) for request in requests]
+    given = answer(model, tokenizer, ready, max_new_tokens=8, timed=True)
+    direct = answer(model, tokenizer, requests, max_new_tokens=8, timed=True)
+    assert [a.text for a in given] == [a.text for a in direct]
+    assert given[0].stages_ms["views"] < direct[0].stages_ms["views"] / 5
+    with pytest.raises(TodreError, match="image of type int"):
+        prepare(model, Request("what", [3]))  # type: ignore[list-item]
 
 
 def test_files_and_pil_images_give_the_same_answer(

@@ -68,25 +68,45 @@ def items_of(requests: Iterable[Any]) -> tuple[dict[Key, Item], list[Key]]:
     return items, keys
 
 
-def batches_of(items: Iterable[Item], size: int) -> list[list[Item]]:
-    """Return batches of items of one task, split and set of generation arguments, in order."""
-    groups: dict[tuple[str, str, str], list[Item]] = {}
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Items that are answered together."""
+
+    items: tuple[Item, ...]
+    asks_again: bool
+    """Whether one of its pictures is asked about more than once in this call."""
+
+    def name(self, shown: Sequence[Shown]) -> str:
+        """Return a hash of everything that is asked."""
+        asked: list[Any] = [self.asks_again]
+        for item, visuals in zip(self.items, shown, strict=True):
+            asked.append([*item.key, item.prompt, item.gen_kwargs, *visuals.digests])
+        return hashlib.sha256(_as_json(asked).encode()).hexdigest()[:16]
+
+
+def batches_of(
+    items: Iterable[Item], size: int, picture_key: Callable[[Item], str | None]
+) -> list[Batch]:
+    """Return batches of items with equal generation arguments, in order.
+
+    Items about the same picture come one after the other, whatever their task.
+
+    Args:
+        items: all of them.
+        size: items of a batch.
+        picture_key: what stands for the pictures of an item; None for unknown.
+    """
+    groups: dict[str, dict[Any, list[Item]]] = {}
     for item in items:
-        groups.setdefault((item.task, item.split, _as_json(item.gen_kwargs)), []).append(item)
-    return [
-        group[start : start + size]
-        for group in groups.values()
-        for start in range(0, len(group), size)
-    ]
-
-
-def batch_name(batch: Sequence[Item], shown: Sequence[Shown]) -> str:
-    """Return a hash of everything that is asked in a batch."""
-    asked = [
-        [*item.key, item.prompt, item.gen_kwargs, *visuals.digests]
-        for item, visuals in zip(batch, shown, strict=True)
-    ]
-    return hashlib.sha256(_as_json(asked).encode()).hexdigest()[:16]
+        by_picture = groups.setdefault(_as_json(item.gen_kwargs), {})
+        by_picture.setdefault(picture_key(item) or item.key, []).append(item)
+    batches = []
+    for by_picture in groups.values():
+        ordered = [(item, len(same) > 1) for same in by_picture.values() for item in same]
+        for start in range(0, len(ordered), size):
+            chosen, again = zip(*ordered[start : start + size], strict=True)
+            batches.append(Batch(chosen, any(again)))
+    return batches
 
 
 def generation(
@@ -159,17 +179,6 @@ def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Show
             "allowed: PIL images, one video file, or nothing."
         )
     return Shown(tuple(given), False, tuple(_digest(picture) for picture in given))
-
-
-def shared(shown: Sequence[Shown]) -> list[tuple[Image.Image, ...]]:
-    """Return the pictures of each item, equal ones as the same object: encoded once per batch."""
-    first: dict[str, Image.Image] = {}
-    return [
-        item.pictures
-        if item.is_video
-        else tuple(map(first.setdefault, item.digests, item.pictures))
-        for item in shown
-    ]
 
 
 def _digest(picture: Image.Image) -> str:

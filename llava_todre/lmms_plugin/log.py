@@ -69,16 +69,20 @@ class AnswerLog:
             }
         return self._finished[task, split]
 
-    def append(self, task: str, split: str, lines: Sequence[Line]) -> None:
+    def append(self, lines: Sequence[Line]) -> None:
         """Store the answers of a batch; they are safe from a kill when this returns."""
-        file = self._folder / f"{_stem(task, split)}.rank{self._rank}.jsonl"
-        text = "".join(json.dumps(line, default=str) + "\n" for line in lines)
-        with file.open("a+b") as stream:
-            end = stream.seek(0, os.SEEK_END)
-            if end > 0:
-                stream.seek(end - 1)
-                text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
-            stream.write(text.encode())
+        files: dict[Path, str] = {}
+        for line in lines:
+            stem = _stem(line["task"], line["split"])
+            file = self._folder / f"{stem}.rank{self._rank}.jsonl"
+            files[file] = files.get(file, "") + json.dumps(line, default=str) + "\n"
+        for file, text in files.items():
+            with file.open("a+b") as stream:
+                end = stream.seek(0, os.SEEK_END)
+                if end > 0:
+                    stream.seek(end - 1)
+                    text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
+                stream.write(text.encode())
 
 
 def read_answers(log_dir: Path) -> list[Line]:

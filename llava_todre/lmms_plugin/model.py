@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +20,8 @@ from tqdm import tqdm
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.flops import decoder_prefill_flops
-from llava_todre.generate import Answer, Request, answer
+from llava_todre.generate import Answer, Memory, Picture, Request, Views, answer, prepare
+from llava_todre.lmms_plugin.ahead import ahead
 from llava_todre.lmms_plugin.arguments import (
     build_pruner,
     draws,
@@ -27,15 +31,15 @@ from llava_todre.lmms_plugin.arguments import (
     with_seed,
 )
 from llava_todre.lmms_plugin.fingerprint import fingerprint
+from llava_todre.lmms_plugin.grouping import picture_keys
 from llava_todre.lmms_plugin.items import (
+    Batch,
     Item,
     Shown,
-    batch_name,
     batches_of,
     cut,
     generation,
     items_of,
-    shared,
     shown_of,
 )
 from llava_todre.lmms_plugin.log import AnswerLog, Line
@@ -128,6 +132,7 @@ class LlavaTodre(lmms):
         self.model.set_pruner(self.pruner)
         self._device = self.model.device
         self._log: AnswerLog | None = None
+        self._views: dict[str, Picture | Views] = {}
 
     @property
     def device(self) -> torch.device:
@@ -140,17 +145,25 @@ class LlavaTodre(lmms):
         """Answer requests; returns the answers in the order of the requests."""
         items, keys = items_of(requests)
         self._open_log()
-        batches = batches_of(items.values(), 1 if draws(self.pruner) else self.batch_size)
+        batches = self._batches(list(items.values()))
         answers: dict[Any, str] = {}
-        with tqdm(
-            total=len(items), disable=self.rank != 0, unit="item", desc="llava_todre"
-        ) as progress:
+        # One thread looks at documents, always the same: tasks of lmms-eval may keep state.
+        with (
+            tqdm(
+                total=len(items), disable=self.rank != 0, unit="item", desc="llava_todre"
+            ) as progress,
+            ahead(self._look_at, batches) as looked_at,
+        ):
+            memory = Memory()
             for batch in batches:
-                lines = self._answered(batch)
-                answers |= {
-                    item.key: line["answer"] for item, line in zip(batch, lines, strict=True)
-                }
-                progress.update(len(batch))
+                start = time.perf_counter()
+                look = next(looked_at)
+                lines = look.finished
+                if lines is None:
+                    lines = self._compute(batch, look, memory, start)
+                for item, line in zip(batch.items, lines, strict=True):
+                    answers[item.key] = line["answer"]
+                progress.update(len(batch.items))
         return [answers[key] for key in keys]
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
@@ -169,57 +182,92 @@ class LlavaTodre(lmms):
 
     # ------------------------------------------------------------------ one batch
 
-    def _answered(self, batch: Sequence[Item]) -> list[Line]:
-        """Return the lines of a batch, from the log where it is finished."""
-        task, split = batch[0].task, batch[0].split
-        try:
-            shown = [self._shown(item) for item in batch]
-            name = batch_name(batch, shown)
-            finished = self._log.finished(task, split) if self._log else {}
-            places = [(name, item.doc_id, item.repeat) for item in batch]
-            if all(place in finished for place in places):
-                return [finished[place] for place in places]
-            lines = self._compute(batch, shown, name)
-        except Exception:
-            documents = [item.doc_id for item in batch]
-            logger.error("task %s, split %s, documents %s failed", task, split, documents)
-            raise
-        if self._log:
-            self._log.append(task, split, lines)
-        return lines
+    def _batches(self, items: Sequence[Item]) -> list[Batch]:
+        """Return what is answered together, questions about one picture side by side."""
+        if draws(self.pruner):  # every item has a seed of its own, and so tokens of its own
+            return batches_of(items, 1, lambda item: None)
+        key_of = functools.cache(lambda task, split: picture_keys(self.task_dict[task][split]))
+        return batches_of(
+            items, self.batch_size, lambda item: key_of(item.task, item.split)(item.doc_id)
+        )
+
+    def _look_at(self, batch: Batch) -> Look:
+        """Return what a batch shows, or its lines where the log has them."""
+        with _named(batch):
+            shown = [self._shown(item) for item in batch.items]
+            name = batch.name(shown)
+            lines = [
+                self._log.finished(item.task, item.split).get((name, item.doc_id, item.repeat))
+                if self._log
+                else None
+                for item in batch.items
+            ]
+            if all(lines):
+                return Look(name, finished=[line for line in lines if line])
+            pairs = zip(batch.items, shown, strict=True)
+            return Look(name, [self._request(item, visuals) for item, visuals in pairs])
 
     def _shown(self, item: Item) -> Shown:
         document = self.task_dict[item.task][item.split][item.doc_id]
         return shown_of(item, item.doc_to_visual(document), self.max_frames)
 
-    def _compute(self, batch: Sequence[Item], shown: Sequence[Shown], name: str) -> list[Line]:
-        settings, until = generation(batch[0].gen_kwargs, self.max_new_tokens)
+    def _request(self, item: Item, shown: Shown) -> Request:
+        """Return a question with its views made; equal pictures are the same object for a while."""
+        pictures = [shown.pictures] if shown.is_video else [(one,) for one in shown.pictures]
+        views = []
+        for digest, group in zip(shown.digests, pictures, strict=True):
+            known = self._views.pop(digest, None)
+            if known is None:
+                (known,) = prepare(self.model, Request("", group, shown.is_video)).images
+            self._views[digest] = known  # the latest is the last
+            views.append(known)
+        while len(self._views) > max(len(views), self.batch_size):
+            self._views.pop(next(iter(self._views)))
+        return Request(item.prompt, views, shown.is_video)
+
+    def _compute(self, batch: Batch, look: Look, memory: Memory, start: float) -> list[Line]:
+        """Return the lines of a batch and log them.
+
+        Args:
+            batch: the items.
+            look: what they show.
+            memory: of the pictures before.
+            start: when the wait for this batch began, on the performance counter.
+        """
+        settings, until = generation(batch.items[0].gen_kwargs, self.max_new_tokens)
         if draws(self.pruner):
-            self.model.set_pruner(with_seed(self.pruner, item_seed(self.seed, batch[0].doc_id)))
+            (item,) = batch.items
+            self.model.set_pruner(with_seed(self.pruner, item_seed(self.seed, item.doc_id)))
         if settings["do_sample"]:
-            torch.manual_seed(item_seed(self.seed, name))
-        asked = [
-            Request(item.prompt, pictures, visuals.is_video)
-            for item, visuals, pictures in zip(batch, shown, shared(shown), strict=True)
-        ]
-        start = time.perf_counter()
-        given = answer(self.model, self.tokenizer, asked, template=self.template, **settings)
-        seconds = (time.perf_counter() - start) / len(batch)
-        return [
+            torch.manual_seed(item_seed(self.seed, look.name))
+        with _named(batch):
+            given = answer(
+                self.model,
+                self.tokenizer,
+                look.requests,
+                template=self.template,
+                memory=memory if batch.asks_again else None,
+                **settings,
+            )
+        seconds = (time.perf_counter() - start) / len(batch.items)
+        lines = [
             {
                 "task": item.task,
                 "split": item.split,
                 "doc_id": item.doc_id,
                 "repeat": item.repeat,
-                "batch": name,
+                "batch": look.name,
                 "prompt": item.prompt,
                 "gen_kwargs": dict(item.gen_kwargs),
                 **self._told(result, until),
                 "seconds": seconds,
                 "peak_memory_mib": _peak_memory_mib(self.device),
             }
-            for item, result in zip(batch, given, strict=True)
+            for item, result in zip(batch.items, given, strict=True)
         ]
+        if self._log:
+            self._log.append(lines)
+        return lines
 
     def _told(self, result: Answer, until: tuple[str, ...]) -> Line:
         """Return the answer and what it took."""
@@ -250,6 +298,29 @@ class LlavaTodre(lmms):
         }
         name, parts = fingerprint(self.model, self.tokenizer, settings)
         self._log = AnswerLog(Path(self.log_dir), name, self.rank, parts)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known about a batch before the model runs."""
+
+    name: str
+    requests: list[Request] = field(default_factory=list)
+    finished: list[Line] | None = None
+    """The lines of an earlier start."""
+
+
+@contextmanager
+def _named(batch: Batch) -> Iterator[None]:
+    """Say which documents a failure is about."""
+    try:
+        yield
+    except Exception:
+        places = sorted({(item.task, item.split) for item in batch.items})
+        for task, split in places:
+            documents = [i.doc_id for i in batch.items if (i.task, i.split) == (task, split)]
+            logger.error("task %s, split %s, documents %s failed", task, split, documents)
+        raise
 
 
 def _join_processes() -> Any:

@@ -9,7 +9,7 @@ Stage 1 happens in ``prepare_inputs_labels_for_multimodal``, Stage 2 in the forw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
 from llava_todre.model.images import Size
 from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune
+from llava_todre.model.prefix import Layers, PrefixStore, may_share
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
+from llava_todre.spans import Spans
 from llava_todre.stats import Clock, PruneStats
 from llava_todre.withdrawal import Withdrawal
 
@@ -35,6 +37,14 @@ Images = Tensor | Sequence[Tensor] | Sequence[EncodedVisual]
 Prepared = tuple[
     Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None
 ]
+
+# Settings of `generate` under which every row of the cache stays with its question.
+_GENERATION_DEFAULTS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": None,
+}
 
 
 class LlavaLlamaForCausalLM(LlamaForCausalLM):
@@ -190,6 +200,27 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if images is None or (continues and input_ids.shape[1] == 1):
             _refuse_placeholders(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        prompts = self._read_prompts(
+            input_ids, attention_mask, labels, images, image_sizes, modalities, questions
+        )
+        side = padding_side or self.config.tokenizer_padding_side
+        embeds, spans, labels, past_key_values = self._padded(prompts, side, past_key_values)
+        if position_ids is not None:
+            position_ids = (spans.valid.cumsum(dim=1) - 1).clamp_min(0)
+        return None, position_ids, _mask(spans), past_key_values, embeds, labels
+
+    def _read_prompts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        images: Images,
+        image_sizes: Sequence[Size] | None,
+        modalities: Sequence[str] | None,
+        questions: Sequence[str] | None,
+    ) -> list[SplicedPrompt]:
+        """Encode the images, prune and splice; see :meth:`prepare_inputs_labels_for_multimodal`."""
+        self._last = None
         if input_ids.ndim != 2:
             raise TodreError(f"input_ids has shape {tuple(input_ids.shape)}; allowed: (B, T).")
         visuals = self.encode_images(images, image_sizes, modalities)
@@ -207,16 +238,25 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 "given; they must agree."
             )
         with self.clock.stage("selection"):
-            prompts = self._splice(ids, targets, visuals, questions)
-        side = padding_side or self.config.tokenizer_padding_side
-        embeds, spans, labels = pad_prompts(prompts, side)
-        limit = self.config.max_position_embeddings
-        if embeds.shape[1] > limit:
+            return self._splice(ids, targets, visuals, questions)
+
+    def _begin(self, prompts: Sequence[SplicedPrompt], spans: Spans, cached: int = 0) -> Withdrawal:
+        """Return the state of Stage 2 for prompts whose first ``cached`` keys are stored."""
+        length, limit = spans.kinds.shape[1], self.config.max_position_embeddings
+        if length > limit:
             raise TodreError(
-                f"prompt of {embeds.shape[1]} tokens is longer than the {limit} the model can read."
+                f"prompt of {length} tokens is longer than the {limit} the model can read."
             )
-        withdrawal = Withdrawal(self.pruner, spans, self.config.num_hidden_layers)
+        withdrawal = Withdrawal(self.pruner, spans, self.config.num_hidden_layers, cached)
         self._last = [prompt.visuals for prompt in prompts], withdrawal
+        return withdrawal
+
+    def _padded(
+        self, prompts: Sequence[SplicedPrompt], side: str, past_key_values: Cache | None
+    ) -> tuple[Tensor, Spans, Tensor | None, Cache | None]:
+        """Return the prompts as one batch, their labels, and a cache with the state of Stage 2."""
+        embeds, spans, labels = pad_prompts(prompts, side)
+        withdrawal = self._begin(prompts, spans)
         if withdrawal.probe_layers:
             if past_key_values is None:
                 past_key_values = DynamicCache(config=self.config)
@@ -226,10 +266,24 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                     "with an empty cache: set probe_depths=() for images of later turns."
                 )
             past_key_values.withdrawal = withdrawal
-        if position_ids is not None:
-            position_ids = (spans.valid.cumsum(dim=1) - 1).clamp_min(0)
-        mask = None if bool(spans.valid.all()) else spans.valid.long()
-        return None, position_ids, mask, past_key_values, embeds, labels
+        return embeds, spans, labels, past_key_values
+
+    def _behind_prefixes(
+        self, prompts: Sequence[SplicedPrompt], prefixes: PrefixStore
+    ) -> tuple[Tensor, Spans, Cache]:
+        """Return the prompts as one batch, and a cache that holds them up to their questions."""
+
+        def compute(embeds: Tensor) -> Layers:
+            with self.clock.stage("prefill"):
+                cache = self.model(inputs_embeds=embeds, use_cache=True).past_key_values
+            return tuple((layer.keys, layer.values) for layer in cache.layers)
+
+        embeds, spans, _ = pad_prompts(prompts, "left", by_part=True)
+        withdrawal = self._begin(prompts, spans, cached=max(prompt.head for prompt in prompts))
+        cache = prefixes.cache(prompts, self.config, compute)
+        if withdrawal.probe_layers:
+            cache.withdrawal = withdrawal
+        return embeds, spans, cache
 
     def _check_ids(self, ids: Tensor) -> None:
         unknown_ids = ids[((ids < 0) | (ids >= self.vocab_size)) & (ids != IMAGE_TOKEN_INDEX)]
@@ -321,8 +375,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             )
         if use_cache is False:
             past_key_values = None
-        new = past_key_values is None or past_key_values.get_seq_length() == 0
-        with self.clock.stage("prefill" if new else "decode"):
+        holds_nothing = past_key_values is None or past_key_values.get_seq_length() == 0
+        is_prefill = holds_nothing or inputs_embeds is not None
+        with self.clock.stage("prefill" if is_prefill else "decode"):
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -345,6 +400,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         image_sizes: Sequence[Size] | None = None,
         modalities: Sequence[str] | None = None,
         questions: Sequence[str] | None = None,
+        prefixes: PrefixStore | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Generate answers.
@@ -356,6 +412,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             image_sizes: see :meth:`encode_images`.
             modalities: see :meth:`encode_images`.
             questions: see :meth:`prepare_inputs_labels_for_multimodal`.
+            prefixes: where the keys of system prompt and images are kept for later questions about
+                the same :class:`~llava_todre.model.multimodal.EncodedVisual` objects; not read
+                where it would change an answer, nor with beam search.
             kwargs: everything ``transformers``' ``generate`` takes, ``attention_mask`` included.
 
         Returns:
@@ -374,19 +433,21 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         for option in ("assistant_model", "prefill_chunk_size"):
             if kwargs.get(option) is not None:
                 raise TodreError(f"{option} is not supported together with images; leave it out.")
-        prepared = self.prepare_inputs_labels_for_multimodal(
+        prompts = self._read_prompts(
             inputs,
-            None,
             kwargs.pop("attention_mask", None),
-            kwargs.pop("past_key_values", None),
             None,
             images,
             image_sizes,
             modalities,
-            padding_side="left",
-            questions=questions,
+            questions,
         )
-        _, _, attention_mask, past_key_values, inputs_embeds, _ = prepared
+        past_key_values = kwargs.pop("past_key_values", None)
+        is_new = past_key_values is None
+        if prefixes is not None and is_new and self._may_share(prompts, kwargs):
+            embeds, spans, past_key_values = self._behind_prefixes(prompts, prefixes)
+        else:
+            embeds, spans, _, past_key_values = self._padded(prompts, "left", past_key_values)
         if past_key_values is not None:
             if kwargs.get("cache_implementation") is not None:
                 raise TodreError(
@@ -394,9 +455,17 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                     "with past_key_values or withdrawal inside the decoder; leave it out."
                 )
             kwargs["past_key_values"] = past_key_values
-        return super().generate(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        return super().generate(inputs_embeds=embeds, attention_mask=_mask(spans), **kwargs)
+
+    def _may_share(self, prompts: Sequence[SplicedPrompt], settings: Mapping[str, Any]) -> bool:
+        """Return whether a call of ``generate`` with these settings can use stored prefixes."""
+        config = settings.get("generation_config") or self.generation_config
+        chosen = {key: getattr(config, key, None) for key in _GENERATION_DEFAULTS}
+        chosen |= {key: settings[key] for key in _GENERATION_DEFAULTS if key in settings}
+        is_plain = all(
+            chosen[key] in (None, default) for key, default in _GENERATION_DEFAULTS.items()
         )
+        return is_plain and may_share(prompts, self.pruner, self.config.num_hidden_layers)
 
     @property
     def decoder_shape(self) -> DecoderShape:
@@ -428,6 +497,11 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             )
             for index, visuals in enumerate(prompts)
         )
+
+
+def _mask(spans: Spans) -> Tensor | None:
+    """Return the (B, L) attention mask; None where nothing is padded."""
+    return None if bool(spans.valid.all()) else spans.valid.long()
 
 
 def _refuse_placeholders(input_ids: Tensor) -> None:

@@ -30,6 +30,10 @@ class SplicedPrompt:
     labels: Tensor | None
     """(L,) int64, visual tokens ignored."""
     visuals: tuple[PackedVisual, ...]
+    head: int
+    """Positions up to the last visual token."""
+    head_ids: tuple[int, ...]
+    """The ids they were made from, placeholders included."""
 
 
 def question_rows(ids: Tensor) -> Tensor:
@@ -54,7 +58,7 @@ def splice(
     kinds: list[Tensor] = []
     line: list[Tensor] = []
     targets: list[Tensor] = []
-    num_lines = 0
+    num_lines = head = 0
 
     for index, (start, stop) in enumerate(zip([-1, *places], [*places, len(ids)], strict=True)):
         if index > 0:
@@ -64,6 +68,7 @@ def splice(
             kinds.append(torch.where(visual.is_newline, Kind.NEWLINE, Kind.VISUAL))
             line.append(torch.where(visual.line < 0, -1, visual.line + num_lines))
             num_lines += visual.stats.num_newlines
+            head = sum(map(len, embeds))
             if labels is not None:
                 targets.append(labels.new_full((size,), IGNORE_INDEX))
         piece = slice(start + 1, stop)
@@ -79,14 +84,32 @@ def splice(
         torch.cat(line).to(ids.device),
         torch.cat(targets) if targets else None,
         tuple(visuals),
+        head,
+        tuple(ids[: places[-1] + 1].tolist()) if places else (),
     )
 
 
-def pad_prompts(prompts: Sequence[SplicedPrompt], side: str) -> tuple[Tensor, Spans, Tensor | None]:
-    """Return (B, L, D) embeddings, what their positions hold, and (B, L) labels if any."""
+def pad_prompts(
+    prompts: Sequence[SplicedPrompt], side: str, by_part: bool = False
+) -> tuple[Tensor, Spans, Tensor | None]:
+    """Return (B, L, D) embeddings, what their positions hold, and (B, L) labels if any.
+
+    Args:
+        prompts: B of them.
+        side: where the padding goes.
+        by_part: pad the positions up to the last visual token and those behind it on their own, so
+            that either part begins and ends at the same position in all prompts.
+    """
 
     def pad(rows: Sequence[Tensor], value: float) -> Tensor:
-        return pad_sequence(list(rows), True, value, padding_side=side)
+        if not by_part:
+            return pad_sequence(list(rows), True, value, padding_side=side)
+        parts = (
+            [row[: prompt.head] for row, prompt in zip(rows, prompts, strict=True)],
+            [row[prompt.head :] for row, prompt in zip(rows, prompts, strict=True)],
+        )
+        padded = [pad_sequence(part, True, value, padding_side=side) for part in parts]
+        return torch.cat(padded, dim=1)
 
     labels = [prompt.labels for prompt in prompts if prompt.labels is not None]
     return (

@@ -164,6 +164,23 @@ class Pruner:
     selects: ClassVar[bool] = True
     """Whether the budget holds before the decoder, by :meth:`select`."""
 
+    @property
+    def withdraws_all(self) -> bool:
+        """Whether :meth:`at_layer` keeps all visual tokens or none.
+
+        It must then read no rows but those of the text behind the last visual token.
+        """
+        return False
+
+    def shares_prefix(self, num_layers: int) -> bool:
+        """Whether questions about one image may share its part of the KV cache.
+
+        They may when the question has no say in which tokens enter the decoder, nor in what the
+        later layers make of those that stay.
+        """
+        reads_question = bool(self.needs & {"text_embeds", "clip_similarity"})
+        return not reads_question and (self.withdraws_all or not self.probe_layers(num_layers))
+
     def __post_init__(self) -> None:
         """Check the ranges of the knobs."""
         require("retain_ratio", self.retain_ratio, 0.0, 1.0, low_included=False)

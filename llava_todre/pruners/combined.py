@@ -49,6 +49,11 @@ class Combined(Pruner):
         """What ``before`` needs."""
         return self.before.needs
 
+    @property
+    def withdraws_all(self) -> bool:
+        """What ``inside`` does."""
+        return self.inside.withdraws_all
+
     def budget(self, num_tokens: int) -> int:
         """Return the budget of ``before``."""
         return self.before.budget(num_tokens)

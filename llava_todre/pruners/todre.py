@@ -88,6 +88,11 @@ class Todre(Pruner):
         """[CLS] attention, when it chooses the pivot."""
         return frozenset({("cls_attention", self.cls_layer)} if self.pivot == "cls" else ())
 
+    @property
+    def withdraws_all(self) -> bool:
+        """Unless the system prompt counts as text."""
+        return self.text_set == "after_image"
+
     def select(self, tokens: VisualTokens, budget: int) -> Selection:
         """Stage 1: grow a diverse set from the pivot."""
         features = tokens.features.float()

@@ -48,6 +48,11 @@ class VTW(Pruner):
         if self.layer is not None:
             require_int("layer", self.layer, 1)
 
+    @property
+    def withdraws_all(self) -> bool:
+        """Whatever the question."""
+        return True
+
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return layer K - 1, or nothing when K is the number of layers."""
         first = self.layer or max(1, round_half_up(self.retain_ratio * num_layers))

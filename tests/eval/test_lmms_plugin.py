@@ -9,6 +9,7 @@ import importlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,12 +186,109 @@ def test_a_batch_answers_like_single_items_and_keeps_to_equal_arguments(document
     assert [settings["max_new_tokens"] for settings in calls.settings] == [8, 2]
 
 
-def test_tasks_do_not_share_batches(documents, monkeypatch):
+def test_questions_of_several_tasks_may_share_a_batch(documents, tmp_path, monkeypatch):
     calls = Calls(monkeypatch)
-    lm = build(documents, batch_size=4)
+    lm = build(documents, batch_size=4, log_dir=tmp_path)
     lm.task_dict["other"] = lm.task_dict[TASK]
-    lm.generate_until(requests_for(documents, [0]) + requests_for(documents, [0], task="other"))
-    assert len(calls.questions) == 2
+    asked = requests_for(documents, [0]) + requests_for(documents, [0], task="other")
+    lm.generate_until(asked)
+    assert len(calls.questions) == 1
+    assert [line["task"] for line in read_answers(tmp_path)] == ["other", TASK]
+    lm.generate_until(asked)
+    assert len(calls.questions) == 1, "both tasks' logs are read"
+
+
+@pytest.fixture
+def table(samples):
+    """Four pictures, each asked about three times, in turns; stored as hub data sets are."""
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "image": [samples[i % 4].image for i in range(12)],
+        "image_width": [100 + i % 4 for i in range(12)],
+        "question": [samples[i % 4].questions[i // 4].text for i in range(12)],
+    }
+    texts = {"image_width": datasets.Value("int64"), "question": datasets.Value("string")}
+    features = datasets.Features({"image": datasets.Image(), **texts})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def ask_table(table, log_dir=None, task=TASK, **arguments):
+    lm = build(table, log_dir=log_dir, **arguments)
+    requests = requests_for(table, task=task)
+    for request in requests:
+        request.arguments = (*request.arguments[:2], lambda row: [row["image"]], *request.args[3:])
+    return lm, requests
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_questions_about_one_picture_are_asked_together_and_it_is_read_once(
+    table, monkeypatch, batch_size
+):
+    calls = Calls(monkeypatch)
+    lm, requests = ask_table(table, batch_size=batch_size)
+    seen, encode = [], type(lm.model.get_vision_tower()).forward
+    monkeypatch.setattr(
+        type(lm.model.get_vision_tower()),
+        "forward",
+        lambda tower, pixels, wanted=(): seen.append(len(pixels)) or encode(tower, pixels, wanted),
+    )
+    answers = lm.generate_until(requests)
+    order = [row + 4 * turn for row in range(4) for turn in range(3)]
+    assert [q for batch in calls.questions for q in batch] == [table[i]["question"] for i in order]
+    assert len(seen) == 4
+    (memory,) = {id(settings["memory"]): settings["memory"] for settings in calls.settings}.values()
+    assert memory.prefixes.hits == 8
+    fresh, requests = ask_table(table.rename_column("image", "shown"), batch_size=3)
+    for request in requests:
+        request.arguments = (*request.args[:2], lambda row: [row["shown"]], *request.args[3:])
+    table_order = fresh.generate_until(requests)
+    assert answers == table_order
+
+
+def test_a_picture_asked_about_once_is_answered_in_the_usual_way(table, monkeypatch):
+    calls = Calls(monkeypatch)
+    lm, requests = ask_table(table, batch_size=4)
+    lm.generate_until(requests[:4])
+    assert len(calls.questions) == 1 and calls.settings[0]["memory"] is None
+
+
+@pytest.mark.parametrize("fail_at", [2, 3, 5])
+def test_a_run_stopped_between_questions_about_one_picture_ends_alike(
+    table, tmp_path, monkeypatch, fail_at
+):
+    def lines(folder):
+        lm, requests = ask_table(table, batch_size=2, log_dir=folder)
+        lm.generate_until(requests)
+        return without_times(read_answers(folder))
+
+    whole = lines(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        Calls(patch, fail_at=fail_at)
+        with pytest.raises(RuntimeError):
+            lines(tmp_path / "stopped")
+    assert len(read_answers(tmp_path / "stopped")) < 12
+    assert lines(tmp_path / "stopped") == whole
+
+
+def test_the_next_pictures_are_prepared_while_the_model_answers(documents, monkeypatch):
+    started, ready = threading.Event(), threading.Event()
+    lm = build(documents, batch_size=1)
+    look_at = lm._look_at
+
+    def spy(batch):
+        if batch.items[0].doc_id == 1:
+            assert started.wait(10), "the model does not wait for the second document"
+            ready.set()
+        return look_at(batch)
+
+    def slow(*given, **settings):
+        started.set()
+        assert ready.wait(10), "the second document was not looked at meanwhile"
+        return answer(*given, **settings)
+
+    monkeypatch.setattr(lm, "_look_at", spy)
+    monkeypatch.setattr(plugin, "answer", slow)
+    lm.generate_until(requests_for(documents, [0, 1]))
 
 
 def test_equal_pictures_of_a_batch_are_encoded_once(documents, monkeypatch):
@@ -234,7 +332,9 @@ def test_end_strings_and_the_longest_answer_reach_the_model(documents, monkeypat
     calls = Calls(monkeypatch, says="one two three")
     lm = build(documents, max_new_tokens=5)
     assert lm.generate_until(requests_for(documents, [0], {"until": [" three"]})) == ["one two"]
-    assert calls.settings == [{"template": "vicuna_v1", "max_new_tokens": 5, "do_sample": False}]
+    (settings,) = calls.settings
+    assert settings.pop("memory") is None
+    assert settings == {"template": "vicuna_v1", "max_new_tokens": 5, "do_sample": False}
 
 
 def test_sampled_answers_repeat_with_the_seed(documents):
@@ -478,9 +578,9 @@ def test_repeated_questions_about_a_document_are_items_of_their_own(documents, t
 def test_reading_a_log_takes_the_latest_run_and_each_item_once(tmp_path):
     line = {"task": TASK, "split": SPLIT, "doc_id": 1, "repeat": 0, "batch": "b"}
     old, new = AnswerLog(tmp_path, "old", 0, {}), AnswerLog(tmp_path, "new", 0, {})
-    old.append(TASK, SPLIT, [line | {"answer": "old"}])
-    new.append(TASK, SPLIT, [line | {"answer": "first"}, line | {"doc_id": 0, "answer": "zero"}])
-    new.append(TASK, SPLIT, [line | {"batch": "c", "answer": "second"}])
+    old.append([line | {"answer": "old"}])
+    new.append([line | {"answer": "first"}, line | {"doc_id": 0, "answer": "zero"}])
+    new.append([line | {"batch": "c", "answer": "second"}])
     assert [entry["answer"] for entry in read_answers(tmp_path)] == ["zero", "second"]
     with pytest.raises(TodreError, match="holds no log"):
         read_answers(tmp_path / "elsewhere")
