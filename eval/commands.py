@@ -47,7 +47,13 @@ def add_parsers(commands: Any) -> None:
         add("--dry-run", action="store_true", help="print the command of every run, nothing else")
         add("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU)")
         add("--gpus", default="all", metavar="0,1,..", help="GPUs to use (default: all)")
-        add("--processes", type=int, default=1, metavar="N", help="copies of the model per run")
+        add(
+            "--processes",
+            type=int,
+            default=1,
+            metavar="N",
+            help="copies of the model per run; or, for a model with tp_plan, parts of it",
+        )
         add("--offline", action="store_true", help="do not ask the Hugging Face hub for anything")
         add("--retry-failed", action="store_true", help="repeat runs that failed before")
         add(

@@ -60,7 +60,7 @@ class Launch:
     gpus: tuple[str, ...] = ()
     """Which GPUs to use; none leaves the choice to PyTorch."""
     processes: int = 1
-    """Copies of the model per run, among which the items are shared."""
+    """Per run: copies of the model, among which the items are shared, or parts of one model."""
     offline: bool = False
     """Whether to forbid the children to ask the Hugging Face hub."""
     retry_failed: bool = False
@@ -78,6 +78,10 @@ class Launch:
             raise TodreError(
                 f"processes {self.processes} with a device_map that spreads the model: each would "
                 "take all GPUs; allowed: 1."
+            )
+        if any(run.is_split for run in runs) and self.processes == 1:
+            raise TodreError(
+                "processes 1 with a tp_plan that splits the model over them; allowed: 2 or more."
             )
         if not self.gpus:
             return [()] * (self.jobs or 1)

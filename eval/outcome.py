@@ -45,7 +45,7 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
         run: what was run.
         work: lmms-eval's ``--output_path``.
         log_dir: the model's log of answers.
-        processes: among which the items were shared.
+        processes: among which the items were shared, or the model was split.
 
     Raises:
         TodreError: something is missing, damaged, or of the wrong number.
@@ -55,7 +55,7 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
     _check_counts(run, results, samples)
     benchmarks = scores(run.suite, results, samples, work)
     lines = _scored_lines(log_dir, samples)
-    seconds = sum(line["seconds"] for line in lines) / processes
+    seconds = sum(line["seconds"] for line in lines) / (1 if run.is_split else processes)
     return _record(
         run,
         status="complete",

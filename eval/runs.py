@@ -23,7 +23,7 @@ import yaml
 from eval.suites import Suite, load_suite
 from llava_todre.errors import TodreError, unknown
 from llava_todre.model.convert import PROTOCOLS
-from llava_todre.model.placement import ATTENTION, DTYPES, spreads
+from llava_todre.model.placement import ATTENTION, DTYPES, TP_PLANS, spreads
 from llava_todre.model.prompt import conv_templates
 from llava_todre.pruners import Combined, Pruner, create_pruner
 
@@ -36,6 +36,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "dtype": "auto",
     "protocol": "native",
     "device_map": None,
+    "tp_plan": None,
     "attn_implementation": "sdpa",
     "template": "vicuna_v1",
     "max_new_tokens": 1024,
@@ -88,6 +89,11 @@ class Run:
         """Whether one copy of the model takes several devices."""
         return spreads(self.model["device_map"])
 
+    @property
+    def is_split(self) -> bool:
+        """Whether one copy of the model takes several processes (tensor parallelism)."""
+        return self.model["tp_plan"] is not None
+
     def config(self) -> dict[str, Any]:
         """Return what the result says about how it was made; JSON types only."""
         return {
@@ -117,7 +123,9 @@ class Run:
         """Hash all that can change a score, the method's defaults and the suite's tasks too."""
         knobs = knobs_of(create_pruner(self.method, **self.options))
         measured = [(m.key, m.tasks, m.metric, m.frames) for m in self.suite.benchmarks]
-        everything = {**self.config(), "options": knobs, "benchmarks": measured}
+        model = {**self.config()["model"], "device_map": None}  # where it computes is not what
+        del model["tp_plan"]
+        everything = {**self.config(), "model": model, "options": knobs, "benchmarks": measured}
         text = json.dumps(everything, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -187,7 +195,8 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
     Args:
         model: the name of a file of configs/models, a checkpoint's folder or hub id (with a slash),
             or a mapping of :data:`MODEL_DEFAULTS`, which changes such a file if it has a ``key``. A
-            copy of a known checkpoint, by the last part of its path, has that one's settings.
+            copy of a known checkpoint, by the last part of its path, has that one's settings. Of
+            ``device_map`` and ``tp_plan``, the one that is given replaces the other of the file.
     """
     changes = dict(model) if isinstance(model, Mapping) else {"key": model}
     given = changes.pop("key", None)
@@ -197,6 +206,9 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
     else:
         key, base = _known_model(given)
     where = f"model {key!r}"
+    for name, other in (("device_map", "tp_plan"), ("tp_plan", "device_map")):
+        if changes.get(name) is not None:
+            base = {key: value for key, value in base.items() if key != other}
     given_keys = base | changes
     check_keys(where, given_keys, tuple(MODEL_DEFAULTS), required=("pretrained",))
     settings = MODEL_DEFAULTS | given_keys
@@ -204,10 +216,14 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
         if settings[name] not in allowed:
             raise unknown(f"{where}: {name}", settings[name], allowed)
     _integer(where, "max_new_tokens", settings["max_new_tokens"], 1)
+    if settings["tp_plan"] not in (None, *TP_PLANS):
+        raise unknown(f"{where}: tp_plan", settings["tp_plan"], TP_PLANS)
     for name in ("pretrained", "revision", "device_map", "clip_text"):
         value = settings[name]
         if not isinstance(value, str) and (name == "pretrained" or value is not None):
             raise TodreError(f"{where}: {name} {value!r} is not a text.")
+    if settings["tp_plan"] is not None and settings["device_map"] is not None:
+        raise TodreError(f"{where}: device_map and tp_plan were both given; allowed: one.")
     folder = local_folder(settings["pretrained"])
     if folder is not None:
         settings["fingerprint"] = _fingerprint(folder)

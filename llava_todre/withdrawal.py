@@ -315,14 +315,16 @@ class Withdrawal:
             projected = projection(module.input_layernorm(entering)).to(device)  # (R, heads * E)
             heads = projected.unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)[None]
             cosines, sines = (table[columns][None] for table in tables)
-            return apply_rotary_pos_emb(heads, heads, cosines, sines)[0][0]
+            return _all_heads(
+                apply_rotary_pos_emb(heads, heads, cosines, sines)[0][0], module, name
+            )
 
         hidden = inputs.hidden_states[sample].to(device)
 
         def keys() -> Tensor:
             if cache is None:
                 return project(module, "k_proj", hidden, present)
-            return chosen(cache.layers[layer].keys[sample])
+            return _all_heads(chosen(cache.layers[layer].keys[sample]), module, "k_proj")
 
         def attention_ahead(rows: Tensor) -> Tensor:
             following = decoder.layers[layer + 1]
@@ -435,6 +437,27 @@ class Withdrawal:
         new = torch.arange(first_new, first_new + num_new, device=segment.columns.device)
         columns = torch.cat([segment.columns, new.expand(batch, -1)], dim=1)
         return _hide(gather(mask, columns, dim=-1), valid)
+
+
+def _all_heads(heads: Tensor, layer: Any, projection: str) -> Tensor:
+    """Return the (H, R, E) heads of a layer; where its model is whole, those that were given.
+
+    Under tensor parallelism every process holds an equal share of them, in the order of ranks. They
+    are put together, so that all processes see the same, and decide the same.
+
+    Args:
+        heads: (heads of this process, R, E).
+        layer: the decoder layer.
+        projection: q_proj or k_proj, which they came from.
+    """
+    config = layer.self_attn.config
+    total = config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads
+    if len(heads) == total:
+        return heads
+    heads = heads.contiguous()
+    shares = [torch.empty_like(heads) for _ in range(total // len(heads))]
+    torch.distributed.all_gather(shares, heads)
+    return torch.cat(shares)
 
 
 def gather(tensor: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.provenance import provenance
@@ -68,8 +69,11 @@ def weights_digest(model: torch.nn.Module) -> str:
 def _checksum(tensor: Tensor) -> list[int]:
     """Return one number per chunk: the bits of the values, weighted by place, modulo 2**64.
 
-    Computed where the tensor is, in whole numbers, so it is the same everywhere.
+    Computed where the tensor is, in whole numbers, so it is the same everywhere. One that is split
+    over processes is put together for it, in all of them.
     """
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
     bits = tensor.detach().contiguous().view(-1).view(_BITS[tensor.element_size()])
     odd = torch.arange(1, 2 * min(_CHUNK, len(bits)), 2, device=bits.device)
     return [int((part.long() * odd[: len(part)]).sum()) for part in bits.split(_CHUNK)]

@@ -7,7 +7,7 @@ import inspect
 import logging
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,6 +35,7 @@ from llava_todre.lmms_plugin.grouping import picture_keys
 from llava_todre.lmms_plugin.items import (
     Batch,
     Item,
+    Key,
     Shown,
     batches_of,
     cut,
@@ -43,6 +44,7 @@ from llava_todre.lmms_plugin.items import (
     shown_of,
 )
 from llava_todre.lmms_plugin.log import AnswerLog, Line
+from llava_todre.lmms_plugin.team import Team
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.placement import spreads
 from llava_todre.model.prompt import conv_templates
@@ -65,6 +67,7 @@ class LlavaTodre(lmms):
         dtype: str = "auto",
         device: Any = None,
         device_map: Any = None,
+        tp_plan: Any = None,
         attn_implementation: str = "sdpa",
         protocol: str = "native",
         template: str = "vicuna_v1",
@@ -86,6 +89,8 @@ class LlavaTodre(lmms):
             device: auto, cpu, cuda, cuda:1, ...; with several processes only its kind counts,
                 and each process takes the GPU of its local rank.
             device_map: instead of ``device``; auto spreads one model over all GPUs.
+            tp_plan: instead of both; auto splits every layer of one model over the processes that
+                torchrun started (tensor parallelism). All of them work on every item.
             attn_implementation: eager, sdpa or flash_attention_2.
             protocol: native, or paper.
             template: conversation template.
@@ -118,18 +123,22 @@ class LlavaTodre(lmms):
         self.accelerator = _join_processes()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        self.tokenizer, self.model, _, _ = load_pretrained_model(
-            text("pretrained", pretrained) or "",
-            revision=text("revision", revision),
-            dtype=dtype,
-            **_placement(self.accelerator, text("device", device), text("device_map", device_map)),
-            attn_implementation=attn_implementation,
-            protocol=protocol,
-        )
-        tower = text("clip_text", clip_text)
-        if tower is not None:
-            self.model.load_clip_text(tower)
-        self.model.set_pruner(self.pruner)
+        places = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
+        chosen = {key: text(key, value) for key, value in places.items()}
+        self._team = Team(self._world_size if chosen["tp_plan"] else 1, self._rank)
+        with self._team.together():
+            self.tokenizer, self.model, _, _ = load_pretrained_model(
+                text("pretrained", pretrained) or "",
+                revision=text("revision", revision),
+                dtype=dtype,
+                **_placement(self.accelerator, **chosen),
+                attn_implementation=attn_implementation,
+                protocol=protocol,
+            )
+            tower = text("clip_text", clip_text)
+            if tower is not None:
+                self.model.load_clip_text(tower)
+            self.model.set_pruner(self.pruner)
         self._device = self.model.device
         self._log: AnswerLog | None = None
         self._views: dict[str, Picture | Views] = {}
@@ -144,9 +153,14 @@ class LlavaTodre(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answer requests; returns the answers in the order of the requests."""
         items, keys = items_of(requests)
+        with self._team.together():
+            answers = self._answers(self._team.items(items))
+        return [answers[key] for key in keys]
+
+    def _answers(self, items: Mapping[Key, Item]) -> dict[Key, str]:
         self._open_log()
         batches = self._batches(list(items.values()))
-        answers: dict[Any, str] = {}
+        answers: dict[Key, str] = {}
         # One thread looks at documents, always the same: tasks of lmms-eval may keep state.
         with (
             tqdm(
@@ -158,13 +172,13 @@ class LlavaTodre(lmms):
             for batch in batches:
                 start = time.perf_counter()
                 look = next(looked_at)
-                lines = look.finished
+                lines = self._team.agreed(look.finished)
                 if lines is None:
                     lines = self._compute(batch, look, memory, start)
                 for item, line in zip(batch.items, lines, strict=True):
                     answers[item.key] = line["answer"]
                 progress.update(len(batch.items))
-        return [answers[key] for key in keys]
+        return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
         """Refuse: the benchmarks of the papers are generated, not ranked."""
@@ -297,7 +311,8 @@ class LlavaTodre(lmms):
             "attn_implementation": self.model.config._attn_implementation,
         }
         name, parts = fingerprint(self.model, self.tokenizer, settings)
-        self._log = AnswerLog(Path(self.log_dir), name, self.rank, parts)
+        if self._team.writes:
+            self._log = AnswerLog(Path(self.log_dir), name, self.rank, parts)
 
 
 @dataclass(frozen=True)
@@ -335,13 +350,17 @@ def _join_processes() -> Any:
     if kind not in _RANKS:
         raise TodreError(
             f"processes of type {kind!r} are not supported; allowed: {', '.join(_RANKS)}, where "
-            "each process holds the whole model."
+            "each process holds the whole model, or with tp_plan an equal part of it."
         )
     return accelerator
 
 
-def _placement(accelerator: Any, device: str | None, device_map: str | None) -> dict[str, Any]:
-    """Return ``device`` and ``device_map`` of this process's model."""
+def _placement(
+    accelerator: Any, device: str | None, device_map: str | None, tp_plan: str | None = None
+) -> dict[str, Any]:
+    """Return where this process's model goes, as ``load_pretrained_model`` takes it."""
+    if tp_plan is not None:
+        return {"device": device or "auto", "device_map": device_map, "tp_plan": tp_plan}
     if device is not None and device_map is not None:
         raise TodreError(
             f"device {device!r} and device_map {device_map!r} were both given; allowed: one."

@@ -21,10 +21,12 @@ from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.model.placement import (
     DTYPES,
     check_attention,
+    check_split,
     check_spread,
     parse_dtype,
     spreads,
     target_device,
+    tensor_parallel,
 )
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -44,6 +46,7 @@ def load_pretrained_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     device_map: Any = None,
+    tp_plan: str | None = None,
     attn_implementation: str = "sdpa",
     protocol: str = "native",
 ) -> tuple[Any, LlavaLlamaForCausalLM, CLIPImageProcessorPil, int]:
@@ -59,6 +62,9 @@ def load_pretrained_model(
         device: where the model goes; auto is the GPU if there is one.
         device_map: instead of ``device``, to spread one model ("auto", or module name -> device);
             needs accelerate.
+        tp_plan: "auto" instead of both, to split the heads and the MLP of every decoder layer over
+            all processes that torchrun started, one per GPU, or on the CPU where there is none.
+            All of them must be asked the same.
         attn_implementation: eager, sdpa or flash_attention_2.
         protocol: native, or paper: see :func:`llava_todre.model.convert.with_protocol`.
 
@@ -76,6 +82,7 @@ def load_pretrained_model(
         )
     if protocol not in convert.PROTOCOLS:
         raise unknown("protocol", protocol, convert.PROTOCOLS)
+    parallel = tensor_parallel(tp_plan, device, device_map)
     target = target_device(device, device_map)
     check_attention(attn_implementation, target)
     wanted = parse_dtype(dtype)
@@ -85,6 +92,8 @@ def load_pretrained_model(
     stored = DTYPES.get(settings.pop("dtype", None), torch.float16)
     config = convert.built(str(folder / "config.json"), LlavaConfig, **settings)
     tokenizer = _load_tokenizer(folder)
+    if parallel is not None:
+        check_split(config, parallel.tp_size)
     tensors = _matched(folder, config, tensors)
     model = LlavaLlamaForCausalLM.from_pretrained(
         None,
@@ -92,11 +101,12 @@ def load_pretrained_model(
         state_dict=tensors,
         dtype=wanted or (torch.float32 if target.type == "cpu" else stored),
         device_map=device_map if spreads(device_map) else None,
+        distributed_config=parallel,
         attn_implementation=attn_implementation,
     )
     if spreads(device_map):
         check_spread(getattr(model, "hf_device_map", {}))
-    else:
+    elif parallel is None:
         model.to(target)
     model.get_vision_tower().image_processor = processor
     if (folder / "generation_config.json").is_file():

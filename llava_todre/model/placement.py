@@ -12,6 +12,7 @@ from llava_todre.model.checkpoint import first_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
+TP_PLANS = ("auto",)
 
 
 def spreads(device_map: Any) -> bool:
@@ -52,6 +53,47 @@ def target_device(device: Any, device_map: Any) -> torch.device:
             "allowed: auto, cpu, and devices PyTorch finds such as cuda:0."
         ) from error
     return target
+
+
+def tensor_parallel(tp_plan: Any, device: Any, device_map: Any) -> Any:
+    """Return how ``transformers`` splits one model over the processes of this run.
+
+    Args:
+        tp_plan: auto, or None for a model that stays whole.
+        device: must be auto: each process takes the GPU of its local rank, or the CPU.
+        device_map: must be None.
+
+    Returns:
+        A ``DistributedConfig`` whose ``tp_size`` is the number of processes; or None.
+    """
+    if tp_plan is None:
+        return None
+    if tp_plan not in TP_PLANS:
+        raise unknown("tp_plan", tp_plan, TP_PLANS)
+    if device_map is not None or device != "auto":
+        key, value = ("device", device) if device_map is None else ("device_map", device_map)
+        raise TodreError(
+            f"{key} {str(value)!r} and tp_plan {tp_plan!r} were both given; allowed: one."
+        )
+    from transformers.distributed import DistributedConfig
+
+    parallel = DistributedConfig(tp_plan=tp_plan)
+    if parallel.tp_size < 2:
+        raise TodreError(
+            f"tp_plan {tp_plan!r} splits the model over several processes, but this is the only "
+            "one; start them with torchrun --nproc_per_node 2 or more."
+        )
+    return parallel
+
+
+def check_split(config: Any, parts: int) -> None:
+    """Raise unless every process gets the same number of heads and of columns of the MLP."""
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, key) % parts:
+            raise TodreError(
+                f"tp_plan with {parts} processes does not divide {key} {getattr(config, key)}; "
+                "allowed: numbers of processes that do."
+            )
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

@@ -70,7 +70,7 @@ def evaluate(options: argparse.Namespace, fault: str) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(options.pause)
                 place = {"task": task, "split": "test", "doc_id": doc_id, "repeat": 0}
-                log.append(task, "test", [{**place, "batch": f"batch{doc_id}", **STATS}])
+                log.append([{**place, "batch": f"batch{doc_id}", **STATS}])
             score = zlib.crc32(f"{task} {doc_id} {arguments['method']}".encode()) % 2
             samples[task].append({"doc_id": doc_id, "exact_match": float(score)})
     write(options, fault, samples)

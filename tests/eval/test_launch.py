@@ -111,6 +111,8 @@ def test_time_is_that_of_the_scored_items_and_shared_by_processes(tmp_path: Path
     log.write_text(log.read_text() + json.dumps(line | {"doc_id": 9, "seconds": 99.0}) + "\n")
     record = complete(run, work, log_dir, processes=2)
     assert record["seconds"] == pytest.approx(18 * 0.25 / 2) and record["processes"] == 2
+    split = run_of(model={"key": "mini", "tp_plan": "auto"})
+    assert complete(split, work, log_dir, processes=2)["seconds"] == pytest.approx(18 * 0.25)
 
 
 def test_what_is_done_is_not_done_again(evaluate: Callable[..., Any], tmp_path: Path) -> None:
@@ -297,6 +299,17 @@ def test_processes_need_as_many_gpus_and_a_model_that_fits_one(tmp_path: Path) -
     spread = run_of(model={"key": "mini", "device_map": "auto"})
     with pytest.raises(TodreError, match="processes 2 with a device_map that spreads"):
         Launch(tmp_path, gpus=("0", "1"), processes=2).slots([spread])
+
+
+def test_a_model_that_is_split_takes_all_processes_of_its_run(tmp_path: Path) -> None:
+    run = run_of(model={"key": "mini", "tp_plan": "auto"})
+    with pytest.raises(TodreError, match="processes 1 with a tp_plan that splits the model"):
+        Launch(tmp_path, gpus=("0", "1")).slots([run_of(), run])
+    how = Launch(tmp_path, gpus=tuple("0123"), processes=2)
+    assert how.slots([run]) == [("0", "1"), ("2", "3")]
+    environment, arguments = command(run, how, ("2", "3"), 2)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "2,3"} and "--nproc_per_node" in arguments
+    assert ",tp_plan=auto," in arguments[arguments.index("--model_args") + 1]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,35 @@ def test_kills_and_several_processes_leave_the_scores_as_they_are(tmp_path: Path
     assert scores(run, Launch(shared.out, offline=True, processes=2)) == whole
 
 
+def test_a_model_split_over_two_processes_gives_the_same_scores(tmp_path: Path) -> None:
+    run, split = resolve(CONFIG), resolve(CONFIG | {"model": {"key": "mini", "tp_plan": "auto"}})
+    whole = scores(run, Launch(tmp_path / "whole", offline=True))
+    how = Launch(tmp_path / "split", offline=True, processes=2)
+    assert scores(split, how) == whole
+    record = read_record(how.file(split)) or {}
+    assert record["processes"] == 2 and record["config"]["model"]["tp_plan"] == "auto"
+    assert not list(how.out.glob("logs/*/*/*.rank1.jsonl"))
+
+
+def test_an_error_in_one_of_two_processes_of_a_model_fails_the_run(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, runpy\n"
+        "from llava_todre.lmms_plugin.model import LlavaTodre\n"
+        "compute = LlavaTodre._compute\n"
+        "def broken(self, batch, *arguments):\n"
+        "    if os.environ['RANK'] == '1' and batch.items[0].doc_id == 2:\n"
+        "        raise RuntimeError('process 1 is planted to fail')\n"
+        "    return compute(self, batch, *arguments)\n"
+        "LlavaTodre._compute = broken\n"
+        "runpy.run_module('lmms_eval', run_name='__main__', alter_sys=True)\n"
+    )
+    run = resolve(CONFIG | {"model": {"key": "mini", "tp_plan": "auto"}})
+    how = Launch(tmp_path, offline=True, processes=2, program=(str(program),))
+    report = execute([run], how)
+    assert "RuntimeError: process 1 is planted to fail" in report.failed[run.name]
+
+
 def test_missing_data_fails_the_run_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +112,7 @@ def test_a_model_that_raises_on_one_item_fails_the_run_with_what_it_said(tmp_pat
         "from llava_todre.lmms_plugin.model import LlavaTodre\n"
         "compute = LlavaTodre._compute\n"
         "def broken(self, batch, *arguments):\n"
-        "    if any((item.task, item.doc_id) == ('todre_mini_count', 3) for item in batch):\n"
+        "    if any((item.task, item.doc_id) == ('todre_mini_count', 3) for item in batch.items):\n"
         "        raise RuntimeError('item 3 is planted')\n"
         "    return compute(self, batch, *arguments)\n"
         "LlavaTodre._compute = broken\n"

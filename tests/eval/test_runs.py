@@ -145,6 +145,23 @@ def test_a_model_is_a_name_a_path_a_hub_id_or_keys() -> None:
     assert resolve_model({"pretrained": "owner/some-llava"})[0] == "some-llava"
 
 
+def test_a_model_is_spread_or_split_and_is_the_same_run_either_way() -> None:
+    def run(**model: Any) -> runs.Run:
+        return resolve(CONFIG | {"model": {"key": "llava_next_13b", **model}})
+
+    spread, split = run(), run(tp_plan="auto")
+    assert (spread.is_spread, spread.is_split) == (True, False)
+    assert (split.is_spread, split.is_split) == (False, True), "it takes the place of device_map"
+    config = split.config()
+    del config["benchmarks"]
+    assert config["model"]["tp_plan"] == "auto" and resolve(config) == split
+    assert spread.name == split.name == run(device_map=None).name
+    with pytest.raises(TodreError, match="device_map and tp_plan were both given"):
+        run(tp_plan="auto", device_map="auto")
+    with pytest.raises(TodreError, match="tp_plan 'outo' is unknown. Did you mean 'auto'"):
+        run(tp_plan="outo")
+
+
 def test_changes_reach_nested_keys_and_leave_the_config_alone() -> None:
     config = {"model": "mini", "options": {"tau": 0.1}, "limit": 3}
     lines = ["options.tau=0.05", "options.pivot=random", "limit=null", "model.dtype=float16"]
