@@ -1,4 +1,4 @@
-"""Put the stored results of the demo and the names of the methods into the README."""
+"""Put stored results and the names of the methods into the README and the tables beside them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,51 @@ import re
 import textwrap
 from pathlib import Path
 
+from eval.tables import AVERAGE, load_runs, name_of, render, sheets
 from llava_todre.pruners import PRUNERS
-from llava_todre.table import as_markdown
+from llava_todre.table import as_markdown, markdown_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results" / "demo_mini.json"
 TABLE = "<!-- demo table: make readme -->", "<!-- end of demo table -->"
+REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
+TABLES = REPRODUCED / "README.md"
+EVALUATED = "<!-- lmms-eval table: make readme -->", "<!-- end of lmms-eval table -->"
 OTHERS = "<!-- other methods: make readme -->", "<!-- end of other methods -->"
 
 
-def render() -> str:
-    """Return the README with the table of the stored results and the names of all methods."""
+def readme() -> str:
+    """Return the README with the tables of the stored results and the names of all methods."""
     text = README.read_text()
     table = as_markdown(json.loads(RESULTS.read_text()), per_task=False)
     explained = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
     others = [f"`{name}`" for name in PRUNERS if name not in explained]
     line = textwrap.fill(f"Also: {', '.join(others)}.", 100) + "\n" if others else ""
-    return _between(*OTHERS, line, _between(*TABLE, table, text))
+    for marks, new in ((OTHERS, line), (TABLE, table), (EVALUATED, _evaluated())):
+        text = _between(*marks, new, text)
+    return text
+
+
+def tables() -> str:
+    """Return what ``make reproduce-mini`` prints, of the stored runs, in Markdown."""
+    runs = load_runs([REPRODUCED])
+    drawn = [render(sheets(table, runs, suite="mini"), "md") for table in ("1", "4", "5", "6")]
+    head = "What `make reproduce-mini` made of the runs in this folder; written by `make readme`."
+    return "\n".join([f"{head}\n", *drawn])
+
+
+def _evaluated() -> str:
+    """Return the stored runs in the shape of Table 1, one line for each method."""
+    (sheet,) = sheets("1", load_runs([REPRODUCED]), suite="mini")
+    lines = [["method", *map(name_of, sheet.columns)]]
+    for row, cells, _ in sheet.rows:
+        average = cells[AVERAGE]
+        scores = [cells[column].ours for column in sheet.columns if column != AVERAGE]
+        lines.append([row.label, *scores, f"{average.ours} {average.interval}".strip()])
+    notes = " ".join(note.removesuffix(".") + "." for note in sheet.notes)
+    drawn = "\n".join(markdown_lines(lines, left=1))
+    return f"{drawn}\n\nBundled mini model, not evidence about 7B models. {notes}\n"
 
 
 def _between(begin: str, end: str, new: str, text: str) -> str:
@@ -35,14 +62,15 @@ def _between(begin: str, end: str, new: str, text: str) -> str:
 
 
 def write_readme() -> int:
-    """Write the README; returns the exit status."""
-    README.write_text(render())
+    """Write the README and the tables; returns the exit status."""
+    README.write_text(readme())
+    TABLES.write_text(tables())
     return 0
 
 
 def check_readme() -> int:
     """Return 1 and say so when the README is not what results and registry give."""
-    if render() == README.read_text():
+    if (readme(), tables()) == (README.read_text(), TABLES.read_text()):
         return 0
     print("README.md is stale: run `make readme`.")
     return 1

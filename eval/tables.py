@@ -253,7 +253,7 @@ class Sheet:
         self.used[name] = best
         stored = best["benchmarks"][benchmark]
         if stored.get("note"):
-            text = f"{_name(benchmark)}: {stored['note']}"
+            text = f"{name_of(benchmark)}: {stored['note']}"
             self._noted.setdefault(text, {})[row.label] = None
         if stored["status"] != "complete":
             text = SERVER if stored["status"] == "submission" else str(stored["status"])
@@ -447,7 +447,7 @@ class Sheet:
         return [line, *([f"These runs differ in: {'; '.join(mixed)}."] if mixed else [])]
 
 
-def _name(column: str) -> str:
+def name_of(column: str) -> str:
     return NAMES.get(column, column)
 
 
@@ -615,7 +615,7 @@ def stacked(sheet: Sheet) -> Table:
         lines = [line for line in LINES if any(getattr(cell, line) for cell in cells.values())]
         columns = ["\n".join(getattr(cell, line) for line in lines) for cell in cells.values()]
         body.append([row.label, "\n".join(LINES[line] for line in lines), *columns])
-    header = ["method", "", *map(_name, sheet.columns)]
+    header = ["method", "", *map(name_of, sheet.columns)]
     return Table(sheet.title, header, body, sheet.notes, left=2)
 
 
