@@ -17,7 +17,7 @@ from eval.outcome import read_record
 from eval.runs import ROOT, Run, resolve
 
 pytest.importorskip("lmms_eval")
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 CONFIG = {"model": "mini", "suite": "mini", "method": "todre", "batch_size": 2, "limit": 4}
 
@@ -65,6 +65,7 @@ def test_kills_and_several_processes_leave_the_scores_as_they_are(tmp_path: Path
     assert scores(run, Launch(shared.out, offline=True, processes=2)) == whole
 
 
+@slow
 def test_a_model_split_over_two_processes_gives_the_same_scores(tmp_path: Path) -> None:
     run, split = resolve(CONFIG), resolve(CONFIG | {"model": {"key": "mini", "tp_plan": "auto"}})
     whole = scores(run, Launch(tmp_path / "whole", offline=True))
@@ -75,6 +76,7 @@ def test_a_model_split_over_two_processes_gives_the_same_scores(tmp_path: Path) 
     assert not list(how.out.glob("logs/*/*/*.rank1.jsonl"))
 
 
+@slow
 def test_an_error_in_one_of_two_processes_of_a_model_fails_the_run(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
@@ -94,6 +96,7 @@ def test_an_error_in_one_of_two_processes_of_a_model_fails_the_run(tmp_path: Pat
     assert "RuntimeError: process 1 is planted to fail" in report.failed[run.name]
 
 
+@slow
 def test_missing_data_fails_the_run_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +108,7 @@ def test_missing_data_fails_the_run_with_the_reason(
     assert record is not None and record["status"] == "failed" and record["benchmarks"] == {}
 
 
+@slow
 def test_a_model_that_raises_on_one_item_fails_the_run_with_what_it_said(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
