@@ -313,7 +313,9 @@ class Withdrawal:
                 whole(states)
             entering = states[columns].to(projection.weight.device)
             projected = projection(module.input_layernorm(entering)).to(device)  # (R, heads * E)
-            heads = projected.unflatten(-1, (-1, module.self_attn.head_dim)).transpose(0, 1)[None]
+            heads = projected.unflatten(-1, (-1, module.self_attn.head_dim))
+            norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
+            heads = (heads if norm is None else norm(heads)).transpose(0, 1)[None]
             cosines, sines = (table[columns][None] for table in tables)
             return _all_heads(
                 apply_rotary_pos_emb(heads, heads, cosines, sines)[0][0], module, name

@@ -1,0 +1,88 @@
+"""Pruning on stock ``transformers`` models: attach in one line, detach without a trace.
+
+    with todre.prune(model, method="todre", retain_ratio=0.1):
+        model.generate(**inputs)
+
+Stage 1 runs the model up to its decoder, drops visual tokens, and calls ``generate`` with what is
+left; Stage 2 works through hooks that exist only during that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llava_todre.errors import TodreError
+from llava_todre.hf.attachment import Attachment
+from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.stats import PruneStats
+
+_STACK = "_todre_attachments"
+
+
+def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
+    """Let ``model.generate`` prune visual tokens from now on; returns the method.
+
+    Signature and return type of ``generate`` stay. Attaching again covers the earlier method until
+    the later one is detached.
+
+    Args:
+        model: a vision-language model of transformers, e.g. ``LlavaNextForConditionalGeneration``.
+        method: a name from ``todre list``, A+B, or a method object.
+        knobs: options of the method.
+
+    Raises:
+        TodreError: a model that is not supported, a wrong option, or a method that needs something
+            this family of models does not compute.
+    """
+    if isinstance(method, Pruner) and knobs:
+        raise TodreError(
+            f"options {', '.join(knobs)} beside a method object; allowed: set them on the object."
+        )
+    pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
+    attachment = Attachment(model, pruner)
+    model.__dict__.setdefault(_STACK, []).append(attachment)
+    model.__dict__["generate"] = attachment.generate
+    return pruner
+
+
+def detach(model: Any) -> None:
+    """Undo the latest :func:`attach`.
+
+    Raises:
+        TodreError: nothing is attached.
+    """
+    stack = _stack(model)
+    stack.pop()
+    if stack:
+        model.__dict__["generate"] = stack[-1].generate
+    else:
+        del model.__dict__["generate"], model.__dict__[_STACK]
+
+
+@contextmanager
+def prune(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Iterator[Any]:
+    """Prune while the block runs; see :func:`attach` for the arguments."""
+    attach(model, method, **knobs)
+    try:
+        yield model
+    finally:
+        detach(model)
+
+
+def last_stats(model: Any) -> tuple[PruneStats, ...]:
+    """Return what happened to each sample of the last ``generate`` with images.
+
+    Raises:
+        TodreError: nothing is attached.
+    """
+    return _stack(model)[-1].last_stats
+
+
+def _stack(model: Any) -> list[Attachment]:
+    """Return what is attached, the latest last."""
+    stack: list[Attachment] = model.__dict__.get(_STACK, [])
+    if not stack:
+        raise TodreError(f"nothing is attached to this {type(model).__name__}.")
+    return stack

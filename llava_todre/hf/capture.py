@@ -1,0 +1,118 @@
+"""What a stock model hands to its decoder, taken down instead of run.
+
+The model's own code runs the tower, projects, packs and scatters the features and computes the
+positions; only the decoder is replaced, for one call, by something that notes its arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llava_todre.errors import TodreError
+from llava_todre.hf.families import Family
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The prompt as the decoder would have read it, unpruned."""
+
+    embeds: Tensor
+    """(B, L, D)."""
+    position_ids: Tensor | None
+    """(3 or 4, B, L) where the model has positions in space (M-RoPE)."""
+    deepstack: list[Tensor] | None
+    """Features added behind the first decoder layers: (visual tokens of the batch, D) each."""
+    measured: dict[tuple[str, int | float], Tensor]
+    """(patches of all images, then of all videos, ...) for each (quantity, layer) asked for."""
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the decoder of a model: what has ``layers``, ``norm`` and ``rotary_emb``."""
+    return model.model.language_model
+
+
+@torch.no_grad()
+def capture(
+    model: Any, family: Family, inputs: Mapping[str, Any], needs: Iterable[tuple[str, int | float]]
+) -> Captured:
+    """Run everything but the decoder.
+
+    Args:
+        model: a model of the family.
+        family: its family.
+        inputs: arguments of ``generate``.
+        needs: (quantity, layer) pairs to measure in the tower.
+
+    Raises:
+        TodreError: a layer that the tower does not have.
+    """
+    known = inspect.signature(model.model.forward).parameters
+    given = {key: value for key, value in inputs.items() if key in known and value is not None}
+    measured: dict[tuple[str, int | float], list[Tensor]] = {need: [] for need in needs}
+    with ExitStack() as stack:
+        taken = stack.enter_context(_recorded(decoder_of(model)))
+        for need, found in measured.items():
+            stack.enter_context(_measured(family, model, need, found))
+        model.model(**given, use_cache=False)
+    positions = taken.get("position_ids")
+    return Captured(
+        taken["inputs_embeds"],
+        positions if positions is not None and positions.ndim == 3 else None,
+        taken.get("deepstack_visual_embeds"),
+        {need: torch.cat(found) for need, found in measured.items()},
+    )
+
+
+@contextmanager
+def _recorded(decoder: Any) -> Iterator[dict[str, Any]]:
+    """Let the decoder's next call be noted, and do nothing else."""
+    taken: dict[str, Any] = {}
+
+    def note(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        assert not args, "models call their decoder with keywords"
+        taken.update(kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])
+
+    before = decoder.__dict__.get("forward")  # accelerate puts one there
+    decoder.__dict__["forward"] = note
+    try:
+        yield taken
+    finally:
+        if before is None:
+            del decoder.__dict__["forward"]
+        else:
+            decoder.__dict__["forward"] = before
+
+
+@contextmanager
+def _measured(
+    family: Family, model: Any, need: tuple[str, int | float], found: list[Tensor]
+) -> Iterator[None]:
+    """Measure one quantity whenever a layer of the tower is about to run."""
+    quantity, depth = need
+    layers = family.tower_layers(model)
+    is_depth = isinstance(depth, float) and 0 < depth < 1
+    index = int(depth * len(layers)) if is_depth else depth
+    if not isinstance(index, int) or not -len(layers) <= index < len(layers):
+        raise TodreError(
+            f"vision layer {depth} (for {quantity}) is out of range; allowed: {-len(layers)} to "
+            f"{len(layers) - 1}."
+        )
+
+    def measure(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        found.append(family.measure(quantity, layer, hidden))
+
+    handle = layers[index].register_forward_pre_hook(measure, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
