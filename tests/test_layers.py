@@ -20,7 +20,8 @@ FLOORS = [
     ["pruners"],
     ["withdrawal", "catalogue"],
     ["model"],
-    ["mini", "generate", "hf", "viz"],
+    ["generate"],
+    ["mini", "hf", "viz"],
     ["demo", "lmms_plugin"],
     ["cli"],
 ]

@@ -78,7 +78,8 @@ class Attachment:
                     f"{type(pruner).__name__} needs {quantity}, which models of the family "
                     f"{self.family.name} do not give; allowed needs: {', '.join(sorted(served))}."
                 )
-        self._last: tuple[list[_Prompt], Withdrawal] | None = None
+        self.last_stats: tuple[PruneStats, ...] = ()
+        """What happened to each sample of the last call."""
 
     # ------------------------------------------------------------------ generate
 
@@ -86,13 +87,19 @@ class Attachment:
         """Do what the model's own ``generate`` does, with fewer visual tokens."""
         own = type(self.model).generate.__get__(self.model)
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        self._last = None
+        self.last_stats = ()
         shows = any(kwargs.get(key) is not None for key in self.family.inputs)
-        if ids is None or not shows or kwargs.get("inputs_embeds") is not None:
-            return own(inputs, **kwargs)
         layers = decoder_of(self.model).config.num_hidden_layers
+        if ids is None or kwargs.get("inputs_embeds") is not None:
+            return own(inputs, **kwargs)
+        mask = kwargs.get("attention_mask")
+        real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        if not shows:
+            self.last_stats = _untouched(real, [[] for _ in ids], layers)
+            return own(inputs, **kwargs)
         probes = self.pruner.probe_layers(layers)
         if not probes and not self._selects(ids):
+            self.last_stats = _untouched(real, self._visuals(ids, real, kwargs), layers)
             return own(inputs, **kwargs)
         for key in _REFUSED:
             if kwargs.get(key) is not None:
@@ -102,11 +109,10 @@ class Attachment:
                 "use_cache False is not supported with pruning inside the decoder; allowed: True, "
                 "or a method that only selects."
             )
-        kwargs.pop("input_ids", None)
-        mask = kwargs.pop("attention_mask", None)
-        real = torch.ones_like(ids) if mask is None else mask
+        for key in ("input_ids", "attention_mask"):
+            kwargs.pop(key, None)
         with torch.no_grad():
-            return self._generate(own, ids, real.bool(), kwargs)
+            return self._generate(own, ids, real, kwargs)
 
     def _selects(self, ids: Tensor) -> bool:
         lengths = (ids[:, :, None] == self._placeholder_ids(ids)).any(-1).sum(dim=1)
@@ -125,7 +131,6 @@ class Attachment:
         short, spans = _left_padded(prompts, ids, self._pad_id())
         decoder = decoder_of(self.model)
         withdrawal = Withdrawal(self.pruner, spans, decoder.config.num_hidden_layers)
-        self._last = prompts, withdrawal
         if captured.position_ids is not None:
             short["position_ids"] = _positions(captured.position_ids, prompts)
         if withdrawal.probe_layers:
@@ -140,6 +145,7 @@ class Attachment:
             if withdrawal.probe_layers:
                 stack.enter_context(withdrawing(decoder))
             output = own(**short, **settings)
+        self.last_stats = _stats(prompts, withdrawal)
         return _with_whole_prompt(output, ids, short["input_ids"].shape[1])
 
     @property
@@ -220,10 +226,8 @@ class Attachment:
             kinds[columns] = torch.where(layout.is_newline, Kind.NEWLINE, Kind.VISUAL).to(kinds)
             own = torch.where(layout.line < 0, -1, layout.line + num_lines)
             line[columns] = own.to(line)
-            num_newlines = int(layout.is_newline.sum())
-            num_lines += num_newlines
-            patches = layout.view * layout.side**2 + layout.row * layout.side + layout.column
-            images.append(ImageStats(patches, layout.side, kept, num_newlines))
+            images.append(_image_stats(layout, kept))
+            num_lines += images[-1].num_newlines
         columns = stays.nonzero()[:, 0]
         return _Prompt(columns, embeds[columns], kinds[columns], line[columns], tuple(images))
 
@@ -252,25 +256,38 @@ class Attachment:
         pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
         return int(pad[0] if isinstance(pad, list) else pad or 0)
 
-    # ------------------------------------------------------------------ afterwards
 
-    @property
-    def last_stats(self) -> tuple[PruneStats, ...]:
-        """What happened to each sample of the last call with images."""
-        if self._last is None:
-            return ()
-        prompts, withdrawal = self._last
-        copies = len(withdrawal.probes) // len(prompts)  # beam search repeats samples
-        return tuple(
-            PruneStats(
-                images=prompt.images,
-                newline_tokens=int((prompt.kinds == Kind.NEWLINE).sum()),
-                probes=tuple(withdrawal.probes[index * copies]),
-                prompt_tokens_per_layer=withdrawal.tokens_per_layer(index * copies),
-                visual_tokens_per_layer=withdrawal.visual_tokens_per_layer(index * copies),
-            )
-            for index, prompt in enumerate(prompts)
+def _untouched(real: Tensor, visuals: list[list[_Visual]], layers: int) -> tuple[PruneStats, ...]:
+    """Return the statistics of a call in which nothing is dropped."""
+    found = []
+    for of_sample, length in zip(visuals, real.sum(dim=1).tolist(), strict=True):
+        every = [torch.arange(len(visual.layout.view)) for visual in of_sample]
+        images = tuple(
+            _image_stats(visual.layout, kept) for visual, kept in zip(of_sample, every, strict=True)
         )
+        shown = sum(len(visual.columns) for visual in of_sample)
+        newlines = sum(image.num_newlines for image in images)
+        found.append(PruneStats(images, newlines, (), (length,) * layers, (shown,) * layers))
+    return tuple(found)
+
+
+def _image_stats(layout: Layout, kept: Tensor) -> ImageStats:
+    patches = layout.view * layout.side**2 + layout.row * layout.side + layout.column
+    return ImageStats(patches, layout.side, kept, int(layout.is_newline.sum()))
+
+
+def _stats(prompts: list[_Prompt], withdrawal: Withdrawal) -> tuple[PruneStats, ...]:
+    copies = len(withdrawal.probes) // len(prompts)  # beam search repeats samples
+    return tuple(
+        PruneStats(
+            images=prompt.images,
+            newline_tokens=int((prompt.kinds == Kind.NEWLINE).sum()),
+            probes=tuple(withdrawal.probes[index * copies]),
+            prompt_tokens_per_layer=withdrawal.tokens_per_layer(index * copies),
+            visual_tokens_per_layer=withdrawal.visual_tokens_per_layer(index * copies),
+        )
+        for index, prompt in enumerate(prompts)
+    )
 
 
 def _left_padded(

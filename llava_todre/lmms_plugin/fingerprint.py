@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.provenance import provenance
 
 _CHUNK = 1 << 22
@@ -26,7 +25,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(
-    model: LlavaLlamaForCausalLM, tokenizer: Any, settings: Mapping[str, Any]
+    model: Any, tokenizer: Any, processor: Any, settings: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """Return a short name for a run, and what it stands for.
 
@@ -36,12 +35,12 @@ def fingerprint(
     Args:
         model: with its weights.
         tokenizer: the model's.
+        processor: what makes pixels of its images.
         settings: all other choices that change answers.
     """
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    processor = model.get_vision_tower().image_processor
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = {

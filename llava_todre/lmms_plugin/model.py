@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.flops import decoder_prefill_flops
-from llava_todre.generate import Answer, Memory, Picture, Request, Views, answer, prepare
+from llava_todre.generate import Answer, Memory, Picture, Request, Views
 from llava_todre.lmms_plugin.ahead import ahead
 from llava_todre.lmms_plugin.arguments import (
     build_pruner,
@@ -30,6 +30,7 @@ from llava_todre.lmms_plugin.arguments import (
     whole,
     with_seed,
 )
+from llava_todre.lmms_plugin.backend import load_backend
 from llava_todre.lmms_plugin.fingerprint import fingerprint
 from llava_todre.lmms_plugin.grouping import picture_keys
 from llava_todre.lmms_plugin.items import (
@@ -45,7 +46,6 @@ from llava_todre.lmms_plugin.items import (
 )
 from llava_todre.lmms_plugin.log import AnswerLog, Line
 from llava_todre.lmms_plugin.team import Team
-from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.placement import spreads
 from llava_todre.model.prompt import conv_templates
 from llava_todre.stats import PruneStats
@@ -69,6 +69,7 @@ class LlavaTodre(lmms):
         device_map: Any = None,
         tp_plan: Any = None,
         attn_implementation: str = "sdpa",
+        backend: str = "auto",
         protocol: str = "native",
         template: str = "vicuna_v1",
         method: str = "todre",
@@ -92,8 +93,10 @@ class LlavaTodre(lmms):
             tp_plan: instead of both; auto splits every layer of one model over the processes that
                 torchrun started (tensor parallelism). All of them work on every item.
             attn_implementation: eager, sdpa or flash_attention_2.
-            protocol: native, or paper.
-            template: conversation template.
+            backend: llava runs our class, transformers its own with the method attached; auto
+                takes ours for LLaVA-1.5 and LLaVA-NeXT on Llama or Mistral.
+            protocol: native, or paper; with our class.
+            template: conversation template; with our class, others have their processor's own.
             method: a name from ``todre list``, A+B, or a YAML file of ``configs/methods``.
             clip_text: folder or hub id of the CLIP model, for methods that need its text tower.
             max_frames: frames of a video, evenly spaced over the clip.
@@ -127,21 +130,22 @@ class LlavaTodre(lmms):
         chosen = {key: text(key, value) for key, value in places.items()}
         self._team = Team(self._world_size if chosen["tp_plan"] else 1, self._rank)
         with self._team.together():
-            self.tokenizer, self.model, _, _ = load_pretrained_model(
+            self._backend = load_backend(
+                backend,
                 text("pretrained", pretrained) or "",
+                template=template,
+                protocol=protocol,
+                clip_text=text("clip_text", clip_text),
                 revision=text("revision", revision),
                 dtype=dtype,
-                **_placement(self.accelerator, **chosen),
                 attn_implementation=attn_implementation,
-                protocol=protocol,
+                **_placement(self.accelerator, **chosen),
             )
-            tower = text("clip_text", clip_text)
-            if tower is not None:
-                self.model.load_clip_text(tower)
+            self.model: Any = self._backend.model
             self.model.set_pruner(self.pruner)
         self._device = self.model.device
         self._log: AnswerLog | None = None
-        self._views: dict[str, Picture | Views] = {}
+        self._views: dict[str, Sequence[Picture | Views]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -228,14 +232,14 @@ class LlavaTodre(lmms):
     def _request(self, item: Item, shown: Shown) -> Request:
         """Return a question with its views made; equal pictures are the same object for a while."""
         pictures = [shown.pictures] if shown.is_video else [(one,) for one in shown.pictures]
-        views = []
+        views: list[Picture | Views] = []
         for digest, group in zip(shown.digests, pictures, strict=True):
             known = self._views.pop(digest, None)
             if known is None:
-                (known,) = prepare(self.model, Request("", group, shown.is_video)).images
+                known = self._backend.prepare(Request("", group, shown.is_video)).images
             self._views[digest] = known  # the latest is the last
-            views.append(known)
-        while len(self._views) > max(len(views), self.batch_size):
+            views += known
+        while len(self._views) > max(len(pictures), self.batch_size):
             self._views.pop(next(iter(self._views)))
         return Request(item.prompt, views, shown.is_video)
 
@@ -255,14 +259,8 @@ class LlavaTodre(lmms):
         if settings["do_sample"]:
             torch.manual_seed(item_seed(self.seed, look.name))
         with _named(batch):
-            given = answer(
-                self.model,
-                self.tokenizer,
-                look.requests,
-                template=self.template,
-                memory=memory if batch.asks_again else None,
-                **settings,
-            )
+            remembered = memory if batch.asks_again else None
+            given = self._backend.answer(look.requests, remembered, settings)
         seconds = (time.perf_counter() - start) / len(batch.items)
         lines = [
             {
@@ -310,7 +308,7 @@ class LlavaTodre(lmms):
             "max_new_tokens": self.max_new_tokens,
             "attn_implementation": self.model.config._attn_implementation,
         }
-        name, parts = fingerprint(self.model, self.tokenizer, settings)
+        name, parts = fingerprint(*self._backend.parts(), settings)
         if self._team.writes:
             self._log = AnswerLog(Path(self.log_dir), name, self.rank, parts)
 

@@ -34,6 +34,7 @@ pytest.importorskip("accelerate")
 av = pytest.importorskip("av")
 Instance = pytest.importorskip("lmms_eval.api.instance").Instance
 plugin = importlib.import_module("llava_todre.lmms_plugin.model")
+backend = importlib.import_module("llava_todre.lmms_plugin.backend")
 
 MINI = str(Path(__file__).parents[2] / "checkpoints" / "mini")
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
@@ -46,7 +47,7 @@ load_once = functools.cache(load_pretrained_model)
 @pytest.fixture(autouse=True)
 def shared_model(monkeypatch):
     """Load a checkpoint once for all tests, which leave it as it was but for its pruner."""
-    monkeypatch.setattr(plugin, "load_pretrained_model", load_once)
+    monkeypatch.setattr(backend, "load_pretrained_model", load_once)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ class Calls:
 
     def __init__(self, monkeypatch, fail_at=None, says=None):
         self.questions, self.settings, self.fail_at, self.says = [], [], fail_at, says
-        monkeypatch.setattr(plugin, "answer", self)
+        monkeypatch.setattr(backend, "answer", self)
 
     def __call__(self, model, tokenizer, requests, **settings):
         if len(self.questions) == self.fail_at:
@@ -171,7 +172,7 @@ def test_answers_are_those_of_the_library_in_the_order_of_the_requests(documents
         asked = Request(
             documents[doc_id]["question"], read_frames(clip, 4) if is_video else visuals, is_video
         )
-        assert text == answer(lm.model, lm.tokenizer, [asked], max_new_tokens=8)[0].text
+        assert text == answer(lm.model, lm._backend.tokenizer, [asked], max_new_tokens=8)[0].text
 
 
 def test_a_batch_answers_like_single_items_and_keeps_to_equal_arguments(documents, monkeypatch):
@@ -287,7 +288,7 @@ def test_the_next_pictures_are_prepared_while_the_model_answers(documents, monke
         return answer(*given, **settings)
 
     monkeypatch.setattr(lm, "_look_at", spy)
-    monkeypatch.setattr(plugin, "answer", slow)
+    monkeypatch.setattr(backend, "answer", slow)
     lm.generate_until(requests_for(documents, [0, 1]))
 
 
@@ -498,10 +499,10 @@ def test_an_answer_serves_only_for_what_was_asked(documents, samples, tmp_path, 
 
 
 def test_equal_models_share_a_fingerprint_and_any_change_ends_that(documents, monkeypatch):
-    monkeypatch.setattr(plugin, "load_pretrained_model", load_pretrained_model)
+    monkeypatch.setattr(backend, "load_pretrained_model", load_pretrained_model)
 
     def name(lm, settings=()):
-        return fingerprint(lm.model, lm.tokenizer, dict(settings))[0]
+        return fingerprint(*lm._backend.parts(), dict(settings))[0]
 
     lm = build(documents)
     before = name(lm)
@@ -517,7 +518,7 @@ def test_equal_models_share_a_fingerprint_and_any_change_ends_that(documents, mo
         lambda lm: setattr(lm.model.config, "image_aspect_ratio", "pad"),
         lambda lm: setattr(lm.model.generation_config, "repetition_penalty", 1.5),
         lambda lm: setattr(lm.model.get_vision_tower().image_processor, "rescale_factor", 1.0),
-        lambda lm: lm.tokenizer.add_tokens(["<new>"]),
+        lambda lm: lm._backend.tokenizer.add_tokens(["<new>"]),
     ]
     for change in changes:
         other = build(documents)
@@ -528,7 +529,7 @@ def test_equal_models_share_a_fingerprint_and_any_change_ends_that(documents, mo
 def test_a_line_tells_what_the_answer_took(documents, whole):
     line = whole[1][0]
     lm = build(documents)
-    stats = answer(lm.model, lm.tokenizer, [Request(line["prompt"], documents[0]["visuals"]())])[
+    stats = answer(lm.model, lm._backend.tokenizer, [Request(line["prompt"], documents[0]["visuals"]())])[
         0
     ].stats
     assert line["prompt"] == documents[0]["question"]
@@ -707,7 +708,7 @@ def test_random_keeps_other_tokens_of_every_document_and_the_same_in_every_batch
         kept[-1].extend(one.stats.images[0].keep_idx.tolist() for one in given)
         return given
 
-    monkeypatch.setattr(plugin, "answer", noting)
+    monkeypatch.setattr(backend, "answer", noting)
     for batch_size, seed in ((1, 0), (3, 0), (3, 1)):
         kept.append([])
         lm = build(documents, method="random", batch_size=batch_size, seed=seed)

@@ -1,0 +1,201 @@
+"""Questions to a stock model of transformers, asked as :mod:`llava_todre.generate` asks ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+from llava_todre.errors import TodreError
+from llava_todre.flops import DecoderShape
+from llava_todre.generate import Answer, Request
+from llava_todre.hf import attach, detach, last_stats
+from llava_todre.hf.capture import decoder_of
+from llava_todre.hf.families import family_of
+from llava_todre.model.checkpoint import first_line
+from llava_todre.model.images import load_image
+from llava_todre.model.placement import (
+    check_attention,
+    check_spread,
+    parse_dtype,
+    spreads,
+    target_device,
+)
+from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
+from llava_todre.pruners import Pruner, create_pruner
+
+
+class StockModel:
+    """A model of transformers with its processor and one method."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        """Attach a method that prunes nothing.
+
+        Raises:
+            TodreError: a model that is not supported.
+        """
+        family_of(model)
+        self.model, self.processor = model, processor
+        self.pruner = attach(model, "vanilla")
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return torch.device(self.model.device)
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def decoder_shape(self) -> DecoderShape:
+        """The decoder's dimensions, for counting FLOPs."""
+        config = decoder_of(self.model).config
+        return DecoderShape(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            mlp_width=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            vocab=config.vocab_size,
+        )
+
+    def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
+        """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
+        pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
+        attach(self.model, pruner)  # raises before the one at work is gone
+        detach(self.model)
+        detach(self.model)
+        attach(self.model, pruner)
+        self.pruner = pruner
+        return pruner
+
+    @torch.inference_mode()
+    def answer(
+        self, requests: Sequence[Request], *, max_new_tokens: int = 64, **generate_kwargs: Any
+    ) -> list[Answer]:
+        """Answer a batch of questions in the words of the processor's own chat template.
+
+        Args:
+            requests: the batch; a video is given as its frames.
+            max_new_tokens: longest answer.
+            generate_kwargs: passed to ``generate``; greedy unless given otherwise.
+        """
+        if not requests:
+            return []
+        inputs = self._inputs(requests).to(self.device)
+        for key, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                inputs[key] = value.to(self.model.dtype)
+        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
+        output = self.model.generate(**inputs, **settings)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        stats = last_stats(self.model)
+        return [Answer(text.strip(), each) for text, each in zip(texts, stats, strict=True)]
+
+    def _inputs(self, requests: Sequence[Request]) -> Any:
+        texts, images, videos = [], [], []
+        for request in requests:
+            if not request.question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
+                raise TodreError(f"question {request.question!r} is empty; give at least one word.")
+            pictures = [self._picture(picture) for picture in request.images]
+            texts.append(self._prompt(request, len(pictures)))
+            if request.is_video:
+                videos.append(pictures)
+            else:
+                images += pictures
+        return self.processor(
+            text=texts,
+            images=images or None,
+            **({"videos": videos} if videos else {}),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+
+    def _prompt(self, request: Request, num_images: int) -> str:
+        """Return the prompt; images stand where the question says, or in front."""
+        given = request.question.count(DEFAULT_IMAGE_TOKEN)
+        kind, count = ("video", 1) if request.is_video else ("image", num_images)
+        if given not in (0, count):
+            raise TodreError(
+                f"question contains {given} {DEFAULT_IMAGE_TOKEN} but {count} image(s) were given; "
+                "the numbers must agree, or leave them out and they are put in front."
+            )
+        parts: list[dict[str, str]] = [{"type": kind}] * (count if given == 0 else 0)
+        for piece in re.split(f"({DEFAULT_IMAGE_TOKEN})", request.question):
+            if piece == DEFAULT_IMAGE_TOKEN:
+                parts.append({"type": kind})
+            elif piece.strip():
+                parts.append({"type": "text", "text": piece if given == 0 else piece.strip()})
+        conversation = [{"role": "user", "content": parts}]
+        return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True))
+
+    @staticmethod
+    def _picture(picture: Any) -> Any:
+        if isinstance(picture, (str, Path)):
+            return load_image(picture)
+        return picture.convert("RGB") if hasattr(picture, "convert") else picture
+
+
+def load_stock_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: Any = "auto",
+    device_map: Any = None,
+    attn_implementation: str = "sdpa",
+) -> StockModel:
+    """Load a model and its processor through transformers.
+
+    Args:
+        path: a folder or a hub id, such as ``llava-hf/llava-v1.6-mistral-7b-hf``.
+        revision: branch, tag or commit on the hub.
+        dtype: float32, float16, bfloat16, or auto: the checkpoint's own on a GPU, float32 on a CPU.
+        device: where the model goes; auto is the GPU if there is one.
+        device_map: instead of ``device``, to spread one model.
+        attn_implementation: eager, sdpa or flash_attention_2.
+
+    Raises:
+        TodreError: one line saying what about the arguments or the checkpoint is wrong.
+    """
+    target = target_device(device, device_map)
+    check_attention(attn_implementation, target)
+    wanted = parse_dtype(dtype) or (torch.float32 if target.type == "cpu" else "auto")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            revision=revision,
+            dtype=wanted,
+            device_map=device_map if spreads(device_map) else None,
+            attn_implementation=attn_implementation,
+        )
+        processor = AutoProcessor.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise TodreError(f"pretrained {path!r} does not load: {first_line(error)}") from error
+    if spreads(device_map):
+        check_spread(getattr(model, "hf_device_map", {}))
+    else:
+        model.to(target)
+    return StockModel(model.eval(), processor)
+
+
+def runs_as_stock(path: str, revision: str | None = None) -> bool:
+    """Return whether a checkpoint is one that only transformers' own classes run.
+
+    Our class runs LLaVA-1.5 and LLaVA-NeXT on Llama or Mistral decoders, in either layout.
+    """
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    except (OSError, ValueError):
+        return False  # ours says what is wrong
+    decoder = raw.get("text_config", {}).get("model_type", "llama")
+    known = ("llava", "llava_next", "llava_llama", "llava_mistral")
+    return raw.get("model_type") not in known or decoder not in ("llama", "mistral")
