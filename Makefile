@@ -55,13 +55,13 @@ format: $(STAMP) ## let ruff rewrite the files
 reproduce-mini: $(STAMP) ## Tables 1, 4, 5, 6 in small, through lmms-eval (a quarter of an hour)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/reproduce_mini.sh
 
-bench: $(STAMP) ## time selection and prefill on this machine
+bench: $(STAMP) ## time every stage of an answer, against what FLOPs allow (minutes)
 	@$(PY) -m eval bench
 
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/train_mini.sh
 
-docs: $(STAMP) ## write docs/methods.md again from the registry and the stored results
+docs: $(STAMP) ## write docs/methods.md and performance.md again from the stored results
 	@$(PY) -m eval docs
 
 readme: $(STAMP) ## write the README's table and list of methods again

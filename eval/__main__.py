@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from eval import commands, compare, tables
-from eval.bench import bench
+from eval.bench import command as bench
 from eval.docs import check_docs, write_docs
 from eval.readme import check_readme, write_readme
 from eval.vtw import find_layer
@@ -30,16 +30,17 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parsers(parsers)
     tables.add_parser(parsers)
     compare.add_parser(parsers)
-    timing = parsers.add_parser("bench", help="time selection and prefill on this machine")
-    timing.add_argument("--repeats", type=int, default=5)
-    timing.add_argument("--out", type=Path, help="also write the JSON here")
+    bench.add_parser(parsers)
     search = parsers.add_parser("vtw-layer", help="search the layer at which VTW withdraws")
     search.add_argument("--model", help="checkpoint (default: the bundled one)")
     search.add_argument("--samples", type=Path, help="JSON lines with the keys image and question")
     search.add_argument("--num-samples", type=int, default=20)
     search.add_argument("--eta", type=float, default=0.003, help="bound on the divergence, in nats")
     search.add_argument("--first", type=int, default=5, help="first layer to try")
-    for name, page in (("docs", "docs/methods.md"), ("readme", "the generated parts of README.md")):
+    for name, page in (
+        ("docs", "the pages of docs/"),
+        ("readme", "the generated parts of README.md"),
+    ):
         command = parsers.add_parser(name, help=f"write {page} from registry and stored results")
         command.add_argument("--check", action="store_true", help="only say whether it is current")
     return parser
@@ -54,7 +55,7 @@ def _run(options: argparse.Namespace) -> int:
         case "compare":
             return compare.run(options)
         case "bench":
-            bench(options.repeats, options.out)
+            return bench.run(options)
         case "vtw-layer":
             find_layer(
                 options.model, options.samples, options.num_samples, options.eta, options.first

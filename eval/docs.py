@@ -1,4 +1,7 @@
-"""Write ``docs/methods.md`` from the registry, a template and the stored results."""
+"""Write ``docs/methods.md`` from the registry, a template and the stored results.
+
+``docs/performance.md`` is written along with it, see :mod:`eval.performance`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eval import performance
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
 from llava_todre.intervals import difference
@@ -124,16 +128,24 @@ def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[i
     ]
 
 
+def _pages() -> dict[Path, str]:
+    return {PAGE: render(), performance.PAGE: performance.render()}
+
+
 def write_docs() -> int:
-    """Write the page; returns the exit status."""
-    PAGE.write_text(render())
+    """Write the pages; returns the exit status."""
+    for page, text in _pages().items():
+        page.write_text(text)
     return 0
 
 
 def check_docs() -> int:
-    """Return 1 and say so when the page is not what registry, template and results give."""
-    page = render()
-    if PAGE.exists() and PAGE.read_text() == page:
-        return 0
-    print("docs/methods.md is stale: run `make docs`.")
-    return 1
+    """Return 1 and say so when a page is not what registry, templates and results give."""
+    stale = [
+        page.name
+        for page, text in _pages().items()
+        if not (page.exists() and page.read_text() == text)
+    ]
+    for name in stale:
+        print(f"docs/{name} is stale: run `make docs`.")
+    return 1 if stale else 0

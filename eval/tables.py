@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from eval.compare import is_mean, is_run, mean_interval, read_json, relative_interval
 from eval.published import (
@@ -64,6 +64,7 @@ NAMES = {
     "longvideobench": "LongVideoBench",
     "average": "Average",
     "time": "time",
+    "paper_tflops": "TFLOPs (Eq. 1)",
     "tflops": "TFLOPs",
     "memory_gb": "memory (GB)",
     "samples_per_s": "samples/s",
@@ -608,7 +609,24 @@ def _others(
     return found
 
 
-def stacked(sheet: Sheet) -> Table:
+class Drawn(Protocol):
+    """What can be drawn: a :class:`Sheet`, or an ``Efficiency`` of the bench."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def columns(self) -> Sequence[str]: ...
+    @property
+    def rows(self) -> Sequence[tuple[RowSpec, dict[str, Cell], list[str]]]: ...
+    @property
+    def used(self) -> Mapping[str, Run]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
+def stacked(sheet: Drawn) -> Table:
     """Return a table of few columns, with what belongs to one number above each other."""
     body = []
     for row, cells, _ in sheet.rows:
@@ -616,10 +634,10 @@ def stacked(sheet: Sheet) -> Table:
         columns = ["\n".join(getattr(cell, line) for line in lines) for cell in cells.values()]
         body.append([row.label, "\n".join(LINES[line] for line in lines), *columns])
     header = ["method", "", *map(name_of, sheet.columns)]
-    return Table(sheet.title, header, body, sheet.notes, left=2)
+    return Table(sheet.title, header, body, list(sheet.notes), left=2)
 
 
-def wide(found: Sequence[Sheet]) -> Table:
+def wide(found: Sequence[Drawn]) -> Table:
     """Return one table with a column for everything, for machines."""
     columns = list(dict.fromkeys(column for sheet in found for column in sheet.columns))
     header = ["model", "method", *(f"{column} {line}" for column in columns for line in LINES)]
@@ -704,7 +722,7 @@ def _latex(text: str) -> str:
 RENDERERS = {"text": as_text, "md": as_markdown, "latex": as_latex, "csv": as_csv}
 
 
-def render(found: Sequence[Sheet], style: str) -> str:
+def render(found: Sequence[Drawn], style: str) -> str:
     """Return the tables as text of a format: text, md, latex or csv."""
     if style not in RENDERERS:
         raise unknown("format", style, RENDERERS)
@@ -720,7 +738,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("table", choices=TABLES)
     parser.add_argument(
-        "--results", type=Path, nargs="+", required=True, help="folders with run JSONs"
+        "--results",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="folders with run JSONs; for table 3 also with results of the bench",
     )
     parser.add_argument("--suite", help="only runs of this suite, e.g. mini")
     parser.add_argument("--model", help="only this model, e.g. llava_next_7b")
@@ -731,9 +753,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
-    runs = load_runs(options.results)
-    found = sheets(options.table, runs, options.suite, options.model, options.version)
-    text = render(found, options.format)
+    text = render(_found(options), options.format)
     if options.out is None:
         print(text, end="")
         return 0
@@ -742,3 +762,15 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise TodreError(f"out {str(options.out)!r} cannot be written: {error.strerror}.") from None
     return 0
+
+
+def _found(options: argparse.Namespace) -> list[Drawn]:
+    """Return the tables: of runs, and for Table 3 of the bench before them."""
+    from eval.efficiency import efficiencies, load_benches  # which fills cells of this module
+
+    runs = load_runs(options.results)
+    benches = load_benches(options.results) if options.table == "3" else {}
+    found: list[Drawn] = [*efficiencies(benches, options.model)]
+    if runs or not found:
+        found += sheets(options.table, runs, options.suite, options.model, options.version)
+    return found

@@ -106,9 +106,11 @@ def answer(
     with model.clock.timing(timed) as stages:
         visuals = _encode(model, requests, memory)
         questions = [request.question.replace(DEFAULT_IMAGE_TOKEN, " ") for request in requests]
+        # Handed over one by one, so that nothing here holds unpruned tokens during the prefill.
+        images: Any = (visuals.pop(0) for _ in range(len(visuals)))
         output = model.generate(
             ids,
-            images=visuals,
+            images=images,
             attention_mask=mask,
             questions=questions,
             prefixes=None if memory is None else memory.prefixes,

@@ -12,6 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Numbers of an attention map that exist at once. On a CPU they stay in its cache: measured at 2,975
+# keys, one key head at a time is 1.4x faster than all eight; at 383 keys it is 1.5x slower.
+_AT_ONCE, _AT_ONCE_CPU = 2**24, 2**18
+
 
 def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float) -> Tensor:
     """Return causal softmax attention for some query rows.
@@ -29,9 +33,14 @@ def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float) 
     heads, num_rows, width = queries.shape
     groups, num_keys, _ = keys.shape
     grouped = queries.float().reshape(groups, heads // groups * num_rows, width)
-    logits = (grouped @ keys.float().transpose(1, 2) * scaling).view(heads, num_rows, num_keys)
-    hidden = torch.arange(num_keys, device=keys.device) > rows[:, None]  # (R, N)
-    return logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1)
+    nothing = grouped.new_zeros(())
+    products = torch.baddbmm(nothing, grouped, keys.float().transpose(1, 2), beta=0, alpha=scaling)
+    logits = products.view(heads, num_rows, num_keys)
+    # No row is blind to the keys up to the first; only a CPU knows which that is without waiting.
+    first = 0 if rows.is_cuda or num_rows == 0 else int(rows.min()) + 1
+    hidden = torch.arange(first, num_keys, device=keys.device) > rows[:, None]  # (R, N - first)
+    logits[..., first:].masked_fill_(hidden, -torch.inf)
+    return logits.softmax(dim=-1)
 
 
 def attention_mass(
@@ -52,15 +61,16 @@ def attention_mass(
     Returns:
         A number in [0, 1]; 0.0 when there are no rows or no columns.
     """
-    if len(rows) == 0 or not bool(columns.any()):
+    if len(rows) == 0:
         return 0.0
     groups, heads = len(keys), len(queries)
     per_group = heads // groups
     counted = columns.float()  # (N,); a product, because indexing by a mask would synchronise
-    # One key head at a time bounds the memory to R x N per query head of the group.
     mass = torch.zeros((), device=keys.device)
-    for group in range(groups):
-        heads_of_group = queries[group * per_group : (group + 1) * per_group]
-        attention = attention_rows(heads_of_group, keys[group : group + 1], rows, scaling)
-        mass += (attention @ counted).sum()
+    bound = _AT_ONCE if keys.is_cuda else _AT_ONCE_CPU
+    at_once = max(1, bound // (per_group * len(rows) * keys.shape[1]))  # key heads
+    for start in range(0, groups, at_once):
+        stop = start + at_once
+        chosen = queries[start * per_group : stop * per_group]
+        mass += (attention_rows(chosen, keys[start:stop], rows, scaling) @ counted).sum()
     return float(mass.detach()) / (heads * len(rows))

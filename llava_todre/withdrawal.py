@@ -317,9 +317,8 @@ class Withdrawal:
             norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
             heads = (heads if norm is None else norm(heads)).transpose(0, 1)[None]
             cosines, sines = (table[columns][None] for table in tables)
-            return _all_heads(
-                apply_rotary_pos_emb(heads, heads, cosines, sines)[0][0], module, name
-            )
+            rotated, _ = apply_rotary_pos_emb(heads, heads[:, :0], cosines, sines)
+            return _all_heads(rotated[0], module, name)
 
         hidden = inputs.hidden_states[sample].to(device)
 

@@ -150,7 +150,7 @@ def test_a_memory_does_not_carry_over_to_another_method(
         given = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=8, memory=memory)
         fresh = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=8)
         assert given.text == fresh.text
-        assert given.stats.as_dict() == fresh.stats.as_dict()
+        assert given.stats.as_dict()["keep_idx"] == fresh.stats.as_dict()["keep_idx"]
     assert memory.prefixes.hits == 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval import docs
+from eval import docs, performance
 from eval.__main__ import main
 from llava_todre import load_pretrained_model
 from llava_todre.generate import Request, answer
@@ -62,6 +62,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the page goes; its results are made up and know three methods."""
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "PAGE", tmp_path / "methods.md")
+    monkeypatch.setattr(performance, "PAGE", tmp_path / "performance.md")
     monkeypatch.setattr(docs, "RESULTS", tmp_path / "results.json")
     (tmp_path / "results.json").write_text(json.dumps(stored(["todre", "random", "todre_v1"])))
     return tmp_path / "methods.md"

@@ -13,6 +13,7 @@ from reference import SYSTEM, TEXT, VISUAL
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
+from llava_todre import relevance
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.pruners import LayerView, Todre
@@ -74,6 +75,27 @@ def test_mass_is_the_share_of_the_whole_map(groups, draw):
     expected = reference.mass(whole_map(queries, keys), rows, columns)
     assert got == pytest.approx(expected, abs=1e-6)
     assert 0.05 < got < 0.95
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_how_many_heads_are_done_at_once_changes_nothing(at_once, monkeypatch, draw):
+    queries, keys = heads(4)
+    rows = torch.tensor([3, 9, 16])
+    columns = torch.rand(17, generator=draw) < 0.5
+    monkeypatch.setattr(relevance, "_AT_ONCE_CPU", at_once * len(rows) * 17)
+    done = []
+
+    def spy(queries: Tensor, *args: Tensor) -> Tensor:
+        done.append(len(queries))
+        return attention_rows(queries, *args)
+
+    monkeypatch.setattr(relevance, "attention_rows", spy)
+    got = attention_mass(queries[:, rows], keys, rows, columns, SCALING)
+    assert done == [at_once] * (4 // at_once)
+    where = torch.zeros(17, dtype=torch.bool)
+    where[rows] = True
+    expected = reference.mass(whole_map(queries, keys), where, columns)
+    assert got == pytest.approx(expected, abs=1e-6)
 
 
 def test_all_columns_take_everything_and_none_take_nothing():

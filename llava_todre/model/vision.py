@@ -16,8 +16,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_todre.errors import TodreError
 
-# Views that go through the tower at once; bounds the memory of long videos.
+# Views that go through the tower at once; bounds the memory of long videos. A CPU is fastest while
+# the activations fit its cache: eight images (40 views of 577 tokens, width 96) take 1.5x longer
+# as one batch than in pieces of 2 to 16 views.
 MAX_VIEWS = 64
+MAX_VIEWS_CPU = 8
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class VisionTower(nn.Module):
         """
         needs = list(wanted)
         layers = [self._layer_index(*need) for need in needs]
-        chunks = [self._encode(chunk, needs, layers) for chunk in pixels.split(MAX_VIEWS)]
+        at_once = MAX_VIEWS_CPU if pixels.device.type == "cpu" else MAX_VIEWS
+        chunks = [self._encode(chunk, needs, layers) for chunk in pixels.split(at_once)]
         if len(chunks) == 1:
             return chunks[0]
         return ViewFeatures(
@@ -188,6 +192,17 @@ def _heads(layer: Any, hidden: Tensor, projection: str) -> Tensor:
 
 
 def _cls_logits(layer: Any, hidden: Tensor) -> Tensor:
-    """Return (V, H, 1 + P) scaled products of [CLS] with every token."""
-    query, keys = _heads(layer, hidden[:, :1], "q_proj"), _heads(layer, hidden, "k_proj")
-    return (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5)[:, :, 0]
+    """Return (V, H, 1 + P) float32 scaled products of [CLS] with every token.
+
+    A single query is cheaper carried back through the key projection than all keys forward: with
+    k = K x + b, the product q k is (q K) x + q b, and q K is one row per head.
+    """
+    attention, states = layer.self_attn, layer.layer_norm1(hidden)  # (V, 1 + P, W)
+    heads, projection = attention.num_heads, attention.k_proj
+    query = attention.q_proj(states[:, 0]).float().unflatten(-1, (heads, -1))  # (V, H, E)
+    query = query * query.shape[-1] ** -0.5
+    weight = projection.weight.float().unflatten(0, (heads, -1))  # (H, E, W)
+    bias = projection.bias.float().unflatten(0, (heads, -1))  # (H, E)
+    carried = torch.einsum("vhe,hew->vhw", query, weight)
+    constant = torch.einsum("vhe,he->vh", query, bias)
+    return carried @ states.float().transpose(1, 2) + constant[..., None]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -111,7 +112,7 @@ class LayerView:
     measured: dict[str, float] = field(default_factory=dict)
     """Numbers worth reporting; ``attention_ratios`` leaves its two here."""
 
-    @property
+    @cached_property
     def visual(self) -> Tensor:
         """(N,) bool, patch and newline tokens."""
         return is_visual(self.kinds)
@@ -135,15 +136,17 @@ class LayerView:
             text: (N,) bool, the set T.
         """
         visual = self.visual
-        text_rows, visual_rows = text.nonzero()[:, 0], visual.nonzero()[:, 0]
-        to_visual = attention_mass(
-            self.queries(text_rows), self.keys(), text_rows, visual, self.scaling
-        )
-        to_text = 0.0
+        # All questions of position are answered on the host: one wait for the device, not four.
+        sets = torch.stack([text, visual]).cpu()
+        text_rows, visual_rows = (each.nonzero()[:, 0] for each in sets)
+
+        def share(rows: Tensor, columns: Tensor) -> float:
+            rows = rows.to(columns.device)
+            return attention_mass(self.queries(rows), self.keys(), rows, columns, self.scaling)
+
+        to_visual, to_text = share(text_rows, visual), 0.0
         if len(text_rows) and len(visual_rows) and int(text_rows[0]) < int(visual_rows[-1]):
-            to_text = attention_mass(
-                self.queries(visual_rows), self.keys(), visual_rows, text, self.scaling
-            )
+            to_text = share(visual_rows, text)
         self.measured.update(text_to_visual=to_visual, visual_to_text=to_text)
         return to_visual, to_text
 

@@ -529,9 +529,9 @@ def test_equal_models_share_a_fingerprint_and_any_change_ends_that(documents, mo
 def test_a_line_tells_what_the_answer_took(documents, whole):
     line = whole[1][0]
     lm = build(documents)
-    stats = answer(lm.model, lm._backend.tokenizer, [Request(line["prompt"], documents[0]["visuals"]())])[
-        0
-    ].stats
+    stats = answer(
+        lm.model, lm._backend.tokenizer, [Request(line["prompt"], documents[0]["visuals"]())]
+    )[0].stats
     assert line["prompt"] == documents[0]["question"]
     assert line["gen_kwargs"] == GREEDY
     assert line["answer"] == whole[0][0]

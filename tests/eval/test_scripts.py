@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from eval import commands, tables
+from eval.bench import command as bench
 from eval.runs import ROOT
 
 SCRIPTS = {
@@ -39,6 +40,7 @@ def calls(tmp_path: Path) -> Callable[..., list[argparse.Namespace]]:
     subparsers = parser.add_subparsers(dest="command")
     commands.add_parsers(subparsers)
     tables.add_parser(subparsers)
+    bench.add_parser(subparsers)
 
     def run(script: str, *arguments: str, **variables: str) -> list[argparse.Namespace]:
         printed = _bash(script, *arguments, PYTHON=str(stub), **variables).stdout
@@ -60,7 +62,7 @@ def _bash(script: str, *arguments: str, **variables: str) -> subprocess.Complete
     )
 
 
-_VARIABLES = ("GPUS", "LIMIT", "MODEL", "SUITE", "OUT", "PYTHON")
+_VARIABLES = ("GPUS", "LIMIT", "MODEL", "SUITE", "SIZE", "OUT", "PYTHON")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -119,8 +121,27 @@ def test_an_array_of_jobs_is_submitted_without_a_table(
     assert options.slurm == "slurm" and options.slurm_set == ["slurm_partition=gpu"]
 
 
+def test_table_3_times_models_by_dimensions_and_shows_them(
+    calls: Callable[..., list[argparse.Namespace]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    *timed, shown = calls("table3_efficiency")
+    assert [(each.command, each.size, each.table3) for each in timed] == [
+        ("bench", "7b", True),
+        ("bench", "13b", True),
+    ]
+    assert shown.command == "table" and shown.table == "3"
+    assert {each.out.parent for each in timed} == {*shown.results}
+    (small, table) = calls("table3_efficiency", "--repeats", "9", SIZE="cpu", OUT="a folder")
+    assert (small.size, small.repeats) == ("cpu", 9)
+    assert small.out == Path("a folder/cpu.json") and table.results == [Path("a folder")]
+    dry = calls("table3_efficiency", "--dry-run")
+    assert [each.command for each in dry] == ["bench", "bench"]
+    assert [bench.run(each) for each in dry] == [0, 0]
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 9
+
+
 def test_a_script_really_runs_and_stops_at_the_first_error() -> None:
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, "table3_efficiency"):
         lines = (ROOT / "scripts" / f"{script}.sh").read_text().splitlines()
         assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines
         assert os.access(ROOT / "scripts" / f"{script}.sh", os.X_OK)

@@ -87,7 +87,7 @@ def test_layers_that_no_one_reads_are_not_run(pixels, select_layer, cls_layer, l
 def test_many_views_go_in_chunks_with_the_same_result(pixels, cls_layer, monkeypatch):
     tower = build()
     whole = tower(pixels, wanted(cls_layer))
-    monkeypatch.setattr(vision, "MAX_VIEWS", 2)
+    monkeypatch.setattr(vision, "MAX_VIEWS_CPU", 2)
     chunks = tower(pixels, wanted(cls_layer))
     torch.testing.assert_close(chunks.patches, whole.patches, rtol=0, atol=1e-6)
     torch.testing.assert_close(chunks.cls, whole.cls, rtol=0, atol=1e-6)
