@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,10 @@ import pytest
 import torch
 from PIL import ImageFile
 from torch import Tensor, nn
+
+# Triton reads this when it is first imported, which transformers may do: without a GPU its kernels
+# run in Python, on tensors of the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.pruners import LayerView, Pruner

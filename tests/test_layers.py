@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
-    ["errors", "version"],
+    ["errors", "version", "selection_triton"],
     ["selection", "relevance", "flops", "intervals", "spans", "stats", "provenance", "table"],
     ["pruners"],
     ["withdrawal", "catalogue"],
@@ -100,6 +100,8 @@ def test_optional_packages_are_imported_where_they_are_used(module):
     packages = {name.split(".")[0] for name in imports(module, at_the_top)}
     if module == "llava_todre.lmms_plugin.model":  # lmms-eval imports it, and finds its base there
         packages -= {"lmms_eval"}
+    if module == "llava_todre.selection_triton":  # imported by `selection` alone, on a GPU
+        packages -= {"triton"}
     assert packages <= CORE | {"llava_todre"} | set(sys.stdlib_module_names)
 
 

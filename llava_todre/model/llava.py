@@ -23,7 +23,7 @@ from llava_todre.flops import DecoderShape
 from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
 from llava_todre.model.images import Size
-from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune
+from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune, prune_ahead
 from llava_todre.model.prefix import Layers, PrefixStore, may_share
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
@@ -310,6 +310,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 f"the question of each of the {len(ids)} prompts, in words."
             )
         newline = self.model.image_newline
+        if not needs_text and clip is None:
+            prune_ahead(visuals, self.pruner, newline)
         remaining = iter(visuals)
         prompts = []
         for index, (row, targets) in enumerate(zip(ids, labels, strict=True)):

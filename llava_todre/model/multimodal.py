@@ -213,6 +213,29 @@ def prune(
     return packed
 
 
+def prune_ahead(visuals: Sequence[EncodedVisual], pruner: Pruner, newline: Tensor | None) -> None:
+    """Let a method that does not read the question select from all images at the same time.
+
+    Args:
+        visuals: :func:`prune` finds the results in them.
+        pruner: the method.
+        newline: see :func:`prune`.
+    """
+    new = {
+        id(visual): visual
+        for visual in visuals
+        if pruner.will_select(len(visual.patches))
+        and all(known != pruner for known, _ in visual.latest)
+        and not pruner.needs - visual.needs
+    }
+    with torch.no_grad():
+        tokens = [visual.tokens(None) for visual in new.values()]
+        budgets = [pruner.budget(len(each)) for each in tokens]
+        selections = pruner.select_all(tokens, budgets) if tokens else []
+    for visual, selection in zip(new.values(), selections, strict=True):
+        visual.latest[:] = [(pruner, _pack(visual, selection, newline))]
+
+
 def _select(
     visual: EncodedVisual,
     pruner: Pruner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -61,6 +62,10 @@ class Combined(Pruner):
     def select(self, tokens: VisualTokens, budget: int) -> Selection:
         """Let ``before`` select."""
         return self.before.select(tokens, budget)
+
+    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+        """Let ``before`` select."""
+        return self.before.select_all(images, budgets)
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of ``inside``."""

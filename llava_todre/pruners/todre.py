@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -22,7 +23,7 @@ from llava_todre.pruners.base import (
     require_depths,
     require_int,
 )
-from llava_todre.selection import Objective, greedy_diverse, unit_rows
+from llava_todre.selection import Objective, greedy_diverse_batch, unit_rows
 from llava_todre.spans import Kind, VisualTokens
 
 Pivot = Literal["cls", "random", "nearest", "farthest"]
@@ -95,11 +96,16 @@ class Todre(Pruner):
 
     def select(self, tokens: VisualTokens, budget: int) -> Selection:
         """Stage 1: grow a diverse set from the pivot."""
-        features = tokens.features.float()
+        return self.select_all([tokens], [budget])[0]
+
+    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+        """Stage 1 of several images, at the same time on a GPU."""
+        features = [tokens.features for tokens in images]
         if self.similarity == "centred":
-            features = features - features.mean(dim=0)
-        picked = greedy_diverse(features, budget, self.pivot_index(tokens), self.objective)
-        return Selection(picked.sort().values)
+            features = [rows.float() - rows.float().mean(dim=0) for rows in features]
+        pivots = [self.pivot_index(tokens) for tokens in images]
+        picked = greedy_diverse_batch(features, budgets, pivots, self.objective)
+        return [Selection(order.sort().values) for order in picked]
 
     def pivot_index(self, tokens: VisualTokens) -> int:
         """Return the best token of the thumbnail (AnyRes), of the image, or of all frames."""

@@ -25,7 +25,7 @@ SCRIPTS = {
     "table6_layers": (16, ["6"]),
     "pivot": (9, ["pivot"]),
     "smoke": (2, ["1"]),
-    "reproduce_mini": (30, ["1", "4", "5", "6"]),
+    "reproduce_mini": (26, ["1", "4", "5", "6"]),
 }
 """Name -> number of runs, tables that are shown."""
 

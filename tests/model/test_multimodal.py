@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import reference
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
+from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import (
     NEWLINE,
     EncodedVisual,
@@ -19,6 +22,7 @@ from llava_todre.model.multimodal import (
     prune,
 )
 from llava_todre.pruners import Pruner, Random, Selection, Todre, Vanilla
+from llava_todre.selection import greedy_diverse_batch
 from llava_todre.spans import VisualTokens
 
 # (columns, rows) of crops and (width, height) of an image on them; odd numbers on purpose.
@@ -277,3 +281,28 @@ def test_identity_changes_nothing_and_other_names_are_errors():
     for kind in ("mlp2x_relu", "mlp0x_gelu", "resampler"):
         with pytest.raises(TodreError, match=f"'{kind}' is not supported.* linear"):
             build_projector(kind, 6, 10)
+
+
+def test_the_images_of_a_batch_are_selected_from_at_the_same_time(
+    tiny_llava: Callable[..., LlavaLlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def spy(features: Any, *rest: Any) -> Any:
+        calls.append(len(features))
+        return greedy_diverse_batch(features, *rest)
+
+    monkeypatch.setattr("llava_todre.pruners.todre.greedy_diverse_batch", spy)
+    model = tiny_llava()
+    model.set_pruner("todre", retain_ratio=0.25)
+    draw = torch.Generator().manual_seed(4)
+    pixels = [torch.randn(views, 3, 56, 56, generator=draw) for views in (5, 5, 3)]
+    ids = torch.tensor([[1, -200, 7], [1, -200, 8], [1, -200, 9]])
+    sizes = [(112, 112), (80, 112), (112, 40)]
+    model.generate(ids, images=pixels, image_sizes=sizes, max_new_tokens=1)
+    together = [stats.images[0].keep_idx.tolist() for stats in model.last_stats]
+    assert calls == [3]
+    for index in range(3):
+        one = slice(index, index + 1)
+        model.generate(ids[one], images=pixels[one], image_sizes=sizes[one], max_new_tokens=1)
+        assert model.last_stats[0].images[0].keep_idx.tolist() == together[index]
