@@ -65,6 +65,7 @@ def read_run(file: Path) -> dict[str, Any]:
     run = read_json(file)
     if not is_run(run):
         raise TodreError(f"run {str(file)!r} is not the result of a run; allowed: format 1.")
+    require_sound(run, file)
     return dict(run)
 
 
@@ -76,6 +77,42 @@ def read_json(file: Path) -> Any:
         raise TodreError(f"run {str(file)!r} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise TodreError(f"run {str(file)!r} is not JSON ({error}).") from None
+
+
+def require_sound(run: Mapping[str, Any], file: Path) -> None:
+    """Raise a TodreError naming the file and the key if a run was damaged or changed by hand."""
+
+    def check(is_right: bool, key: str, value: object, allowed: str) -> None:
+        if not is_right:
+            shown = f"{value!r}"[:60]
+            raise TodreError(f"run {str(file)!r} has {key} {shown}; allowed: {allowed}.")
+
+    name, status, config = run.get("name"), run.get("status"), run.get("config")
+    check(isinstance(name, str), "name", name, "text")
+    check(status in ("complete", "failed"), "status", status, "complete, failed")
+    check(isinstance(config, dict), "config", config, "keys with values")
+    assert isinstance(config, dict)
+    for key in ("model", "options"):
+        check(isinstance(config.get(key), dict), f"config.{key}", config.get(key), "keys")
+    benchmarks = run["benchmarks"]
+    check(isinstance(benchmarks, dict), "benchmarks", benchmarks, "keys with values")
+    for benchmark, stored in benchmarks.items():
+        check(isinstance(stored, dict), f"benchmarks.{benchmark}", stored, "keys with values")
+        score, items = stored.get("score"), stored.get("items")
+        check(score is None or _is_number(score), f"{benchmark}.score", score, "a number or null")
+        rows = items if isinstance(items, list) else []
+        paired = all(isinstance(row, list) and len(row) == 2 for row in rows)
+        sound = paired and all(_is_number(each) for row in rows for each in row)
+        check(
+            items is None or (isinstance(items, list) and sound),
+            f"{benchmark}.items",
+            items,
+            "null, or pairs of doc_id and score",
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and np.isfinite(value)
 
 
 def is_run(value: object) -> bool:

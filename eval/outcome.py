@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from eval.compare import is_run, require_sound
 from eval.runs import Run
 from eval.suites import scores
 from llava_todre.errors import TodreError
@@ -107,8 +108,13 @@ def read_record(file: Path) -> dict[str, Any] | None:
         record = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    is_run = isinstance(record, dict) and record.get("format") == FORMAT
-    return record if is_run and record.get("status") in ("complete", "failed") else None
+    if not is_run(record) or not isinstance(record["benchmarks"], dict):
+        return None
+    try:
+        require_sound(record, file)
+    except TodreError:
+        return None
+    return dict(record)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

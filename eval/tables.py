@@ -10,13 +10,14 @@ import argparse
 import csv
 import dataclasses
 import io
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from eval.compare import is_mean, is_run, mean_interval, read_json, relative_interval
+from eval.compare import is_mean, is_run, mean_interval, read_json, relative_interval, require_sound
 from eval.published import (
     AVERAGE,
     LAYERS,
@@ -133,6 +134,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
         for file in sorted(folder.glob("*.json")):
             stored = read_json(file)
             if is_run(stored):
+                require_sound(stored, file)
                 found.append(stored)
     return sorted(found, key=lambda run: str(run["name"]))
 
@@ -547,7 +549,7 @@ def sheets(
     made = []
     for key in known if model is None else [model]:
         if own:
-            made.append(_own_sheet(table, str(suite), key, found[key]))
+            made.append(_own_sheet(table, str(suite), key, found[key], version))
             continue
         made.append(
             Sheet(
@@ -564,14 +566,17 @@ def sheets(
     return made
 
 
-def _own_sheet(table: str, suite: str, model: str, runs: Sequence[Run]) -> Sheet:
+def _own_sheet(
+    table: str, suite: str, model: str, runs: Sequence[Run], version: str | None
+) -> Sheet:
     """Return a table of a suite's own benchmarks, in the shape of one of the papers'."""
+    other = {"v1": "todre", "v2": "todre_v1"}.get(version or "")
     spec = table_spec(table)
     stated = next((run["config"]["model"].get("num_layers") for run in runs), None)
     num_layers = stated or LAYERS.get(model)
     benchmarks = tuple(dict.fromkeys(key for run in runs for key in run["benchmarks"]))
     caption = "bundled mini model, not evidence about 7B models"
-    wanted = suite_rows(table, num_layers)
+    wanted = [row for row in suite_rows(table, num_layers) if row.method != other]
     if table == "1":
         wanted += _others(wanted, runs, num_layers)
         wanted.sort(key=place)
@@ -596,7 +601,7 @@ def _others(
     for run in runs:
         method, options = _ran(run)
         ratio = options.get("retain_ratio", 1.0)
-        if method not in PRUNERS or ratio == 1.0:
+        if method not in PRUNERS or ratio == 1.0 or not isinstance(ratio, float):
             continue
         try:
             row = ratio_row(method, ratio)
@@ -771,6 +776,11 @@ def _found(options: argparse.Namespace) -> list[Drawn]:
     runs = load_runs(options.results)
     benches = load_benches(options.results) if options.table == "3" else {}
     found: list[Drawn] = [*efficiencies(benches, options.model)]
+    if not runs and not found:
+        folders = ", ".join(map(str, options.results))
+        if options.suite is not None:
+            raise TodreError(f"results {folders!r} hold no runs; allowed: a folder with run JSONs.")
+        print(f"no runs in {folders}: published numbers only", file=sys.stderr)
     if runs or not found:
         found += sheets(options.table, runs, options.suite, options.model, options.version)
     return found

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.model.images import load_image, process_images
+from llava_todre.model.images import load_image, picture_digest, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.model.prefix import PrefixStore
@@ -150,9 +150,9 @@ def prepare(model: LlavaLlamaForCausalLM, request: Request) -> Request:
 class Memory:
     """What questions about the same image need only once: its tokens, and its keys and values.
 
-    An image is the same if it is the same object, or an unchanged file. Answers are those of calls
-    without a memory: methods that read the question choose their tokens afresh, and only what no
-    question can change is kept. For one model.
+    An image is the same if it has the same pixels, or is an unchanged file. Answers are those of
+    calls without a memory: methods that read the question choose their tokens afresh, and only what
+    no question can change is kept. For one model, whose weights do not change meanwhile.
     """
 
     def __init__(self, max_images: int = 1) -> None:
@@ -161,6 +161,7 @@ class Memory:
         Args:
             max_images: how many images to remember between calls, the latest ones.
         """
+        self.max_images = max_images
         self.prefixes = PrefixStore(max_images)
         self._images: list[_Encoded] = []
 
@@ -179,7 +180,7 @@ class Memory:
 
     def trim(self) -> None:
         """Forget all but the latest images."""
-        self._images = self._images[-self.prefixes.max_prefixes :]
+        self._images = self._images[-self.max_images :]
 
 
 _Group = Sequence[Picture | Views]
@@ -190,7 +191,7 @@ class _Encoded:
     key: Any
     pruner: Pruner
     group: _Group
-    """Held so that no other object can get the identity of one of these."""
+    """Held so that no other :class:`Views` can get the identity of one of these."""
     visual: EncodedVisual
 
 
@@ -198,8 +199,11 @@ def _encode(
     model: LlavaLlamaForCausalLM, requests: Sequence[Request], memory: Memory | None
 ) -> list[EncodedVisual]:
     """Return one encoding per placeholder; those of equal images are the same object."""
+    identity = _identity if memory is None else _lasting_identity
+    if memory is not None:
+        memory.prefixes.claim(model)
     shown = [
-        ((request.is_video, *map(_identity, group)), group)
+        ((request.is_video, *map(identity, group)), group)
         for request in requests
         for group in _groups(request)
     ]
@@ -252,7 +256,15 @@ def _open(picture: Picture | Views) -> Image.Image:
 
 
 def _identity(picture: Picture | Views) -> Any:
-    if not isinstance(picture, (str, os.PathLike)):
+    """Return what tells pictures apart within one call."""
+    return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
+
+
+def _lasting_identity(picture: Picture | Views) -> Any:
+    """Return what tells pictures apart between calls, in which they may be painted over."""
+    if isinstance(picture, Image.Image):
+        return picture_digest(picture)
+    if isinstance(picture, Views):
         return id(picture)
     try:
         status = os.stat(picture)

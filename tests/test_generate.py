@@ -140,6 +140,31 @@ def test_a_memory_knows_a_file_until_it_changes(
     assert hits == 1 and second != first
 
 
+def test_a_memory_sees_that_an_image_was_painted_over(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre", retain_ratio=0.25)
+    memory, image = Memory(max_images=2), images[0].copy()
+    first = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8, memory=memory).text
+    image.paste(images[1].resize(image.size))
+    again = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8, memory=memory).text
+    fresh = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8).text
+    assert again == fresh != first
+    copy = images[0].copy()
+    assert ask(model, tokenizer, copy, QUESTIONS[0], max_new_tokens=8, memory=memory).text == first
+    assert memory.prefixes.hits == 1, "equal pixels are the same image"
+
+
+def test_a_memory_serves_one_model(loaded: tuple[Any, Any], images: list[Image.Image]) -> None:
+    tokenizer, model = loaded
+    _, other, _, _ = load_pretrained_model(GOLDEN / "llava-v1.6-tiny")
+    memory = Memory()
+    ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, memory=memory)
+    with pytest.raises(TodreError, match="memory of one model was given to another"):
+        ask(other, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, memory=memory)
+
+
 def test_a_memory_does_not_carry_over_to_another_method(
     loaded: tuple[Any, Any], images: list[Image.Image]
 ) -> None:

@@ -6,9 +6,11 @@ installed. Every option of model and method is a model argument:
     lmms_eval --model llava_todre --tasks pope --batch_size 4 \
         --model_args pretrained=checkpoints/mini,method=todre,retain_ratio=0.1,log_dir=outputs/log
 
-``model`` holds the class, ``arguments`` what stands behind ``--model_args``, ``items`` what one
-call of lmms-eval asks for, ``video`` the frames of a clip, ``log`` the answers that are kept on
-disk, and ``fingerprint`` what they depend on.
+``model`` holds the class, ``arguments`` what stands behind ``--model_args``, ``backend`` the kinds
+of models, ``items`` what one call of lmms-eval asks for, ``grouping`` which documents show the same
+picture, ``ahead`` what is prepared meanwhile, ``video`` the frames of a clip, ``team`` several
+processes with one model, ``log`` the answers that are kept on disk, and ``fingerprint`` what they
+depend on.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def ahead(
     Args:
         make: what to do; its errors are raised where its result is asked for.
         things: for each of them.
-        depth: how many results may wait.
+        depth: how many results are asked for at a time, the next one included.
     """
     remaining = iter(things)
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:

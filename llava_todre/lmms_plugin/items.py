@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.lmms_plugin.video import read_frames
+from llava_todre.model.images import picture_digest
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 _SEARCH = ("num_beams", "repetition_penalty")
@@ -74,7 +75,7 @@ class Batch:
 
     items: tuple[Item, ...]
     asks_again: bool
-    """Whether one of its pictures is asked about more than once in this call."""
+    """Whether it is from data in which several documents show the same picture."""
 
     def name(self, shown: Sequence[Shown]) -> str:
         """Return a hash of everything that is asked."""
@@ -85,7 +86,10 @@ class Batch:
 
 
 def batches_of(
-    items: Iterable[Item], size: int, picture_key: Callable[[Item], str | None]
+    items: Iterable[Item],
+    size: int,
+    picture_key: Callable[[Item], str | None],
+    sharing: Container[tuple[str, str]] = (),
 ) -> list[Batch]:
     """Return batches of items with equal generation arguments, in order.
 
@@ -95,17 +99,18 @@ def batches_of(
         items: all of them.
         size: items of a batch.
         picture_key: what stands for the pictures of an item; None for unknown.
+        sharing: tasks and splits in which several documents show the same picture.
     """
-    groups: dict[str, dict[Any, list[Item]]] = {}
+    groups: dict[Any, dict[Any, list[Item]]] = {}
     for item in items:
-        by_picture = groups.setdefault(_as_json(item.gen_kwargs), {})
+        again = (item.task, item.split) in sharing
+        by_picture = groups.setdefault((again, _as_json(item.gen_kwargs)), {})
         by_picture.setdefault(picture_key(item) or item.key, []).append(item)
     batches = []
-    for by_picture in groups.values():
-        ordered = [(item, len(same) > 1) for same in by_picture.values() for item in same]
+    for (again, _), by_picture in groups.items():
+        ordered = [item for same in by_picture.values() for item in same]
         for start in range(0, len(ordered), size):
-            chosen, again = zip(*ordered[start : start + size], strict=True)
-            batches.append(Batch(chosen, any(again)))
+            batches.append(Batch(tuple(ordered[start : start + size]), again))
     return batches
 
 
@@ -178,14 +183,7 @@ def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Show
             f"document {item.doc_id} of {item.task} shows {len(given)} things of type {kinds}; "
             "allowed: PIL images, one video file, or nothing."
         )
-    return Shown(tuple(given), False, tuple(_digest(picture) for picture in given))
-
-
-def _digest(picture: Image.Image) -> str:
-    digest = hashlib.blake2b(picture.tobytes(), digest_size=12)
-    transparency = picture.info.get("transparency")
-    digest.update(f"{picture.mode} {picture.size} {picture.getpalette()} {transparency}".encode())
-    return digest.hexdigest()
+    return Shown(tuple(given), False, tuple(picture_digest(picture) for picture in given))
 
 
 def _as_json(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import resource
@@ -32,7 +31,7 @@ from llava_todre.lmms_plugin.arguments import (
 )
 from llava_todre.lmms_plugin.backend import load_backend
 from llava_todre.lmms_plugin.fingerprint import fingerprint
-from llava_todre.lmms_plugin.grouping import picture_keys
+from llava_todre.lmms_plugin.grouping import picture_keys, share_pictures
 from llava_todre.lmms_plugin.items import (
     Batch,
     Item,
@@ -204,9 +203,15 @@ class LlavaTodre(lmms):
         """Return what is answered together, questions about one picture side by side."""
         if draws(self.pruner):  # every item has a seed of its own, and so tokens of its own
             return batches_of(items, 1, lambda item: None)
-        key_of = functools.cache(lambda task, split: picture_keys(self.task_dict[task][split]))
+        places = dict.fromkeys((item.task, item.split) for item in items)
+        documents = {place: self.task_dict[place[0]][place[1]] for place in places}
+        keys = {place: picture_keys(each) for place, each in documents.items()}
+        sizes = {place: len(each) for place, each in documents.items()}
         return batches_of(
-            items, self.batch_size, lambda item: key_of(item.task, item.split)(item.doc_id)
+            items,
+            self.batch_size,
+            lambda item: keys[item.task, item.split](item.doc_id),
+            share_pictures(keys, sizes),
         )
 
     def _look_at(self, batch: Batch) -> Look:

@@ -10,6 +10,7 @@ fit and centre the image on it, cut it into tiles of S x S, and put a squeezed t
 from __future__ import annotations
 
 import ast
+import hashlib
 import math
 import os
 import struct
@@ -62,6 +63,14 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise TodreError(f"image {str(path)!r} is not an image Pillow can read.") from error
     except _DECODE_ERRORS as error:
         raise TodreError(f"image {str(path)!r} is damaged or unreadable: {error}") from error
+
+
+def picture_digest(picture: Image.Image) -> str:
+    """Return a hash of the pixels, and of what else decides how they look."""
+    digest = hashlib.blake2b(picture.tobytes(), digest_size=12)
+    transparency = picture.info.get("transparency")
+    digest.update(f"{picture.mode} {picture.size} {picture.getpalette()} {transparency}".encode())
+    return digest.hexdigest()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

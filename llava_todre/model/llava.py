@@ -278,6 +278,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 cache = self.model(inputs_embeds=embeds, use_cache=True).past_key_values
             return tuple((layer.keys, layer.values) for layer in cache.layers)
 
+        prefixes.claim(self)
         embeds, spans, _ = pad_prompts(prompts, "left", by_part=True)
         withdrawal = self._begin(prompts, spans, cached=max(prompt.head for prompt in prompts))
         cache = prefixes.cache(prompts, self.config, compute)
@@ -432,8 +433,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 raise TodreError("inputs is missing; give the token ids together with images.")
             self._last = None
             return super().generate(inputs, **kwargs)
+        stated = kwargs.get("generation_config")
         for option in ("assistant_model", "prefill_chunk_size"):
-            if kwargs.get(option) is not None:
+            if (kwargs.get(option) or getattr(stated, option, None)) is not None:
                 raise TodreError(f"{option} is not supported together with images; leave it out.")
         prompts = self._read_prompts(
             inputs,

@@ -428,6 +428,11 @@ def test_the_bundled_suite_has_ablation_tables_too() -> None:
     found = sheet(mini_runs(), "5", suite="mini")
     assert cells(found, "todre stage 2, tau 0.15")["average"].ours == "75.0"
     assert cells(found, "todre stage 2, tau 0.10")["average"].ours == "not run"
+    both, second = (
+        {row.method for row, _, _ in sheet(mini_runs(), "5", suite="mini", version=version).rows}
+        for version in (None, "v2")
+    )
+    assert both == {"vanilla", "todre", "todre_v1"} and second == {"vanilla", "todre"}
     found = sheet(mini_runs(), "3", suite="mini")
     assert cells(found, "todre 10%")["tflops"].ours == "6.5"
 

@@ -171,6 +171,27 @@ def test_the_store_forgets_what_was_not_asked_about_for_longest(tiny_llava: Mode
         PrefixStore(0)
 
 
+@torch.no_grad()
+def test_a_failure_half_way_leaves_the_store_as_it_was(
+    tiny_llava: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llava("sdpa")
+    visuals = encoded(model)
+    store = PrefixStore(max_prefixes=1)
+    given = batch([[1, -200, 7], [1, -200, 8]], visuals)
+    logits(model, batch([[1, -200, 7]], visuals[:1]), prefixes=store)
+    before = list(store._prefixes)
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        logits(model, given, prefixes=store)
+    assert store._prefixes == before
+    monkeypatch.setattr(model.model, "forward", forward)
+    torch.testing.assert_close(
+        logits(model, given, prefixes=store), logits(model, given), rtol=0, atol=2e-5
+    )
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"num_beams": 2}, {"use_cache": False}, {"num_beams": 2, "num_return_sequences": 2}],
