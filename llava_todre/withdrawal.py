@@ -298,6 +298,9 @@ class Withdrawal:
         def chosen(tensor: Tensor) -> Tensor:  # (..., M, width) -> (..., N, width)
             return tensor.index_select(-2, present) if segment.ragged else tensor
 
+        def held(row: Tensor) -> Tensor:  # (M,) -> (N,)
+            return row.to(device)[present] if segment.ragged else row.to(device)
+
         def whole(states: Tensor) -> Tensor:
             if num_stored:
                 raise TodreError(
@@ -340,19 +343,19 @@ class Withdrawal:
 
         prompt = self.segments[0]
         in_prompt = prompt.present(sample).to(device)  # (L,) columns of layer 0
-        columns = segment.columns[sample].to(device)[present]
+        columns, prompt_kinds = held(segment.columns[sample]), prompt.kinds[sample].to(device)
         embeds = self.prompt_embeds
         assert embeds is not None, "set when the prefill began"
         return LayerView(
             layer=layer,
             num_layers=self.num_layers,
-            kinds=segment.kinds[sample].to(device)[present],
+            kinds=held(segment.kinds[sample]),
             hidden_states=lambda: chosen(whole(output[sample])),
             queries=lambda rows: project(module, "q_proj", hidden, present[rows]),
             keys=functools.cache(keys),
             scaling=module.self_attn.scaling,
-            positions=columns - in_prompt[0],
-            prompt_kinds=prompt.kinds[sample].to(device)[in_prompt],
+            positions=columns - in_prompt[0] if prompt.ragged else columns,
+            prompt_kinds=prompt_kinds[in_prompt] if prompt.ragged else prompt_kinds,
             prompt_embeds=lambda: whole(embeds[sample]).to(device)[in_prompt],
             entered=self.patches[sample],
             attention_ahead=attention_ahead,
