@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,11 @@ def test_the_python_runs(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
     for code in blocks("python"):
-        exec(code, {})
-    assert "of 320" in capsys.readouterr().out
+        exec(code, names)
+    said = capsys.readouterr().out
+    assert "of 320" in said and names["memory"].prefixes.hits == 1
 
 
 def test_the_commands_run(
