@@ -1,4 +1,4 @@
-"""The ``todre`` command: ``todre generate``, ``todre demo``, ``todre list``."""
+"""The ``todre`` command: ``todre generate``, ``convert``, ``demo`` and ``list``."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command", required=True)
     commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
+    commands.add_subcommand("convert", _convert_parser(), help="save in the layout of llava-hf")
     commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
     commands.add_subcommand("list", _Parser(), help="list the pruning methods")
     return parser
@@ -89,6 +90,17 @@ def _generate_parser() -> ArgumentParser:
     add("--attn-implementation", default="sdpa", help="eager, sdpa or flash_attention_2")
     add("--picture", type=str | None, metavar="PNG", help="draw the kept tokens here")
     add("--json", action="store_true", help="print one JSON object instead of text")
+    return parser
+
+
+def _convert_parser() -> ArgumentParser:
+    parser = _Parser(description="Save a checkpoint in the layout that transformers' classes read.")
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint: a folder or a hub id, original or llava-hf")
+    add("--revision", type=str | None, help="revision of a hub id")
+    add("--out", required=True, help="a new or empty folder")
+    add("--template", default="vicuna_v1", help="conversation template, for the processor")
+    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     return parser
 
 
@@ -184,6 +196,17 @@ def _generate(options: Namespace) -> None:
     print(json.dumps(report) if options.json else _as_text(report))
 
 
+def _convert(options: Namespace) -> None:
+    from llava_todre.model.export_hf import save_as_hf
+    from llava_todre.model.load import load_pretrained_model
+
+    tokenizer, model, _, _ = load_pretrained_model(
+        options.model, revision=options.revision, dtype=options.dtype, device="cpu"
+    )
+    save_as_hf(model, tokenizer, Path(options.out), options.template)
+    print(f"{options.out}: {type(model).__name__} as AutoModelForImageTextToText reads it")
+
+
 def _save(picture: Any, path: str) -> None:
     try:
         picture.save(path)
@@ -255,7 +278,7 @@ def _list(options: Namespace) -> None:
     print(COMBINATION)
 
 
-_COMMANDS = {"generate": _generate, "demo": _demo, "list": _list}
+_COMMANDS = {"generate": _generate, "convert": _convert, "demo": _demo, "list": _list}
 
 
 if __name__ == "__main__":
