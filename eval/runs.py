@@ -22,6 +22,7 @@ import yaml
 
 from eval.suites import Suite, load_suite
 from llava_todre.errors import TodreError, unknown
+from llava_todre.lmms_plugin.arguments import BACKENDS
 from llava_todre.model.convert import PROTOCOLS
 from llava_todre.model.placement import ATTENTION, DTYPES, TP_PLANS, spreads
 from llava_todre.model.prompt import conv_templates
@@ -38,6 +39,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "device_map": None,
     "tp_plan": None,
     "attn_implementation": "sdpa",
+    "backend": "auto",
     "template": "vicuna_v1",
     "max_new_tokens": 1024,
     "clip_text": None,
@@ -47,6 +49,7 @@ _ALLOWED = {
     "dtype": ("auto", *DTYPES),
     "protocol": tuple(PROTOCOLS),
     "attn_implementation": ATTENTION,
+    "backend": BACKENDS,
     "template": tuple(conv_templates),
 }
 _WEIGHTS = ("*.json", "*.safetensors", "*.bin", "*.model")
@@ -125,6 +128,8 @@ class Run:
         measured = [(m.key, m.tasks, m.metric, m.frames) for m in self.suite.benchmarks]
         model = {**self.config()["model"], "device_map": None}  # where it computes is not what
         del model["tp_plan"]
+        if model["backend"] == "auto":  # what it was before there was a choice
+            del model["backend"]
         everything = {**self.config(), "model": model, "options": knobs, "benchmarks": measured}
         text = json.dumps(everything, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -146,6 +151,8 @@ class Run:
             "max_frames": frames.pop() if frames else None,
             "log_dir": log_dir,
         }
+        if arguments["backend"] == "auto":
+            del arguments["backend"]
         given = {key: value for key, value in arguments.items() if value is not None}
         return ",".join(f"{key}={_as_argument(value)}" for key, value in given.items())
 

@@ -8,10 +8,9 @@ from typing import Any
 from llava_todre.errors import TodreError, unknown
 from llava_todre.generate import Answer, Memory, Request, answer, prepare
 from llava_todre.hf.stock import StockModel, load_stock_model, runs_as_stock
+from llava_todre.lmms_plugin.arguments import BACKENDS
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
-
-BACKENDS = ("auto", "llava", "transformers")
 
 
 class OurBackend:

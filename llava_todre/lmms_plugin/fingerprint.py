@@ -41,20 +41,29 @@ def fingerprint(
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = {
         "settings": dict(settings),
         "weights": weights_digest(model),
         "config": _digest(json.dumps(config, sort_keys=True, default=str)),
         "generation_config": _digest(str(model.generation_config)),
         "image_processor": _digest(str(processor)),
-        "tokenizer": _digest(words),
+        "tokenizer": _digest(_words(tokenizer)),
         "source": _source_digest(),
         "versions": _versions(),
         "device": model.device.type,
     }
     return _digest(json.dumps(parts, sort_keys=True, default=str)), parts
+
+
+def _words(tokenizer: Any) -> str:
+    """Return all that a tokenizer knows, without what its last call left in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    known = json.loads(backend.to_str())
+    for key in ("padding", "truncation"):
+        known.pop(key, None)
+    return json.dumps(known, sort_keys=True)
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 
+from llava_todre.cli import main
 from llava_todre.errors import TodreError
 from llava_todre.generate import Request, answer
+from llava_todre.hf.stock import StockModel
 from llava_todre.lmms_plugin import NAME
 from llava_todre.lmms_plugin.arguments import build_pruner, draws, item_seed, option, with_seed
 from llava_todre.lmms_plugin.fingerprint import fingerprint
@@ -159,6 +161,38 @@ def test_other_kinds_of_tasks_are_refused(call):
 
 
 # ---------------------------------------------------------------------- answers
+
+
+def test_a_stock_model_answers_as_ours_and_goes_on_where_it_stopped(
+    documents, tmp_path, monkeypatch
+):
+    folder = tmp_path / "hf"
+    assert main(["convert", "--model", MINI, "--out", str(folder)]) == 0
+    pictures = [0, 1, 2, 4, 5]  # a processor of videos needs torchvision
+    stock = {"pretrained": str(folder), "backend": "transformers", "log_dir": tmp_path / "log"}
+    for batch_size in (1, 3):
+        ours = build(documents, batch_size=batch_size)
+        expected = ours.generate_until(requests_for(documents, pictures))
+        theirs = build(documents, batch_size=batch_size, **stock)
+        assert isinstance(theirs.model, StockModel)
+        assert theirs.generate_until(requests_for(documents, pictures)) == expected
+    monkeypatch.setattr(StockModel, "answer", lambda *_, **__: 1 / 0)
+    assert theirs.generate_until(requests_for(documents, pictures)) == expected, "from the log"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "both"}, "backend 'both' is unknown"),
+        ({"backend": "transformers", "protocol": "paper"}, "protocol 'paper' is an option of our"),
+        ({"backend": "transformers", "clip_text": "x"}, "clip_text 'x' is an option of our own"),
+        ({"backend": "transformers"}, "does not load"),
+    ],
+)
+def test_options_of_one_backend_are_refused_by_the_other(arguments, message):
+    with pytest.raises(TodreError, match=message) as caught:
+        plugin.LlavaTodre(pretrained=MINI, **arguments)
+    assert "\n" not in str(caught.value)
 
 
 def test_answers_are_those_of_the_library_in_the_order_of_the_requests(documents, clip):

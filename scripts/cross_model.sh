@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# The second paper's table of other models: Qwen2.5-VL-7B over image and video benchmarks.
+# GPUS=0,1,..  LIMIT=items per task  MODEL=name or path  SUITE=one of both  OUT=folder; arguments go
+# to `python -m eval run`.
+set -euo pipefail
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+out="${OUT:-outputs/cross_model}"
+for suite in ${SUITE:-image video}; do
+  "${PYTHON:-python}" -m eval run configs/runs/cross_model.yaml --out "$out" --set "suite=$suite" \
+    ${GPUS:+--gpus "$GPUS"} ${LIMIT:+--limit "$LIMIT"} ${MODEL:+--set "model=$MODEL"} "$@"
+done
+has_results "$@" || exit 0
+"${PYTHON:-python}" -m eval table cross_model --results "$out"
