@@ -82,8 +82,9 @@ def _generate_parser() -> ArgumentParser:
     add("--retain-tokens", type=int | None, help="number kept per image, instead of the ratio")
     add("--option", nargs="+", default=[], metavar="KEY=VALUE", help="other options of the method")
     add("--clip-text", type=str | None, help="CLIP checkpoint, for methods that read the question")
+    add("--backend", default="auto", help="llava: our class; transformers: its own; auto: by model")
     add("--protocol", default="native", help="native, or paper (2x2 grid, no unpadding, 2880)")
-    add("--template", default="vicuna_v1", help="conversation template")
+    add("--template", default="vicuna_v1", help="conversation template, of our class")
     add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
     add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     add("--device-map", type=str | None, help="e.g. auto, cpu, cuda:0 (default: GPU if any)")
@@ -156,6 +157,7 @@ def _read_method_file(path: Path) -> dict[str, Any]:
 def _generate(options: Namespace) -> None:
     from llava_todre.flops import decoder_prefill_flops
     from llava_todre.generate import Request, answer
+    from llava_todre.hf.stock import load_stock_model, uses_stock
     from llava_todre.model.images import load_image
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import create_pruner
@@ -166,25 +168,36 @@ def _generate(options: Namespace) -> None:
     method, knobs = method_options(options)
     pruner = create_pruner(method, **knobs)
     images = [load_image(path) for path in options.image]
-    tokenizer, model, _, _ = load_pretrained_model(
-        options.model,
-        revision=options.revision,
-        dtype=options.dtype,
-        device_map=options.device_map,
-        attn_implementation=options.attn_implementation,
-        protocol=options.protocol,
-    )
-    if options.clip_text:
-        model.load_clip_text(options.clip_text)
-    model.set_pruner(pruner)
-    result = answer(
-        model,
-        tokenizer,
-        [Request(options.question, images, options.video)],
-        template=options.template,
-        max_new_tokens=options.max_new_tokens,
-        timed=True,
-    )[0]
+    loading = {
+        "revision": options.revision,
+        "dtype": options.dtype,
+        "device_map": options.device_map,
+        "attn_implementation": options.attn_implementation,
+    }
+    request = Request(options.question, images, options.video)
+    model: Any
+    if uses_stock(options.backend, options.model, options.revision):
+        for key in ("picture", "clip_text"):
+            if options[key]:
+                raise TodreError(f"{key} is for our own class, which does not run this model.")
+        model = load_stock_model(options.model, **loading)
+        model.set_pruner(pruner)
+        (result,) = model.answer([request], max_new_tokens=options.max_new_tokens)
+    else:
+        tokenizer, model, _, _ = load_pretrained_model(
+            options.model, protocol=options.protocol, **loading
+        )
+        if options.clip_text:
+            model.load_clip_text(options.clip_text)
+        model.set_pruner(pruner)
+        (result,) = answer(
+            model,
+            tokenizer,
+            [request],
+            template=options.template,
+            max_new_tokens=options.max_new_tokens,
+            timed=True,
+        )
     if options.picture:
         _save(picture_of(images, result.stats, model), options.picture)
     report = {"answer": result.text, "method": method, **result.stats.as_dict()}

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from llava_todre.errors import TodreError
+from llava_todre.errors import TodreError, unknown
 from llava_todre.flops import DecoderShape
 from llava_todre.generate import Answer, Request
 from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
-from llava_todre.hf.families import family_of
+from llava_todre.hf.families import FAMILIES, family_of
 from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import load_image
 from llava_todre.model.placement import (
@@ -27,6 +28,9 @@ from llava_todre.model.placement import (
 )
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
+
+BACKENDS = ("auto", "llava", "transformers")
+"""Which class runs a model: ours, the one of transformers, or whichever fits."""
 
 
 class StockModel:
@@ -187,6 +191,22 @@ def load_stock_model(
     return StockModel(model.eval(), processor)
 
 
+def uses_stock(backend: str, path: str, revision: str | None = None) -> bool:
+    """Return whether transformers' own class is to run a checkpoint.
+
+    Args:
+        backend: llava, transformers, or auto: :func:`runs_as_stock` decides.
+        path: folder or hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        TodreError: another backend.
+    """
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS)
+    return backend == "transformers" or (backend == "auto" and runs_as_stock(path, revision))
+
+
 def runs_as_stock(path: str, revision: str | None = None) -> bool:
     """Return whether a checkpoint is one that only transformers' own classes run.
 
@@ -196,6 +216,7 @@ def runs_as_stock(path: str, revision: str | None = None) -> bool:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError):
         return False  # ours says what is wrong
+    stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(raw.get("model_type", ""))
     decoder = raw.get("text_config", {}).get("model_type", "llama")
-    known = ("llava", "llava_next", "llava_llama", "llava_mistral")
-    return raw.get("model_type") not in known or decoder not in ("llama", "mistral")
+    is_ours = raw.get("model_type") in ("llava", "llava_next") and decoder in ("llama", "mistral")
+    return not is_ours and any(stock in family.models for family in FAMILIES)

@@ -18,9 +18,6 @@ from llava_todre.errors import TodreError, unknown
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.pruners.base import require_int
 
-BACKENDS = ("auto", "llava", "transformers")
-"""Which class runs a model: ours, the one of transformers, or whichever fits."""
-
 _STAGES = ("before.", "inside.")
 
 

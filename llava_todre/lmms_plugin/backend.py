@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import TodreError
 from llava_todre.generate import Answer, Memory, Request, answer, prepare
-from llava_todre.hf.stock import StockModel, load_stock_model, runs_as_stock
-from llava_todre.lmms_plugin.arguments import BACKENDS
+from llava_todre.hf.stock import StockModel, load_stock_model, uses_stock
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 
@@ -88,11 +87,7 @@ def load_backend(
     Raises:
         TodreError: an unknown name, an option of the other kind, or a checkpoint that is not one.
     """
-    if name not in BACKENDS:
-        raise unknown("backend", name, BACKENDS)
-    if name == "llava" or not (
-        name == "transformers" or runs_as_stock(pretrained, loading["revision"])
-    ):
+    if not uses_stock(name, pretrained, loading["revision"]):
         tokenizer, model, _, _ = load_pretrained_model(pretrained, protocol=protocol, **loading)
         if clip_text is not None:
             model.load_clip_text(clip_text)

@@ -74,6 +74,24 @@ def check(ours: Answer, theirs: Answer) -> None:
     assert [p.dropped for p in ours.stats.probes] == [p.dropped for p in theirs.stats.probes]
 
 
+def test_the_command_line_asks_either_class(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(MINI / "examples" / "scene_0.png")
+    fixed = ["generate", "--image", image, "--question", "What does the sign say?", "--json"]
+    reports = []
+    for model, backend in ((MINI, "auto"), (folder, "transformers"), (folder, "llava")):
+        capsys.readouterr()
+        assert main([*fixed, "--model", str(model), "--backend", backend]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    for report in reports[1:]:
+        assert report["answer"] == "3 4 4" and report["keep_idx"] == reports[0]["keep_idx"]
+        assert report["visual_tokens_per_layer"] == reports[0]["visual_tokens_per_layer"]
+    picture = ["--picture", "x.png", "--backend", "transformers"]
+    assert main([*fixed, "--model", str(folder), *picture]) == 1
+    assert "picture is for our own class" in capsys.readouterr().err
+
+
 def test_a_mixed_batch_has_text_several_images_and_places_of_its_own(
     stock: StockModel, ours: tuple[Any, Any]
 ) -> None:
