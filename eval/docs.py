@@ -1,6 +1,7 @@
 """Write ``docs/methods.md`` from the registry, a template and the stored results.
 
-``docs/performance.md`` is written along with it, see :mod:`eval.performance`.
+``docs/performance.md`` and ``docs/models.md`` are written along with it, see
+:mod:`eval.performance` and :mod:`eval.models_doc`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eval import performance
+from eval import models_doc, performance
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
 from llava_todre.intervals import difference
@@ -129,7 +130,8 @@ def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[i
 
 
 def _pages() -> dict[Path, str]:
-    return {PAGE: render(), performance.PAGE: performance.render()}
+    pages = {models_doc.PAGE: models_doc.render(), performance.PAGE: performance.render()}
+    return {PAGE: render(), **pages}
 
 
 def write_docs() -> int:

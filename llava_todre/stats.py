@@ -31,9 +31,10 @@ class ImageStats:
     """Stage 1 on one image or video."""
 
     patches: Tensor
-    """(N,) int64: patch tokens that would have reached the decoder, as view * side**2 + patch."""
+    """(N,) int64: patch tokens that would have reached the decoder, as view * side**2 +
+    row * side + column."""
     side: int
-    """Patches per row and column of a view."""
+    """Patches per row and column of a view; of one that is not square, of the square around it."""
     keep_idx: Tensor
     """(K,) int64, ascending, into ``patches``: the ones that did."""
     num_newlines: int = 0

@@ -90,4 +90,4 @@ def test_links_lead_somewhere() -> None:
 def test_table_and_list_are_current_and_the_page_is_short() -> None:
     assert readme() == README, "run `make readme`"
     assert tables() == TABLES.read_text(), "run `make readme`"
-    assert len(README.splitlines()) < 170
+    assert len(README.splitlines()) < 180

@@ -41,8 +41,11 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
             f"options {', '.join(knobs)} beside a method object; allowed: set them on the object."
         )
     pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
-    attachment = Attachment(model, pruner)
-    model.__dict__.setdefault(_STACK, []).append(attachment)
+    stack = model.__dict__.get(_STACK, [])
+    attachment = Attachment(
+        model, pruner, stack[0].own if stack else getattr(model, "generate", None)
+    )
+    model.__dict__[_STACK] = [*stack, attachment]
     model.__dict__["generate"] = attachment.generate
     return pruner
 
@@ -53,12 +56,13 @@ def detach(model: Any) -> None:
     Raises:
         TodreError: nothing is attached.
     """
-    stack = _stack(model)
-    stack.pop()
-    if stack:
-        model.__dict__["generate"] = stack[-1].generate
-    else:
-        del model.__dict__["generate"], model.__dict__[_STACK]
+    *earlier, last = _stack(model)
+    if earlier:
+        model.__dict__.update({_STACK: earlier, "generate": earlier[-1].generate})
+        return
+    del model.__dict__["generate"], model.__dict__[_STACK]
+    if model.generate != last.own:  # someone else had replaced it
+        model.__dict__["generate"] = last.own
 
 
 @contextmanager

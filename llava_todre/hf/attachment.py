@@ -5,7 +5,7 @@ Symbols: B batch, L prompt length, M prompt length after pruning, D decoder widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,12 @@ from transformers.cache_utils import DynamicCache
 from llava_todre.errors import TodreError
 from llava_todre.hf.capture import Captured, capture, decoder_of
 from llava_todre.hf.decoder import withdrawing
-from llava_todre.hf.families import Family, family_of
+from llava_todre.hf.deepstack import adding
+from llava_todre.hf.families import family_of
+from llava_todre.hf.family import STATES, Family
 from llava_todre.hf.layout import Layout
 from llava_todre.pruners import Pruner, Selection
-from llava_todre.spans import Kind, Spans, VisualTokens
+from llava_todre.spans import Kind, Spans, VisualTokens, is_visual
 from llava_todre.stats import ImageStats, PruneStats
 from llava_todre.withdrawal import Withdrawal
 
@@ -29,8 +31,18 @@ _PLACEHOLDERS = {
     "image": ("image_token_id", "image_token_index"),
     "video": ("video_token_id", "video_token_index"),
 }
+_MANY = 10**9  # visual tokens: more than any image has
 _NOTHING = Layout.of_slots(torch.empty(0, dtype=torch.int64), 0, 1)
-_REFUSED = ("assistant_model", "prefill_chunk_size", "cache_implementation", "past_key_values")
+_REFUSED = (
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "use_mtp",
+    "prefill_chunk_size",
+    "past_key_values",
+    "custom_generate",
+)
+_REFUSED_INSIDE = ("cache_implementation",)  # together with a method inside the decoder
 
 
 @dataclass(frozen=True)
@@ -59,25 +71,52 @@ class _Prompt:
     images: tuple[ImageStats, ...]
 
 
+class _Streamer:
+    """Passes on what is generated, behind the prompt as it was given."""
+
+    def __init__(self, streamer: Any, prompt: Tensor) -> None:
+        self.streamer = streamer
+        self.ahead = [prompt.cpu()]
+
+    def put(self, value: Tensor) -> None:
+        self.streamer.put(self.ahead.pop() if self.ahead else value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
 class Attachment:
     """A method at work on a model."""
 
-    def __init__(self, model: Any, pruner: Pruner) -> None:
+    def __init__(self, model: Any, pruner: Pruner, own: Any) -> None:
         """Check that the method and the model fit each other.
+
+        Args:
+            model: a model of transformers.
+            pruner: the method.
+            own: the model's ``generate`` without any method.
 
         Raises:
             TodreError: the model's family is not supported, or cannot give what the method needs.
         """
-        self.model, self.pruner = model, pruner
+        self.model, self.pruner, self.own = model, pruner, own
         self.family: Family = family_of(model)
         for need in pruner.needs:
             quantity = need[0] if isinstance(need, tuple) else need
-            served = self.family.quantities | {"text_embeds"}
+            served = self.family.served
             if quantity not in served:
                 raise TodreError(
                     f"{type(pruner).__name__} needs {quantity}, which models of the family "
                     f"{self.family.name} do not give; allowed needs: {', '.join(sorted(served))}."
                 )
+        deep = self.family.deep_layers(model)
+        probes = pruner.probe_layers(decoder_of(model).config.num_hidden_layers)
+        if probes and min(probes) < deep:
+            raise TodreError(
+                f"{type(pruner).__name__} drops tokens after decoder layer {min(probes)}, but the "
+                f"family {self.family.name} adds image features to them up to layer {deep - 1}; "
+                f"allowed: after layer {deep} or later."
+            )
         self.last_stats: tuple[PruneStats, ...] = ()
         """What happened to each sample of the last call."""
 
@@ -85,50 +124,86 @@ class Attachment:
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Do what the model's own ``generate`` does, with fewer visual tokens."""
-        own = type(self.model).generate.__get__(self.model)
-        ids = kwargs.get("input_ids") if inputs is None else inputs
         self.last_stats = ()
-        shows = any(kwargs.get(key) is not None for key in self.family.inputs)
+        ids = kwargs.get("input_ids") if inputs is None else inputs
         layers = decoder_of(self.model).config.num_hidden_layers
-        if ids is None or kwargs.get("inputs_embeds") is not None:
-            return own(inputs, **kwargs)
-        mask = kwargs.get("attention_mask")
-        real = torch.ones_like(ids).bool() if mask is None else mask.bool()
-        if not shows:
-            self.last_stats = _untouched(real, [[] for _ in ids], layers)
-            return own(inputs, **kwargs)
         probes = self.pruner.probe_layers(layers)
+        if ids is None or kwargs.get("inputs_embeds") is not None:
+            return self.own(inputs, **kwargs)
+        mask = kwargs.get("attention_mask")
+        real = self._real(ids, kwargs) if mask is None else mask.bool()
+        if all(kwargs.get(key) is None for key in self.family.inputs):
+            if probes or self.pruner.will_select(_MANY):
+                self._refuse(("past_key_values",), kwargs)  # it may be that of a pruned call
+            self.last_stats = _untouched(real, [[] for _ in ids], layers)
+            return self.own(inputs, **kwargs)
         if not probes and not self._selects(ids):
             self.last_stats = _untouched(real, self._visuals(ids, real, kwargs), layers)
-            return own(inputs, **kwargs)
-        for key in _REFUSED:
-            if kwargs.get(key) is not None:
-                raise TodreError(f"{key} is not supported together with pruning; leave it out.")
-        if kwargs.get("use_cache") is False and probes:
-            raise TodreError(
-                "use_cache False is not supported with pruning inside the decoder; allowed: True, "
-                "or a method that only selects."
-            )
+            return self.own(inputs, **kwargs)
+        self._check(kwargs, inside=bool(probes))
         for key in ("input_ids", "attention_mask"):
             kwargs.pop(key, None)
         with torch.no_grad():
-            return self._generate(own, ids, real, kwargs)
+            return self._generate(ids, real, kwargs)
 
     def _selects(self, ids: Tensor) -> bool:
         lengths = (ids[:, :, None] == self._placeholder_ids(ids)).any(-1).sum(dim=1)
         # A budget that keeps the visual tokens of a whole prompt keeps those of each image.
         return any(self.pruner.will_select(int(length)) for length in lengths)
 
-    def _generate(self, own: Any, ids: Tensor, real: Tensor, kwargs: dict[str, Any]) -> Any:
+    def _refuse(self, keys: Iterable[str], kwargs: Mapping[str, Any]) -> None:
+        for key in keys:
+            if self._setting(key, kwargs) not in (None, False):
+                raise TodreError(f"{key} is not supported together with pruning; leave it out.")
+
+    def _check(self, kwargs: Mapping[str, Any], inside: bool) -> None:
+        """Refuse what would be answered wrongly.
+
+        Args:
+            kwargs: arguments of ``generate``.
+            inside: whether the method works inside the decoder.
+        """
+        if self.model.training:
+            raise TodreError("a model in training mode is not pruned; call model.eval() first.")
+        self._refuse((*_REFUSED, *(_REFUSED_INSIDE if inside else ())), kwargs)
+        if inside and self._setting("use_cache", kwargs) is False:
+            raise TodreError(
+                "use_cache False is not supported with pruning inside the decoder; allowed: True, "
+                "or a method that only selects."
+            )
+        if inside and any(DynamicCache(config=decoder_of(self.model).config).is_sliding):
+            raise TodreError(
+                "a decoder with sliding_window cannot drop tokens per layer; allowed: a method "
+                "that only selects."
+            )
+
+    def _setting(self, key: str, kwargs: Mapping[str, Any]) -> Any:
+        """Return what ``generate`` takes for ``key``: its argument, or what configurations say."""
+        for source in (kwargs.get("generation_config"), self.model.generation_config):
+            if kwargs.get(key) is None and getattr(source, key, None) is not None:
+                return getattr(source, key)
+        return kwargs.get(key)
+
+    def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return (B, L) bool, which tokens count when no mask is given, as transformers does."""
+        pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
+        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+            return torch.ones_like(ids, dtype=torch.bool)
+        return ids != pad
+
+    def _generate(self, ids: Tensor, real: Tensor, kwargs: dict[str, Any]) -> Any:
         needs = [need for need in self.pruner.needs if isinstance(need, tuple)]
+        if "vision_features" in self.pruner.needs:
+            assert self.family.feature_layer is not None, "checked when it was attached"
+            needs.append((STATES, self.family.feature_layer(self.model)))
         given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
+        visuals = self._visuals(ids, real, given)
         captured = capture(self.model, self.family, given, needs)
-        visuals = self._visuals(ids, real, kwargs)
         prompts = [
             self._prune(row, ids, real, captured, of_row) for row, of_row in enumerate(visuals)
         ]
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
-        short, spans = _left_padded(prompts, ids, self._pad_id())
+        short, spans = _left_padded(prompts, ids, self._pad_id(kwargs))
         decoder = decoder_of(self.model)
         withdrawal = Withdrawal(self.pruner, spans, decoder.config.num_hidden_layers)
         if captured.position_ids is not None:
@@ -137,14 +212,20 @@ class Attachment:
             cache = DynamicCache(config=decoder.config)
             cache.withdrawal = withdrawal
             short["past_key_values"] = cache
+        if kwargs.get("streamer") is not None:
+            settings["streamer"] = _Streamer(kwargs["streamer"], ids)
         removed = ids.shape[1] - short["input_ids"].shape[1]
-        for key in ("max_length", "min_length"):
-            if settings.get(key) is not None:
-                settings[key] = max(1, settings[key] - removed)
+        for key, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = self._setting(key, kwargs)
+            if length is not None and self._setting(new, kwargs) is None:
+                settings[key] = max(1, length - removed)
         with ExitStack() as stack:
             if withdrawal.probe_layers:
                 stack.enter_context(withdrawing(decoder))
-            output = own(**short, **settings)
+            if captured.deepstack is not None:
+                kept = _deep_features(captured, prompts)
+                stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
+            output = self.own(**short, **settings)
         self.last_stats = _stats(prompts, withdrawal)
         return _with_whole_prompt(output, ids, short["input_ids"].shape[1])
 
@@ -238,8 +319,23 @@ class Attachment:
         layout, device = visual.layout, embeds.device
 
         def of_tokens(measured: Tensor) -> Tensor:  # mean over the patches under a token
-            return measured[visual.patches][layout.sources.to(measured.device)].mean(dim=1)
+            patches = measured[visual.patches][layout.sources.to(measured.device)]  # (N, C, ...)
+            if layout.weights is None:
+                return patches.mean(dim=1)
+            weights = layout.weights.to(patches)
+            return torch.einsum("nc,nc...->n...", weights, patches)
 
+        measured = dict(captured.measured)
+        given: dict[str, Any] = {}
+        for need in [need for need in measured if need[0] == STATES]:
+            states = measured.pop(need)  # (views of all images, 1 + P, W)
+            num_patches = states.shape[1] - 1
+            views = slice(visual.patches.start // num_patches, visual.patches.stop // num_patches)
+            given = {
+                "vision_features": of_tokens(states[:, 1:].flatten(0, 1)).to(device),
+                "cls_features": states[views, 0].to(device),
+                "project": self.model.model.multi_modal_projector,
+            }
         return VisualTokens(
             features=embeds[visual.columns[~layout.is_newline]],
             view=layout.view.to(device),
@@ -247,13 +343,14 @@ class Attachment:
             column=layout.column.to(device),
             is_video=layout.is_video,
             grid=layout.grid,
-            vision={need: of_tokens(value).to(device) for need, value in captured.measured.items()},
+            vision={need: of_tokens(value).to(device) for need, value in measured.items()},
             text_embeds=text if "text_embeds" in self.pruner.needs else None,
+            **given,
         )
 
-    def _pad_id(self) -> int:
-        config = self.model.generation_config
-        pad = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+    def _pad_id(self, kwargs: Mapping[str, Any]) -> int:
+        pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
+        pad = eos if pad is None else pad
         return int(pad[0] if isinstance(pad, list) else pad or 0)
 
 
@@ -326,6 +423,16 @@ def _positions(position_ids: Tensor, prompts: list[_Prompt]) -> Tensor:
     plain = [torch.arange(len(prompt.columns), device=kept.device) for prompt in prompts]
     counted = pad_sequence(plain, True, 0, padding_side="left")
     return torch.cat([counted[None], kept.permute(2, 0, 1)])
+
+
+def _deep_features(captured: Captured, prompts: list[_Prompt]) -> list[Tensor]:
+    """Return what is added behind the first decoder layers, for the kept tokens of all samples."""
+    assert captured.deepstack is not None and captured.deepstack_at is not None
+    stays = torch.zeros_like(captured.deepstack_at)
+    for row, prompt in zip(stays, prompts, strict=True):
+        row[prompt.columns] = True
+    kept = stays[captured.deepstack_at]
+    return [features[kept.to(features.device)] for features in captured.deepstack]
 
 
 def _with_whole_prompt(output: Any, ids: Tensor, short: int) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava_todre.errors import TodreError
-from llava_todre.hf.families import Family
+from llava_todre.hf.family import STATES, Family
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Captured:
     """(3 or 4, B, L) where the model has positions in space (M-RoPE)."""
     deepstack: list[Tensor] | None
     """Features added behind the first decoder layers: (visual tokens of the batch, D) each."""
+    deepstack_at: Tensor | None
+    """(B, L) bool, the positions they are added to."""
     measured: dict[tuple[str, int | float], Tensor]
     """(patches of all images, then of all videos, ...) for each (quantity, layer) asked for."""
 
@@ -49,7 +51,8 @@ def capture(
         model: a model of the family.
         family: its family.
         inputs: arguments of ``generate``.
-        needs: (quantity, layer) pairs to measure in the tower.
+        needs: (quantity, layer) pairs to measure in the tower; the quantity ``STATES`` is what
+            enters that layer, as it is.
 
     Raises:
         TodreError: a layer that the tower does not have.
@@ -61,13 +64,14 @@ def capture(
         taken = stack.enter_context(_recorded(decoder_of(model)))
         for need, found in measured.items():
             stack.enter_context(_measured(family, model, need, found))
-        model.model(**given, use_cache=False)
+        model.model(**(given | {"use_cache": False}))
     positions = taken.get("position_ids")
     return Captured(
         taken["inputs_embeds"],
         positions if positions is not None and positions.ndim == 3 else None,
         taken.get("deepstack_visual_embeds"),
-        {need: torch.cat(found) for need, found in measured.items()},
+        taken.get("visual_pos_masks"),
+        {need: torch.cat(found) for need, found in measured.items() if found},
     )
 
 
@@ -96,7 +100,7 @@ def _recorded(decoder: Any) -> Iterator[dict[str, Any]]:
 def _measured(
     family: Family, model: Any, need: tuple[str, int | float], found: list[Tensor]
 ) -> Iterator[None]:
-    """Measure one quantity whenever a layer of the tower is about to run."""
+    """Measure one quantity, or its proxy, whenever a layer of the tower is about to run."""
     quantity, depth = need
     layers = family.tower_layers(model)
     is_depth = isinstance(depth, float) and 0 < depth < 1
@@ -106,10 +110,15 @@ def _measured(
             f"vision layer {depth} (for {quantity}) is out of range; allowed: {-len(layers)} to "
             f"{len(layers) - 1}."
         )
+    quantity = family.proxies.get(quantity, quantity)
+    index = family.measured_at(model, quantity, index % len(layers))
 
     def measure(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        found.append(family.measure(quantity, layer, hidden))
+        if quantity == STATES:
+            found.append(hidden)
+        else:
+            found.append(family.measure(quantity, layer, hidden, kwargs))
 
     handle = layers[index].register_forward_pre_hook(measure, with_kwargs=True)
     try:

@@ -34,10 +34,12 @@ class Layout:
     num_patches: int
     """Patches that the tower computes for this image, padding included."""
     side: int
-    """Tokens in a row of a view."""
+    """Tokens in a row of a view; where views are not square, in the longer of row and column."""
     is_video: bool = False
     grid: Size | None = None
     """(columns, rows) of the crops, if any."""
+    weights: Tensor | None = None
+    """(N, C) share of each of ``sources`` in a token; equal ones by default."""
 
     def __len__(self) -> int:
         return len(self.is_newline)
@@ -78,6 +80,32 @@ class Layout:
             side=side,
             is_video=is_video,
             grid=grid,
+        )
+
+    @classmethod
+    def of_views(
+        cls, views: Tensor, rows: int, columns: int, sources: Tensor, is_video: bool = False
+    ) -> Layout:
+        """Return the layout of whole views of ``rows`` x ``columns`` tokens, without newlines.
+
+        Args:
+            views: (V,) int64 what number each view has, in the order in which they stand.
+            rows: tokens per column of a view.
+            columns: tokens per row of a view.
+            sources: (V * rows * columns, C) patches of the tower under each token.
+            is_video: whether the views are frames.
+        """
+        patch = torch.arange(rows * columns).repeat(len(views))
+        return cls(
+            is_newline=torch.zeros(len(patch), dtype=torch.bool),
+            line=torch.full_like(patch, -1),
+            view=views.repeat_interleave(rows * columns),
+            row=patch // columns,
+            column=patch % columns,
+            sources=sources,
+            num_patches=sources.numel(),
+            side=max(rows, columns),
+            is_video=is_video,
         )
 
     def keep(self, kept: Tensor) -> Tensor:

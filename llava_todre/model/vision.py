@@ -164,13 +164,21 @@ def cls_attention_unsplit(layer: Any, hidden: Tensor) -> Tensor:
 
 def received_attention(layer: Any, hidden: Tensor) -> Tensor:
     """Return (V, P) attention that patches receive, mean over heads and all queries."""
+    return attention_received(layer, hidden)[:, 1:]
+
+
+def attention_received(layer: Any, hidden: Tensor) -> Tensor:
+    """Return (V, tokens) attention that the tokens of ``hidden`` (V, tokens, W) receive.
+
+    Mean over heads and all queries.
+    """
     queries, keys = _heads(layer, hidden, "q_proj"), _heads(layer, hidden, "k_proj")
     scale = queries.shape[-1] ** -0.5
     maps = (  # view by view: a whole map is H x 577 x 577 for CLIP-L
         (query @ key.transpose(1, 2) * scale).softmax(dim=-1).mean(dim=(0, 1))
         for query, key in zip(queries, keys, strict=True)
     )
-    return torch.stack(list(maps))[:, 1:]
+    return torch.stack(list(maps))
 
 
 def keys(layer: Any, hidden: Tensor) -> Tensor:
@@ -199,10 +207,15 @@ def _cls_logits(layer: Any, hidden: Tensor) -> Tensor:
     """
     attention, states = layer.self_attn, layer.layer_norm1(hidden)  # (V, 1 + P, W)
     heads, projection = attention.num_heads, attention.k_proj
+    if not isinstance(projection, nn.Linear):  # a norm follows it, which does not carry
+        query, keys = _heads(layer, hidden[:, :1], "q_proj"), _heads(layer, hidden, "k_proj")
+        return (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5)[:, :, 0]
     query = attention.q_proj(states[:, 0]).float().unflatten(-1, (heads, -1))  # (V, H, E)
     query = query * query.shape[-1] ** -0.5
     weight = projection.weight.float().unflatten(0, (heads, -1))  # (H, E, W)
-    bias = projection.bias.float().unflatten(0, (heads, -1))  # (H, E)
     carried = torch.einsum("vhe,hew->vhw", query, weight)
-    constant = torch.einsum("vhe,he->vh", query, bias)
-    return carried @ states.float().transpose(1, 2) + constant[..., None]
+    logits = carried @ states.float().transpose(1, 2)
+    if projection.bias is None:
+        return logits
+    bias = projection.bias.float().unflatten(0, (heads, -1))  # (H, E)
+    return logits + torch.einsum("vhe,he->vh", query, bias)[..., None]

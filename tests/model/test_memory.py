@@ -45,10 +45,17 @@ def ask(model: LlavaLlamaForCausalLM, new_tokens: int = 1, **kwargs: Any) -> Non
     model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, **kwargs)
 
 
-def unpruned_tensors() -> list[tuple[int, ...]]:
-    """Return the shapes of all living float tensors with a row per unpruned token."""
+def living_tensors(but: list[Tensor] | None = None) -> list[Tensor]:
+    """Return all tensors there are, but for some."""
     gc.collect()
+    others = {id(each) for each in but or ()}
     tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    return [each for each in tensors if id(each) not in others]
+
+
+def unpruned_tensors(before: list[Tensor]) -> list[tuple[int, ...]]:
+    """Return the shapes of all new float tensors with a row per unpruned token."""
+    tensors = living_tensors(before)
     shapes = [tuple(each.shape) for each in tensors if each.is_floating_point()]
     return [shape for shape in shapes if PATCHES in shape or shape[:2] == (VIEWS, 16)]
 
@@ -58,7 +65,10 @@ def test_no_unpruned_token_is_alive_when_the_decoder_starts(
     model: LlavaLlamaForCausalLM, method: str
 ) -> None:
     alive: list[list[tuple[int, ...]]] = []
-    model.model.layers[0].register_forward_pre_hook(lambda *_: alive.append(unpruned_tensors()))
+    before = living_tensors()
+    model.model.layers[0].register_forward_pre_hook(
+        lambda *_: alive.append(unpruned_tensors(before))
+    )
     model.set_pruner(method, retain_ratio=0.2)
     ask(model)
     assert alive == [[]]
@@ -69,12 +79,11 @@ def test_nor_when_a_question_comes_with_its_picture() -> None:
     model.set_pruner("todre", retain_ratio=0.2)
     (sample,) = held_out(1)
     alive: list[list[tuple[int, ...]]] = []
+    before, unpruned = living_tensors(), (320, model.config.hidden_size)
 
     def living(*_: Any) -> None:
-        gc.collect()
-        tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
-        width = model.config.hidden_size
-        alive.append([tuple(t.shape) for t in tensors if tuple(t.shape) == (320, width)])
+        shapes = [tuple(each.shape) for each in living_tensors(before)]
+        alive.append([shape for shape in shapes if shape == unpruned])
 
     model.model.layers[0].register_forward_pre_hook(living)
     ask_question(model, tokenizer, sample.image, sample.questions[0].text, max_new_tokens=1)
@@ -93,7 +102,10 @@ def test_the_search_for_living_tensors_finds_those_that_are_alive(
         return kept[-1]
 
     model.model.encode = keep
-    model.model.layers[0].register_forward_pre_hook(lambda *_: alive.append(unpruned_tensors()))
+    before = living_tensors()
+    model.model.layers[0].register_forward_pre_hook(
+        lambda *_: alive.append(unpruned_tensors(before))
+    )
     model.set_pruner("random", retain_ratio=0.2)
     ask(model)
     assert alive == [[(PATCHES, 64)]]

@@ -1,0 +1,138 @@
+"""Write ``docs/models.md``: which stock model of transformers works with what.
+
+``MATRIX`` is read by the tests too: of the LLaVA families each of its cells that is not ABSENT is
+one test in ``tests/hf/test_matrix.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llava_todre.hf.families import FAMILIES
+from llava_todre.hf.family import Family
+from llava_todre.pruners import PRUNERS
+from llava_todre.table import markdown_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "models.md"
+TEMPLATE = ROOT / "eval" / "models.template.md"
+
+YES, REFUSED, ABSENT, UNTESTED = "yes", "refused", "-", "not tested"
+
+_WORKS = (
+    "one image",
+    "several images",
+    "video",
+    "padded batch, some samples without image",
+    "right-padded batch, no attention mask",
+    "pruning before the decoder",
+    "withdrawal inside the decoder",
+    "dropping a part inside the decoder",
+    "masks for FlashAttention (emulated)",
+    "sampling",
+    "beam search",
+    "several answers per prompt",
+    "end of sequence at different steps",
+    "repetition penalty",
+    "max_length, min_length",
+    "streamer",
+    "prompts of text only",
+    "conversation given again",
+    "output_hidden_states",
+    "bfloat16",
+    "use_cache=False, before the decoder only",
+    "static cache, before the decoder only",
+    "sliding window, before the decoder only",
+)
+_REFUSED = (
+    "use_cache=False, inside the decoder",
+    "static cache, inside the decoder",
+    "sliding window, inside the decoder",
+    "past_key_values",
+    "assisted decoding, prompt lookup",
+    "chunked prefill",
+    "training mode",
+)
+FEATURES = (*_WORKS, *_REFUSED)
+_USUAL = dict.fromkeys(_WORKS, YES) | dict.fromkeys(_REFUSED, REFUSED)
+_IMAGES_ONLY = _USUAL | {"video": ABSENT}
+
+# Tested in tests/hf/test_qwen.py and tests/hf/test_internvl.py, which know M-RoPE and deep stacks.
+_OTHERS = dict.fromkeys(FEATURES, UNTESTED) | dict.fromkeys(
+    (
+        "one image",
+        "several images",
+        "padded batch, some samples without image",
+        "pruning before the decoder",
+        "withdrawal inside the decoder",
+        "dropping a part inside the decoder",
+        "beam search",
+    ),
+    YES,
+)
+_QWEN = _OTHERS | dict.fromkeys(("video", "sampling", "several answers per prompt"), YES)
+
+MATRIX: dict[str, dict[str, str]] = {
+    "llava": _IMAGES_ONLY,
+    "llava_next": _IMAGES_ONLY,
+    "llava_next_video": _USUAL,
+    "llava_onevision": _USUAL,
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "internvl": _OTHERS | {"video": ABSENT},
+}
+
+
+def missing_needs(family: Family, method: str) -> list[str]:
+    """Return what a method needs and models of a family do not give."""
+    names = {need if isinstance(need, str) else need[0] for need in PRUNERS[method]().needs}
+    return sorted(names - family.served)
+
+
+def render() -> str:
+    """Return the page."""
+    page = TEMPLATE.read_text()
+    for name, text in {
+        "families": _families(),
+        "features": _features(),
+        "methods": _methods(),
+        "proxies": _proxies(),
+    }.items():
+        page = page.replace("{{" + name + "}}", text)
+    return page
+
+
+def _families() -> str:
+    table = [["family", "classes of transformers"]]
+    for family in FAMILIES:
+        classes = ", ".join(f"`{name}`" for name in family.models)
+        table.append([f"`{family.name}`", classes])
+    return "\n".join(markdown_lines(table, left=2))
+
+
+def _features() -> str:
+    table = [["", *(f"`{name}`" for name in MATRIX)]]
+    for feature in FEATURES:
+        table.append([feature, *(of_family.get(feature, ABSENT) for of_family in MATRIX.values())])
+    return "\n".join(markdown_lines(table, left=len(table[0])))
+
+
+def _methods() -> str:
+    table = [["method", *(f"`{family.name}`" for family in FAMILIES)]]
+    for method in PRUNERS:
+        cells = []
+        for family in FAMILIES:
+            missing = missing_needs(family, method)
+            cells.append(f"no {', '.join(f'`{name}`' for name in missing)}" if missing else YES)
+        table.append([f"`{method}`", *cells])
+    return "\n".join(markdown_lines(table, left=len(table[0])))
+
+
+def _proxies() -> str:
+    lines = [
+        f"- `{family.name}`: `{other}` in place of `{quantity}`."
+        for family in FAMILIES
+        for quantity, other in family.proxies.items()
+    ]
+    return "\n".join(lines)

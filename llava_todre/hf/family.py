@@ -1,0 +1,67 @@
+"""What a family of models has to say for itself; everything else is the same for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from llava_todre.hf.layout import Layout
+
+Inputs = Mapping[str, Any]
+Layouts = dict[str, list[Layout]]
+"""By modality, "image" and "video", in the order of the tensors of pixels."""
+
+STATES = "states"
+"""What enters a layer of the tower, as it is: asked for beside the quantities of a family."""
+
+
+def _as_asked(model: Any, quantity: str, layer: int) -> int:
+    del model, quantity
+    return layer
+
+
+def _none(model: Any) -> int:
+    del model
+    return 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of transformers' vision-language models.
+
+    To add one: where its tower is, how the tokens of its images lie in the prompt, and what of its
+    tower a method may ask about.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    """Classes of transformers."""
+    layouts: Callable[[Any, Inputs], Layouts]
+    """Model, arguments of ``generate`` -> how its images and videos lie in the prompt."""
+    tower_layers: Callable[[Any], Sequence[nn.Module]]
+    """Model -> encoder layers of its tower."""
+    measure: Callable[[str, nn.Module, Tensor, Inputs], Tensor]
+    """Quantity, encoder layer, its input, its keyword arguments -> (patches of all images, ...)."""
+    quantities: frozenset[str]
+    """What ``measure`` knows, of :data:`llava_todre.pruners.base.VISION_NEEDS`."""
+    inputs: tuple[str, ...]
+    """Arguments of ``generate`` that describe images and videos."""
+    feature_layer: Callable[[Any], int] | None = None
+    """Model -> tower layer whose input, [CLS] first, is what the projector gets; None where methods
+    that need ``vision_features`` are not served."""
+    proxies: Mapping[str, str] = field(default_factory=dict)
+    """Quantity that the tower does not have -> the one a method gets in its place."""
+    measured_at: Callable[[Any, str, int], int] = _as_asked
+    """Model, quantity, layer asked for -> layer of the tower at which it is measured."""
+    deep_layers: Callable[[Any], int] = _none
+    """Model -> first decoder layers behind which more of the tower is added to the visual tokens
+    (DeepStack): none may leave earlier."""
+
+    @property
+    def served(self) -> frozenset[str]:
+        """What a method may need."""
+        features = {"vision_features"} if self.feature_layer is not None else set[str]()
+        return self.quantities | self.proxies.keys() | features | {"text_embeds"}

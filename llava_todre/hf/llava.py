@@ -1,0 +1,124 @@
+"""LLaVA-1.5 and LLaVA-NeXT: a CLIP tower, one token per patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llava_todre.errors import TodreError
+from llava_todre.hf.family import Family, Inputs, Layouts
+from llava_todre.hf.layout import Layout, Size
+from llava_todre.model.images import anyres_grid_shape
+from llava_todre.model.multimodal import NEWLINE
+from llava_todre.model.vision import QUANTITIES
+
+
+def clip_measure(quantity: str, layer: nn.Module, hidden: Tensor, called: Inputs) -> Tensor:
+    """Return (V * P, ...) a quantity of one encoder layer with input (V, 1 + P, W)."""
+    del called
+    return QUANTITIES[quantity](layer, hidden).flatten(0, 1)
+
+
+def tower_layers(model: Any) -> Sequence[nn.Module]:
+    """Return the encoder layers of a CLIP or SigLIP tower."""
+    tower = model.model.vision_tower
+    layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
+    return layers
+
+
+def tower_side(model: Any) -> int:
+    """Return the patches in a row of a view."""
+    config = model.config.vision_config
+    return int(config.image_size // config.patch_size)
+
+
+def clip_feature_layer(model: Any) -> int:
+    """Return the tower layer whose input the projector reads."""
+    layer, num_layers = model.config.vision_feature_layer, len(tower_layers(model))
+    if not isinstance(layer, int) or not -num_layers - 1 <= layer < num_layers or layer == -1:
+        raise TodreError(
+            f"vision_feature_layer {layer} is not supported by methods that need vision_features; "
+            f"allowed: {-num_layers - 1} to -2."
+        )
+    return layer % (num_layers + 1)
+
+
+def require_strategy(model: Any, allowed: str) -> None:
+    """Raise a TodreError unless the tower's tokens are used as its family does.
+
+    Args:
+        model: a model.
+        allowed: default, which drops [CLS], or full.
+    """
+    strategy = model.config.vision_feature_select_strategy
+    if strategy != allowed:
+        raise TodreError(
+            f"vision_feature_select_strategy {strategy!r} is not supported; allowed: {allowed}."
+        )
+
+
+def crop_grid(model: Any, height: int, width: int) -> Size:
+    """Return the (columns, rows) of crops that an image of this size in pixels is cut into."""
+    # transformers writes sizes as (height, width), LLaVA as (width, height).
+    resolutions = [[x, y] for y, x in model.config.image_grid_pinpoints]
+    return anyres_grid_shape((width, height), resolutions, model.config.vision_config.image_size)
+
+
+def anyres_layout(model: Any, height: int, width: int) -> Layout:
+    """Return the layout of an image in LLaVA-NeXT: thumbnail, then the crops without padding.
+
+    The model's own packing says which patch goes where: it is given their numbers.
+    """
+    grid, side = crop_grid(model, height, width), tower_side(model)
+    num_views = 1 + grid[0] * grid[1]
+    numbers = torch.arange(num_views * side**2, dtype=torch.float32).view(num_views, -1, 1)
+    packed, _ = model.model.pack_image_features(
+        [numbers],
+        torch.tensor([[height, width]]),
+        vision_feature_select_strategy="default",
+        image_newline=torch.tensor([float(NEWLINE)]),
+    )
+    return Layout.of_slots(packed[0][:, 0].long(), num_views, side, grid=grid)
+
+
+def image_sizes(inputs: Inputs) -> list[Size]:
+    """Return the (height, width) of the images in pixels."""
+    sizes: list[Size] = torch.as_tensor(inputs["image_sizes"]).tolist()
+    return sizes
+
+
+def _llava(model: Any, inputs: Inputs) -> Layouts:
+    require_strategy(model, "default")
+    side = tower_side(model)
+    slots = torch.arange(side * side)
+    return {"image": [Layout.of_slots(slots, 1, side) for _ in inputs["pixel_values"]]}
+
+
+def _llava_next(model: Any, inputs: Inputs) -> Layouts:
+    require_strategy(model, "default")
+    return {"image": [anyres_layout(model, *size) for size in image_sizes(inputs)]}
+
+
+LLAVA = Family(
+    name="llava",
+    models=("LlavaForConditionalGeneration",),
+    layouts=_llava,
+    tower_layers=tower_layers,
+    measure=clip_measure,
+    quantities=frozenset(QUANTITIES),
+    inputs=("pixel_values",),
+    feature_layer=clip_feature_layer,
+)
+LLAVA_NEXT = Family(
+    name="llava_next",
+    models=("LlavaNextForConditionalGeneration",),
+    layouts=_llava_next,
+    tower_layers=tower_layers,
+    measure=clip_measure,
+    quantities=frozenset(QUANTITIES),
+    inputs=("pixel_values", "image_sizes"),
+    feature_layer=clip_feature_layer,
+)

@@ -1,0 +1,181 @@
+"""Run a method on a stock model, and compare every token and logit with the oracle."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from oracle import Oracle, Stage
+from test_withdrawal import flash_contract
+from tiny import Sample, inputs_for
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from llava_todre import hf
+from llava_todre.pruners import LayerView, Pruner, Selection
+from llava_todre.spans import Kind, VisualTokens
+from llava_todre.stats import PruneStats
+
+STEPS = 16
+GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
+TOLERANCE = {"rtol": 0, "atol": 5e-5}
+PROBES = (3 / 8, 4 / 8, 5 / 8, 6 / 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strides(Pruner):
+    """Selects at random, the same for all models; drops by plan inside the decoder."""
+
+    plan: tuple[tuple[int, int, int], ...] = ()
+    """(text tokens behind the first image, layer, stride): of the visual tokens still there, every
+    stride-th stays; 0 is none."""
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        draw = torch.Generator().manual_seed(len(tokens))
+        return Selection(torch.randperm(len(tokens), generator=draw)[:budget].sort().values)
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(sorted({layer for _, layer, _ in self.plan}))
+
+    def at_layer(self, view: LayerView) -> Tensor | None:
+        num_text = int((view.kinds == Kind.TEXT).sum())
+        strides = {layer: stride for text, layer, stride in self.plan if text == num_text}
+        if view.layer not in strides:
+            return None
+        keep = view.kinds != Kind.VISUAL
+        if strides[view.layer]:
+            keep[(~keep).nonzero()[:: strides[view.layer], 0]] = True
+        return keep
+
+    def stages(self, stats: PruneStats, num_text: int) -> list[Stage]:
+        """Return what a sample must have gone through."""
+        held = [set(image.keep_idx.tolist()) for image in stats.images]
+        stages = [(0, held)]
+        for text, layer, stride in sorted(self.plan):
+            if text == num_text:
+                still = [(i, patch) for i, image in enumerate(held) for patch in sorted(image)]
+                chosen = set(still[::stride] if stride else [])
+                held = [{p for i, p in chosen if i == image} for image in range(len(held))]
+                stages.append((layer + 1, held))
+        return stages
+
+
+def text_behind(sample: Sample) -> int:
+    """Return the text tokens behind the first image or video of a sample."""
+    first = next((i for i, piece in enumerate(sample) if not isinstance(piece, int)), len(sample))
+    return sum(piece for piece in sample[first:] if isinstance(piece, int))
+
+
+def run(
+    model: Any, inputs: dict[str, Any], method: str | Pruner, **knobs: Any
+) -> tuple[Any, tuple[PruneStats, ...]]:
+    """Return the greedy answer with its logits, and what happened."""
+    with hf.prune(model, method, **knobs):
+        output = model.generate(
+            **inputs, **GREEDY, output_logits=True, return_dict_in_generate=True
+        )
+        return output, hf.last_stats(model)
+
+
+def assert_equals_oracle(
+    model: Any,
+    inputs: dict[str, Any],
+    output: Any,
+    stages: Sequence[list[Stage]],
+) -> None:
+    length = inputs["input_ids"].shape[1]
+    assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
+    assert output.sequences.shape[1] == length + STEPS
+    logits = torch.stack(output.logits, dim=1)
+    oracle = oracle_of(model, _Inputs(inputs))
+    for row, of_row in enumerate(stages):
+        tokens, expected = oracle(row, _frozen(of_row))
+        assert output.sequences[row, length:].tolist() == tokens, row
+        torch.testing.assert_close(logits[row].double(), expected, **TOLERANCE)
+
+
+def assert_stats_tell_what_was_kept(
+    stats: PruneStats, stages: list[Stage], oracle: Oracle, row: int
+) -> None:
+    whole = oracle.held(row, [set(range(image.num_tokens)) for image in stats.images])
+    is_visual = torch.tensor([token in (298, 299) for token in oracle.samples[row][0]])
+    assert stats.unpruned_prompt_tokens == len(whole)
+    for layer in range(oracle.num_layers):
+        kept = [held for start, held in stages if start <= layer][-1]
+        present = oracle.held(row, kept)
+        assert stats.prompt_tokens_per_layer[layer] == int(present.sum())
+        assert stats.visual_tokens_per_layer[layer] == int((present & is_visual).sum())
+
+
+class _Inputs(dict[str, Any]):
+    """Inputs as a key: tests share them, by what they show."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(self["input_ids"].flatten().tolist()))
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, dict)
+        return all(torch.equal(value, other[key]) for key, value in self.items())
+
+
+Frozen = tuple[tuple[int, tuple[frozenset[int], ...]], ...]
+
+
+def _frozen(stages: list[Stage]) -> Frozen:
+    return tuple((layer, tuple(map(frozenset, kept))) for layer, kept in stages)
+
+
+@functools.cache
+def oracle_of(model: Any, inputs: _Inputs) -> Callable[[int, Frozen], tuple[list[int], Tensor]]:
+    """Return (sample, stages) -> answer, each computed once: attention makes no difference."""
+    oracle = Oracle(model, inputs)
+
+    @functools.cache
+    def answer(row: int, stages: Frozen) -> tuple[list[int], Tensor]:
+        return oracle.greedy(row, [(layer, list(map(set, kept))) for layer, kept in stages], STEPS)
+
+    return answer
+
+
+def tau_between(model: Any, samples: Sequence[Sample], ratio: float) -> float:
+    """Return a threshold under which samples with images withdraw at as many layers as can be."""
+    knobs = {"retain_ratio": ratio, "probe_depths": PROBES}
+    _, stats = run(model, inputs_for(model, samples), "todre", tau=0.0, **knobs)
+    shares = [
+        [max(probe.text_to_visual, probe.visual_to_text) for probe in of_sample.probes]
+        for of_sample in stats
+        if of_sample.images
+    ]
+
+    def layers(tau: float) -> list[int]:
+        return [next((i for i, s in enumerate(row) if s < tau), len(row)) for row in shares]
+
+    candidates = sorted(share + 1e-6 for row in shares for share in row)
+    return min(1.0, max(candidates, key=lambda tau: (len(set(layers(tau))), -sum(layers(tau)))))
+
+
+@contextmanager
+def emulated_flash(model: Any) -> Iterator[list[int]]:
+    """Let the decoder attend as FlashAttention does; counts the calls."""
+    calls: list[int] = []
+
+    def attend(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(query.shape[2])
+        return flash_contract(module, query, *args, **kwargs)
+
+    config = model.model.language_model.config
+    before = config._attn_implementation
+    AttentionInterface.register("emulated_flash", attend)
+    AttentionMaskInterface.register("emulated_flash", flash_attention_mask)
+    config._attn_implementation = "emulated_flash"
+    try:
+        yield calls
+    finally:
+        config._attn_implementation = before
+        del AttentionInterface._global_mapping["emulated_flash"]
+        del AttentionMaskInterface._global_mapping["emulated_flash"]

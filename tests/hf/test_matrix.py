@@ -1,0 +1,455 @@
+"""Every cell of the tables in ``docs/models.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from checks import (
+    GREEDY,
+    PROBES,
+    STEPS,
+    Strides,
+    assert_equals_oracle,
+    emulated_flash,
+    run,
+    tau_between,
+    text_behind,
+)
+from oracle import Oracle, stages_of
+from tiny import (
+    BATCH,
+    ONE,
+    TWO_IMAGES,
+    USUAL_DECODER,
+    VIDEO,
+    VIDEO_BATCH,
+    Sample,
+    build,
+    inputs_for,
+    model_of,
+)
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+
+from eval.models_doc import ABSENT, FEATURES, MATRIX, PAGE, missing_needs, render
+from llava_todre import hf
+from llava_todre.errors import TodreError
+from llava_todre.hf.families import FAMILIES, family_of
+from llava_todre.pruners import PRUNERS
+
+Check = Callable[[str], None]
+CHECKS: dict[str, Check] = {}
+STAGE_1 = Strides(retain_ratio=0.25)
+STAGE_2 = Strides(retain_ratio=0.25, plan=((9, 3, 0),))  # of the samples called ONE
+
+
+def check(feature: str) -> Callable[[Check], Check]:
+    def register(function: Check) -> Check:
+        CHECKS[feature] = function
+        return function
+
+    return register
+
+
+CELLS = [
+    (family, feature)
+    for family, features in MATRIX.items()
+    for feature, word in features.items()
+    if word != ABSENT and family in USUAL_DECODER
+]
+
+
+@pytest.mark.parametrize(("family", "feature"), CELLS)
+def test_feature(family, feature):
+    CHECKS[feature](family)
+
+
+def test_every_feature_is_checked():
+    assert set(CHECKS) == set(FEATURES)
+    assert all(set(features) == set(FEATURES) for features in MATRIX.values())
+
+
+def test_the_page_is_current():
+    assert PAGE.read_text() == render()
+
+
+def assert_right(model: Any, samples: list[Sample], method: Strides, side: str = "left") -> None:
+    """Compare greedy answers with the oracle."""
+    inputs = inputs_for(model, samples, side)
+    output, stats = run(model, inputs, method)
+    stages = [
+        method.stages(of_sample, text_behind(sample))
+        for of_sample, sample in zip(stats, samples, strict=True)
+    ]
+    assert_equals_oracle(model, inputs, output, stages)
+
+
+def greedy(model: Any, inputs: dict[str, Any], method: Strides, **options: Any) -> Any:
+    with hf.prune(model, method):
+        return model.generate(**inputs, **(GREEDY | options))
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@check("one image")
+def one_image(family: str) -> None:
+    assert_right(model_of(family), ONE, STAGE_2)
+
+
+@check("several images")
+def several_images(family: str) -> None:
+    assert_right(model_of(family), TWO_IMAGES, Strides(retain_ratio=0.25, plan=((10, 2, 0),)))
+
+
+@check("video")
+def video(family: str) -> None:
+    assert_right(model_of(family), VIDEO, Strides(retain_ratio=0.25, plan=((6, 3, 0),)))
+    assert_right(model_of(family), VIDEO_BATCH, Strides(retain_ratio=0.25, plan=((7, 3, 0),)))
+
+
+@check("padded batch, some samples without image")
+def padded(family: str) -> None:
+    assert_right(model_of(family), BATCH, Strides(retain_ratio=0.25, plan=((9, 3, 0), (8, 5, 0))))
+
+
+@check("right-padded batch, no attention mask")
+def no_mask(family: str) -> None:
+    model = model_of(family)
+    method = Strides(retain_ratio=0.25, plan=((9, 3, 0), (8, 5, 0)))
+    assert_right(model, BATCH, method, side="right")
+    inputs = inputs_for(model, BATCH)
+    expected = greedy(model, inputs, method)
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    assert not bool(mask.all())
+    with hf.prune(model, method):
+        assert torch.equal(model.generate(ids, **inputs, **GREEDY), expected)
+
+
+@check("prompts of text only")
+def text_only(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, [[7], [4]])
+    untouched = model.generate(**inputs, **GREEDY)
+    with hf.prune(model, STAGE_2):
+        assert torch.equal(model.generate(**inputs, **GREEDY), untouched)
+        stats = hf.last_stats(model)
+    assert [of_sample.text_tokens for of_sample in stats] == [8, 5]
+    assert not any(of_sample.images for of_sample in stats)
+
+
+@check("conversation given again")
+def conversation(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, ONE)
+    method = Strides(retain_ratio=0.25, plan=((9, 3, 0), (9 + STEPS + 2, 4, 0)))
+    first = greedy(model, inputs, method)
+    inputs["input_ids"] = torch.cat([first, torch.tensor([[7, 8]])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    output, stats = run(model, inputs, method)
+    stages = method.stages(stats[0], 9 + STEPS + 2)
+    assert len(stages) == 2
+    assert_equals_oracle(model, inputs, output, [stages])
+
+
+# ---------------------------------------------------------------- what a method does
+
+
+@check("pruning before the decoder")
+def before(family: str) -> None:
+    assert_right(model_of(family), BATCH, STAGE_1)
+
+
+@check("withdrawal inside the decoder")
+def withdrawal(family: str) -> None:
+    model = model_of(family)
+    inputs, tau = inputs_for(model, ONE), tau_between(model, ONE, 0.25)
+    knobs = {"retain_ratio": 0.25, "probe_depths": PROBES, "tau": tau}
+    output, stats = run(model, inputs, "todre", **knobs)
+    assert stats[0].withdrawn_from is not None
+    assert_equals_oracle(model, inputs, output, [stages_of(stats[0])])
+
+
+@check("dropping a part inside the decoder")
+def part(family: str) -> None:
+    assert_right(model_of(family), ONE, Strides(retain_ratio=0.5, plan=((9, 1, 2), (9, 4, 3))))
+
+
+@check("masks for FlashAttention (emulated)")
+def flash(family: str) -> None:
+    model = model_of(family)
+    with emulated_flash(model) as calls:
+        method = Strides(retain_ratio=0.25, plan=((9, 3, 0), (8, 2, 2)))
+        assert_right(model, BATCH, method)
+    assert len(calls) == STEPS * 8
+    with emulated_flash(model):  # no padding, and so no mask, until the samples differ
+        assert_right(model, [*ONE, [4, (112, 100), 8]], STAGE_2)
+
+
+# ---------------------------------------------------------------- how it generates
+
+
+@check("sampling")
+def sampling(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, ONE)
+
+    def sample(seed: int, **options: Any) -> Tensor:
+        torch.manual_seed(seed)
+        return greedy(model, inputs, STAGE_2, do_sample=True, **options)
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+    assert torch.equal(sample(0, top_k=1), greedy(model, inputs, STAGE_2))
+
+
+@check("beam search")
+def beams(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, [[5, 7], *ONE])
+    with hf.prune(model, STAGE_2):
+        found = model.generate(**inputs, num_beams=3, max_new_tokens=6, do_sample=False)
+        stats = hf.last_stats(model)
+    oracle = Oracle(model, inputs)
+    for row, stages in enumerate([[(0, [])], STAGE_2.stages(stats[1], 9)]):
+        entering, present = oracle.presence(row, stages)
+        embeds = oracle.embeds(row)[entering]
+        expected = oracle.decoder.beams(embeds, 6, 3, present)
+        assert found[row, inputs["input_ids"].shape[1] :].tolist() == expected
+    assert stats[1].withdrawn_from == 4 and stats[0].images == ()
+
+
+@check("several answers per prompt")
+def several_answers(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, [*ONE, [5, 7]])
+    length = inputs["input_ids"].shape[1]
+    beams = {"num_beams": 3, "max_new_tokens": 6}
+    best = greedy(model, inputs, STAGE_2, **beams)
+    pairs = greedy(model, inputs, STAGE_2, num_return_sequences=2, **beams)
+    assert torch.equal(pairs[::2], best)
+    assert not torch.equal(pairs[1::2], best)
+    torch.manual_seed(0)
+    drawn = greedy(model, inputs, STAGE_2, num_return_sequences=3, do_sample=True)
+    prompts = inputs["input_ids"].repeat_interleave(3, dim=0)
+    assert torch.equal(drawn[:, :length], prompts)
+    assert len({tuple(row.tolist()) for row in drawn[:3]}) > 1
+
+
+@check("end of sequence at different steps")
+def ends(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, [*ONE, [5, 7]])
+    length = inputs["input_ids"].shape[1]
+    expected = greedy(model, inputs, STAGE_2)
+    end = next(token for token in expected[0, length:] if token not in expected[1, length:])
+    place = int((expected[0, length:] == end).nonzero()[0])
+    expected[0, length + place + 1 :] = 0
+    assert torch.equal(greedy(model, inputs, STAGE_2, eos_token_id=int(end)), expected)
+
+
+@check("repetition penalty")
+def penalty(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, ONE)
+    length = inputs["input_ids"].shape[1]
+    found = greedy(model, inputs, STAGE_2, repetition_penalty=1.8)
+    assert not torch.equal(found, greedy(model, inputs, STAGE_2))
+    _, stats = run(model, inputs, STAGE_2)
+    oracle = Oracle(model, inputs)
+    entering, present = oracle.presence(0, STAGE_2.stages(stats[0], 9))
+    embeds = oracle.embeds(0)[entering]
+    said = set(inputs["input_ids"][0].tolist())
+    for token in found[0, length:].tolist():
+        logits = oracle.decoder.run(embeds, present).logits[-1]
+        again = torch.tensor(sorted(said))
+        logits[again] = torch.where(logits > 0, logits / 1.8, logits * 1.8)[again]
+        assert token == int(logits.argmax())
+        said.add(token)
+        embeds, present = oracle.decoder.extend(embeds, present, token)
+
+
+@check("max_length, min_length")
+def lengths(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, ONE)
+    length = inputs["input_ids"].shape[1]
+    expected = greedy(model, inputs, STAGE_2)
+    end = int(expected[0, length + 2])
+    late = greedy(model, inputs, STAGE_2, eos_token_id=end, min_new_tokens=9)
+    assert late.shape[1] > length + 9
+
+    def again(**options: Any) -> Tensor:
+        with hf.prune(model, STAGE_2):
+            return model.generate(**inputs, **options)
+
+    assert torch.equal(again(max_length=length + 6), expected[:, : length + 6])
+    config = GenerationConfig(max_length=length + 6, pad_token_id=0, do_sample=False)
+    assert torch.equal(again(generation_config=config), expected[:, : length + 6])
+    limits = {"max_length": length + STEPS, "min_length": length + 9, "eos_token_id": end}
+    assert torch.equal(again(**limits), late)
+    with pytest.raises(ValueError, match="max_length"):
+        again(max_length=length)
+
+
+@check("streamer")
+def streamer(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, ONE)
+    heard: list[Any] = []
+
+    class Ear:
+        def put(self, tokens: Tensor) -> None:
+            heard.append(tokens)
+
+        def end(self) -> None:
+            heard.append("end")
+
+    expected = greedy(model, inputs, STAGE_2, streamer=Ear())
+    assert torch.equal(heard[0], inputs["input_ids"])
+    assert heard.pop() == "end"
+    assert torch.cat([tokens.flatten() for tokens in heard]).tolist() == expected[0].tolist()
+
+
+@check("output_hidden_states")
+def hidden_states(family: str) -> None:
+    model = model_of(family)
+    output = greedy(
+        model,
+        inputs_for(model, ONE),
+        STAGE_2,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    with hf.prune(model, STAGE_2):
+        model.generate(**inputs_for(model, ONE), **GREEDY)
+        held = hf.last_stats(model)[0].prompt_tokens_per_layer
+    # The last one is behind the norm; a layer's input is counted before tokens leave it.
+    lengths = [states.shape[1] for states in output.hidden_states[0]]
+    assert lengths == [held[0], *held]
+
+
+@check("bfloat16")
+def bfloat16(family: str) -> None:
+    model = build(family, USUAL_DECODER[family]).bfloat16()
+    inputs = inputs_for(model, ONE)
+    output, stats = run(model, inputs, "todre", retain_ratio=0.25, probe_depths=PROBES, tau=1.0)
+    assert output.sequences.shape[1] == inputs["input_ids"].shape[1] + STEPS
+    assert stats[0].withdrawn_from == 4
+
+
+# ---------------------------------------------------------------- works for one stage only
+
+
+@check("use_cache=False, before the decoder only")
+def no_cache(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, BATCH)
+    expected = greedy(model, inputs, STAGE_1)
+    assert torch.equal(greedy(model, inputs, STAGE_1, use_cache=False), expected)
+
+
+@check("static cache, before the decoder only")
+def static_cache(family: str) -> None:
+    model = model_of(family)
+    inputs = inputs_for(model, BATCH)
+    expected = greedy(model, inputs, STAGE_1)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(greedy(model, inputs, STAGE_1, **static), expected)
+
+
+def with_window(family: str) -> Any:
+    if USUAL_DECODER[family] != "qwen2":
+        return build(family, "mistral", sliding_window=90)
+    options = {"use_sliding_window": True, "max_window_layers": 4}
+    return build(family, "qwen2", sliding_window=90, **options)
+
+
+@check("sliding window, before the decoder only")
+def window(family: str) -> None:
+    model = with_window(family)
+    assert any(DynamicCache(config=model.model.language_model.config).is_sliding)
+    assert_right(model, ONE, STAGE_1)  # the pruned prompt fits the window
+
+
+def assert_refused(
+    family: str, match: str, method: Strides = STAGE_2, model: Any = None, **options: Any
+) -> None:
+    model = model or model_of(family)
+    with pytest.raises(TodreError, match=match) as caught:
+        greedy(model, inputs_for(model, ONE), method, **options)
+    assert "\n" not in str(caught.value)
+
+
+@check("use_cache=False, inside the decoder")
+def no_cache_inside(family: str) -> None:
+    assert_refused(family, "use_cache False", use_cache=False)
+    assert_refused(family, "use_cache False", generation_config=GenerationConfig(use_cache=False))
+
+
+@check("static cache, inside the decoder")
+def static_cache_inside(family: str) -> None:
+    assert_refused(family, "cache_implementation", cache_implementation="static")
+
+
+@check("sliding window, inside the decoder")
+def window_inside(family: str) -> None:
+    assert_refused(family, "sliding_window", model=with_window(family))
+
+
+@check("past_key_values")
+def given_cache(family: str) -> None:
+    model = model_of(family)
+    for method in (STAGE_1, STAGE_2):
+        assert_refused(family, "past_key_values", method, past_key_values=DynamicCache())
+        inputs = inputs_for(model, [[7]])
+        with pytest.raises(TodreError, match="past_key_values"):
+            greedy(model, inputs, method, past_key_values=DynamicCache())
+
+
+@check("assisted decoding, prompt lookup")
+def assisted(family: str) -> None:
+    for method in (STAGE_1, STAGE_2):
+        assert_refused(family, "prompt_lookup_num_tokens", method, prompt_lookup_num_tokens=3)
+        assert_refused(family, "assistant_model", method, assistant_model=model_of(family))
+
+
+@check("chunked prefill")
+def chunked(family: str) -> None:
+    for method in (STAGE_1, STAGE_2):
+        assert_refused(family, "prefill_chunk_size", method, prefill_chunk_size=16)
+
+
+@check("training mode")
+def training(family: str) -> None:
+    model = build(family, USUAL_DECODER[family]).train()
+    assert_refused(family, "training mode", STAGE_1, model)
+
+
+# ---------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("method", PRUNERS)
+@pytest.mark.parametrize("family", USUAL_DECODER)
+def test_a_method_runs_or_says_what_it_lacks(family, method):
+    model = model_of(family)
+    missing = missing_needs(family_of(model), method)
+    if missing:
+        with pytest.raises(TodreError, match="|".join(f"needs {need}," for need in missing)):
+            hf.attach(model, method)
+        return
+    inputs = inputs_for(model, BATCH)
+    with hf.prune(model, method, **({} if method == "vanilla" else {"retain_ratio": 0.5})):
+        answer = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        stats = hf.last_stats(model)
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
+    if method != "vanilla":
+        fewer = [sum(s.visual_tokens_per_layer) < 8 * s.visual_tokens for s in stats[:2]]
+        assert all(fewer) or method in ("todre", "todre_v1")
+
+
+def test_families_are_all_in_the_matrix():
+    assert list(MATRIX) == [family.name for family in FAMILIES]
