@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners import LayerView, Merge, Pruner
@@ -309,19 +309,22 @@ class Withdrawal:
                 )
             return states
 
+        def held_rows(rows: Tensor) -> Tensor:
+            return present[rows] if segment.ragged else rows
+
         def project(module: Any, name: str, states: Tensor, columns: Tensor) -> Tensor:
             projection = getattr(module.self_attn, name)
-            columns = columns - num_stored
-            if num_stored and bool((columns < 0).any()):
-                whole(states)
-            entering = states[columns].to(projection.weight.device)
+            if num_stored:
+                columns = columns - num_stored
+                if bool((columns < 0).any()):
+                    whole(states)
+            entering = states.index_select(0, columns).to(projection.weight.device)
             projected = projection(module.input_layernorm(entering)).to(device)  # (R, heads * E)
             heads = projected.unflatten(-1, (-1, module.self_attn.head_dim))
             norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
-            heads = (heads if norm is None else norm(heads)).transpose(0, 1)[None]
-            cosines, sines = (table[columns][None] for table in tables)
-            rotated, _ = apply_rotary_pos_emb(heads, heads[:, :0], cosines, sines)
-            return _all_heads(rotated[0], module, name)
+            heads = (heads if norm is None else norm(heads)).transpose(0, 1)  # (heads, R, E)
+            cosines, sines = (table.index_select(0, columns) for table in tables)
+            return _all_heads(heads * cosines + rotate_half(heads) * sines, module, name)
 
         hidden = inputs.hidden_states[sample].to(device)
 
@@ -334,7 +337,7 @@ class Withdrawal:
             following = decoder.layers[layer + 1]
             queries, keys = (
                 project(following, name, whole(output[sample]), columns)
-                for name, columns in (("q_proj", present[rows]), ("k_proj", present))
+                for name, columns in (("q_proj", held_rows(rows)), ("k_proj", present))
             )
             return attention_rows(queries, keys, rows, following.self_attn.scaling)
 
@@ -351,7 +354,7 @@ class Withdrawal:
             num_layers=self.num_layers,
             kinds=held(segment.kinds[sample]),
             hidden_states=lambda: chosen(whole(output[sample])),
-            queries=lambda rows: project(module, "q_proj", hidden, present[rows]),
+            queries=lambda rows: project(module, "q_proj", hidden, held_rows(rows)),
             keys=functools.cache(keys),
             scaling=module.self_attn.scaling,
             positions=columns - in_prompt[0] if prompt.ragged else columns,

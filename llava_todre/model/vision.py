@@ -206,9 +206,9 @@ def _cls_logits(layer: Any, hidden: Tensor) -> Tensor:
     k = K x + b, the product q k is (q K) x + q b, and q K is one row per head.
     """
     attention, states = layer.self_attn, layer.layer_norm1(hidden)  # (V, 1 + P, W)
-    heads: int = attention.num_heads
-    projection: Any = attention.k_proj
-    if not isinstance(projection, nn.Linear):  # a norm follows it, which does not carry
+    heads, projection = attention.num_heads, attention.k_proj
+    is_plain = isinstance(projection, nn.Linear)
+    if not is_plain:  # a norm follows it, which does not carry
         query, keys = _heads(layer, hidden[:, :1], "q_proj"), _heads(layer, hidden, "k_proj")
         return (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5)[:, :, 0]
     query = attention.q_proj(states[:, 0]).float().unflatten(-1, (heads, -1))  # (V, H, E)
