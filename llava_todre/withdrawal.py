@@ -111,6 +111,9 @@ class Withdrawal:
         self.prefilling = True
         self.prompt_embeds: Tensor | None = None
         """(B, L, D), held until the last probe layer has been asked."""
+        self._overheard: Tensor | None = None
+        """(B, Q, heads * E) what the query projection of the layer that ran last has made."""
+        self._ear: Any = None
 
     # ------------------------------------------------------------------ calls of the decoder
 
@@ -153,7 +156,12 @@ class Withdrawal:
         self.probes = [[] for _ in range(batch)]
 
     def enter(
-        self, layer: int, inputs: LayerInputs, cache: Cache | None, flash: bool
+        self,
+        layer: int,
+        inputs: LayerInputs,
+        cache: Cache | None,
+        flash: bool,
+        module: Any = None,
     ) -> LayerInputs:
         """Return the inputs of ``layer`` in terms of the tokens it holds.
 
@@ -163,7 +171,11 @@ class Withdrawal:
                 layer 0.
             cache: the KV cache of the call, if any.
             flash: whether the attention implementation takes (B, keys) masks.
+            module: the layer itself, whose queries are then overheard where a method will be asked;
+                :meth:`stop_listening` must follow, whatever happens.
         """
+        if module is not None and self.prefilling and layer in self.probe_layers:
+            self._listen(module)
         segment = self.segment(layer)
         if segment.start == 0:
             return inputs
@@ -210,6 +222,7 @@ class Withdrawal:
         """
         if not self.prefilling or layer not in self.probe_layers:
             return
+        self.stop_listening()
         segment = self.segment(layer)
         keep = segment.valid.clone()
         merged = {}
@@ -228,10 +241,25 @@ class Withdrawal:
                 dropped = len(present) - int(stays.sum())
             if view.measured or dropped:
                 self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
+        self._overheard = None
         if layer == max(self.probe_layers):
             self.prompt_embeds = None
         if merged or not torch.equal(keep, segment.valid):
             self._start_segment(layer + 1, segment, keep, merged)
+
+    def _listen(self, module: Any) -> None:
+        """Keep the queries that a layer computes for itself, so that a method has them for free."""
+
+        def hear(projection: Any, args: Any, output: Tensor) -> None:
+            self._overheard = output
+
+        self._ear = module.self_attn.q_proj.register_forward_hook(hear)
+
+    def stop_listening(self) -> None:
+        """Take the hook away, if there is one."""
+        if self._ear is not None:
+            self._ear.remove()
+            self._ear = None
 
     # ------------------------------------------------------------------ what it knows
 
@@ -312,14 +340,19 @@ class Withdrawal:
         def held_rows(rows: Tensor) -> Tensor:
             return present[rows] if segment.ragged else rows
 
-        def project(module: Any, name: str, states: Tensor, columns: Tensor) -> Tensor:
+        def project(
+            module: Any, name: str, states: Tensor, columns: Tensor, made: Tensor | None = None
+        ) -> Tensor:
             projection = getattr(module.self_attn, name)
             if num_stored:
                 columns = columns - num_stored
                 if bool((columns < 0).any()):
                     whole(states)
-            entering = states.index_select(0, columns).to(projection.weight.device)
-            projected = projection(module.input_layernorm(entering)).to(device)  # (R, heads * E)
+            if made is not None:
+                projected = made.index_select(0, columns.to(made.device)).to(device)
+            else:
+                entering = states.index_select(0, columns).to(projection.weight.device)
+                projected = projection(module.input_layernorm(entering)).to(device)
             heads = projected.unflatten(-1, (-1, module.self_attn.head_dim))
             norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
             heads = (heads if norm is None else norm(heads)).transpose(0, 1)  # (heads, R, E)
@@ -327,6 +360,7 @@ class Withdrawal:
             return _all_heads(heads * cosines + rotate_half(heads) * sines, module, name)
 
         hidden = inputs.hidden_states[sample].to(device)
+        overheard = None if self._overheard is None else self._overheard[sample]
 
         def keys() -> Tensor:
             if cache is None:
@@ -354,7 +388,7 @@ class Withdrawal:
             num_layers=self.num_layers,
             kinds=held(segment.kinds[sample]),
             hidden_states=lambda: chosen(whole(output[sample])),
-            queries=lambda rows: project(module, "q_proj", hidden, held_rows(rows)),
+            queries=lambda rows: project(module, "q_proj", hidden, held_rows(rows), overheard),
             keys=functools.cache(keys),
             scaling=module.self_attn.scaling,
             positions=columns - in_prompt[0] if prompt.ragged else columns,

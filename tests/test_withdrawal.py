@@ -487,10 +487,10 @@ def test_a_method_sees_one_sample_without_padding(tiny_llava, attention, name, u
 
 
 def no_repair_in_decode(
-    self: Withdrawal, layer: int, inputs: LayerInputs, cache: Any, flash: bool
+    self: Withdrawal, layer: int, inputs: LayerInputs, cache: Any, flash: bool, module: Any = None
 ) -> LayerInputs:
     """Do what ``Withdrawal.enter`` does, except re-expressing masks after the prefill."""
-    return inputs if not self.prefilling else _ENTER(self, layer, inputs, cache, flash)
+    return inputs if not self.prefilling else _ENTER(self, layer, inputs, cache, flash, module)
 
 
 _ENTER = Withdrawal.enter
@@ -660,3 +660,35 @@ def test_an_empty_dynamic_cache_of_the_caller_is_used(tiny_llava):
     output = generate(model, samples, past_key_values=mine)
     assert output.past_key_values is mine
     assert_equals_oracle(model, samples, output)
+
+
+@torch.no_grad()
+def test_the_queries_of_a_probed_layer_are_its_own_and_nothing_stays_on_it(
+    tiny_llava: Callable[..., LlavaLlamaForCausalLM],
+) -> None:
+    """One call of the query projection per layer, and no hook afterwards, nor after a failure."""
+    model = tiny_llava("sdpa")
+    model.set_pruner("todre", retain_ratio=0.25, probe_depths=(0.25, 0.5))
+    pixels = [torch.randn(5, 3, 56, 56, generator=torch.Generator().manual_seed(1))]
+    ids = torch.tensor([[1, -200, 7, 8]])
+    given = {"images": pixels, "image_sizes": [(112, 112)], "max_new_tokens": 1}
+    calls: list[int] = []
+    projections = [layer.self_attn.q_proj for layer in model.model.layers]
+    counters = [
+        each.register_forward_hook(lambda *_, index=index: calls.append(index))
+        for index, each in enumerate(projections)
+    ]
+    model.generate(ids, **given)
+    assert calls == list(range(8))
+    assert len(model.last_stats[0].probes) == 2
+    for counter in counters:
+        counter.remove()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("planted")
+
+    breaking = model.model.layers[2].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        model.generate(ids, **given)
+    breaking.remove()
+    assert not any(each._forward_hooks for each in projections)

@@ -95,12 +95,16 @@ class _TimedWithdrawal(Withdrawal):
         self.spent += seconds(lambda: super(_TimedWithdrawal, self).begin(hidden_states, cache))
 
     def enter(
-        self, layer: int, inputs: LayerInputs, cache: Cache | None, flash: bool
+        self,
+        layer: int,
+        inputs: LayerInputs,
+        cache: Cache | None,
+        flash: bool,
+        module: Any = None,
     ) -> LayerInputs:
         entered = []
-        self.spent += seconds(
-            lambda: entered.append(super(_TimedWithdrawal, self).enter(layer, inputs, cache, flash))
-        )
+        enter = super().enter
+        self.spent += seconds(lambda: entered.append(enter(layer, inputs, cache, flash, module)))
         return entered[0]
 
     def leave(

@@ -73,21 +73,25 @@ class PruningLlamaModel(LlamaModel):
         tables = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         flash = "flash" in (self.config._attn_implementation or "")
         hidden_states = inputs_embeds
-        for index, layer in enumerate(self.layers):
-            inputs = LayerInputs(hidden_states, mask, tables, position_ids)
+        try:
+            for index, layer in enumerate(self.layers):
+                inputs = LayerInputs(hidden_states, mask, tables, position_ids)
+                if withdrawal is not None:
+                    inputs = withdrawal.enter(index, inputs, past_key_values, flash, layer)
+                hidden_states = layer(
+                    inputs.hidden_states,
+                    attention_mask=inputs.attention_mask,
+                    position_embeddings=inputs.position_embeddings,
+                    position_ids=inputs.position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+                if withdrawal is not None:
+                    withdrawal.leave(index, self, inputs, hidden_states, past_key_values)
+        finally:
             if withdrawal is not None:
-                inputs = withdrawal.enter(index, inputs, past_key_values, flash)
-            hidden_states = layer(
-                inputs.hidden_states,
-                attention_mask=inputs.attention_mask,
-                position_embeddings=inputs.position_embeddings,
-                position_ids=inputs.position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-            if withdrawal is not None:
-                withdrawal.leave(index, self, inputs, hidden_states, past_key_values)
+                withdrawal.stop_listening()
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
