@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval import commands, compare, tables
+from eval import commands, compare, table_command
 from eval.bench import command as bench
 from eval.docs import check_docs, write_docs
 from eval.readme import check_readme, write_readme
@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     parsers = parser.add_subparsers(dest="command", required=True)
     commands.add_parsers(parsers)
-    tables.add_parser(parsers)
+    table_command.add_parser(parsers)
     compare.add_parser(parsers)
     bench.add_parser(parsers)
     search = parsers.add_parser("vtw-layer", help="search the layer at which VTW withdraws")
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
         case "run" | "sweep":
             return commands.run(options)
         case "table":
-            return tables.run(options)
+            return table_command.run(options)
         case "compare":
             return compare.run(options)
         case "bench":

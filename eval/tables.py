@@ -6,11 +6,9 @@ the same pruner, however they were spelled. What was not run stays empty and say
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import io
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +19,6 @@ from eval.compare import is_mean, is_run, mean_interval, read_json, relative_int
 from eval.published import (
     AVERAGE,
     LAYERS,
-    TABLES,
     VERSIONS,
     RowSpec,
     models,
@@ -734,53 +731,3 @@ def render(found: Sequence[Drawn], style: str) -> str:
     if style == "csv":
         return as_csv(wide(found))
     return "\n".join(RENDERERS[style](stacked(sheet)) for sheet in found)
-
-
-def add_parser(commands: Any) -> None:
-    """Add ``table`` to the commands of ``python -m eval``."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "table", help="a table of the papers: our results beside the published numbers"
-    )
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="folders with run JSONs; for table 3 also with results of the bench",
-    )
-    parser.add_argument("--suite", help="only runs of this suite, e.g. mini")
-    parser.add_argument("--model", help="only this model, e.g. llava_next_7b")
-    parser.add_argument("--version", choices=VERSIONS, help="only this version of the paper")
-    parser.add_argument("--format", choices=RENDERERS, default="text")
-    parser.add_argument("--out", type=Path, help="write here instead of printing")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
-    text = render(_found(options), options.format)
-    if options.out is None:
-        print(text, end="")
-        return 0
-    try:
-        options.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TodreError(f"out {str(options.out)!r} cannot be written: {error.strerror}.") from None
-    return 0
-
-
-def _found(options: argparse.Namespace) -> list[Drawn]:
-    """Return the tables: of runs, and for Table 3 of the bench before them."""
-    from eval.efficiency import efficiencies, load_benches  # which fills cells of this module
-
-    runs = load_runs(options.results)
-    benches = load_benches(options.results) if options.table == "3" else {}
-    found: list[Drawn] = [*efficiencies(benches, options.model)]
-    if not runs and not found:
-        folders = ", ".join(map(str, options.results))
-        if options.suite is not None:
-            raise TodreError(f"results {folders!r} hold no runs; allowed: a folder with run JSONs.")
-        print(f"no runs in {folders}: published numbers only", file=sys.stderr)
-    if runs or not found:
-        found += sheets(options.table, runs, options.suite, options.model, options.version)
-    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eval import tables
+from eval import table_command, tables
 from eval.bench.methods import table3
 from eval.efficiency import MISSING, efficiencies, load_benches
 from eval.published import rows
@@ -86,11 +86,11 @@ def test_the_table_command_shows_the_bench_and_not_other_results(
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     assert [Path(file).name for file in load_benches([tmp_path])] == ["13b.json", "7b.json"]
     parser = argparse.ArgumentParser()
-    tables.add_parser(parser.add_subparsers())
+    table_command.add_parser(parser.add_subparsers())
 
     def show(*arguments: str) -> str:
         given = ["table", *arguments, "--results", str(tmp_path)]
-        assert tables.run(parser.parse_args(given)) == 0
+        assert table_command.run(parser.parse_args(given)) == 0
         return capsys.readouterr().out
 
     text = show("3")

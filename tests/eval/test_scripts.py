@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import commands, tables
+from eval import commands, table_command
 from eval.bench import command as bench
 from eval.runs import ROOT
 
@@ -40,7 +40,7 @@ def calls(tmp_path: Path) -> Callable[..., list[argparse.Namespace]]:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers(dest="command")
     commands.add_parsers(subparsers)
-    tables.add_parser(subparsers)
+    table_command.add_parser(subparsers)
     bench.add_parser(subparsers)
 
     def run(script: str, *arguments: str, **variables: str) -> list[argparse.Namespace]:

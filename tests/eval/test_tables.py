@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from eval import tables
-from eval.published import table_spec
+from eval import table_command, tables
+from eval.published import TABLES, table_spec
 from eval.tables import Cell, Sheet, Table, identity, load_runs, model_key, render, sheets, stacked
 from llava_todre import TodreError
 
@@ -343,7 +343,7 @@ def test_a_run_of_an_unknown_method_is_named_not_swallowed() -> None:
 
 
 def test_published_numbers_are_always_labelled() -> None:
-    for table in tables.TABLES:
+    for table in TABLES:
         for found in sheets(table, []):
             lines = {line for row in stacked(found).rows for line in row[1].split("\n")}
             assert lines <= {"ours", "published"} and "published" in lines
@@ -570,8 +570,8 @@ def test_text_has_aligned_columns() -> None:
 
 def run_command(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    tables.add_parser(parser.add_subparsers(dest="command"))
-    return tables.run(parser.parse_args(["table", *arguments]))
+    table_command.add_parser(parser.add_subparsers(dest="command"))
+    return table_command.run(parser.parse_args(["table", *arguments]))
 
 
 def test_the_command_prints_or_writes_the_table(
@@ -588,7 +588,7 @@ def test_the_command_prints_or_writes_the_table(
         run_command("1", "--results", str(tmp_path), "--out", str(tmp_path / "no" / "x"))
 
 
-@pytest.mark.parametrize("table", tables.TABLES)
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("style", tables.RENDERERS)
 def test_every_table_can_be_drawn_in_every_format_before_anything_is_run(table, style) -> None:
     assert render(sheets(table, []), style)
