@@ -15,6 +15,7 @@ import pytest
 from eval.launch import Launch, execute
 from eval.outcome import read_record
 from eval.runs import ROOT, Run, resolve
+from llava_todre.cli import main
 
 pytest.importorskip("lmms_eval")
 slow = pytest.mark.slow
@@ -125,3 +126,13 @@ def test_a_model_that_raises_on_one_item_fails_the_run_with_what_it_said(tmp_pat
     run: Any = resolve(CONFIG)
     report = execute([run], Launch(tmp_path, offline=True, program=(str(program),)))
     assert "RuntimeError: item 3 is planted" in report.failed[run.name]
+
+
+@slow
+def test_the_converted_model_gives_the_same_scores_through_transformers(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    assert main(["convert", "--model", "checkpoints/mini", "--out", str(folder)]) == 0
+    stock = {"pretrained": str(folder), "dtype": "float32", "backend": "transformers"}
+    runs = [resolve(CONFIG), resolve(CONFIG | {"model": stock})]
+    ours, theirs = (scores(run, Launch(tmp_path / "out", offline=True)) for run in runs)
+    assert ours == theirs
