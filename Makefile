@@ -12,7 +12,7 @@ DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(
   $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types format reproduce-mini bench train-mini docs readme clean
+.PHONY: help setup demo test test-oldest check lint types format reproduce-mini bench train-mini docs readme clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,7 +37,17 @@ demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMA
 	@$(PY) -m llava_todre.cli demo $(DEMO_OPTIONS)
 
 test: $(STAMP) ## run the tests (offline, CPU)
-	@$(PY) -m pytest -q
+	@$(PY) -m pytest -q -n auto
+
+# Beside the tested version: the oldest that is supported, for everything that hooks into it.
+OLDEST := 5.17.0
+OLDEST_AT := $(VENV)/transformers-$(OLDEST)
+
+test-oldest: $(STAMP) ## models and decoders again, with the oldest supported transformers
+	@[ -d $(OLDEST_AT) ] || { $(PY) -m pip install --quiet --disable-pip-version-check \
+	  --target $(OLDEST_AT).part transformers==$(OLDEST) && mv $(OLDEST_AT).part $(OLDEST_AT); }
+	@PYTHONPATH=$(OLDEST_AT) $(PY) -m pytest -q -n auto tests/hf tests/model \
+	  tests/test_in_decoder.py tests/test_withdrawal.py
 
 check: lint types test ## what a pull request must pass: lint, format, types, tests
 
