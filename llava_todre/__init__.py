@@ -14,6 +14,7 @@ from llava_todre.version import __version__
 if TYPE_CHECKING:
     from llava_todre.errors import TodreError
     from llava_todre.generate import Answer, Memory, Request, answer, ask, prepare
+    from llava_todre.hf import attach, detach, last_stats, prune
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import PRUNERS, Pruner, create_pruner
     from llava_todre.stats import PruneStats
@@ -26,6 +27,10 @@ _HOMES = {
     "answer": "generate",
     "ask": "generate",
     "prepare": "generate",
+    "attach": "hf",
+    "detach": "hf",
+    "last_stats": "hf",
+    "prune": "hf",
     "load_pretrained_model": "model.load",
     "PRUNERS": "pruners",
     "Pruner": "pruners",
@@ -44,9 +49,13 @@ __all__ = [
     "__version__",
     "answer",
     "ask",
+    "attach",
     "create_pruner",
+    "detach",
+    "last_stats",
     "load_pretrained_model",
     "prepare",
+    "prune",
 ]
 
 

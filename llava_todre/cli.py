@@ -177,9 +177,12 @@ def _generate(options: Namespace) -> None:
     request = Request(options.question, images, options.video)
     model: Any
     if uses_stock(options.backend, options.model, options.revision):
-        for key in ("picture", "clip_text"):
-            if options[key]:
-                raise TodreError(f"{key} is for our own class, which does not run this model.")
+        for key, usual in _OUR_CLASS_ONLY.items():
+            if options[key] != usual:
+                raise TodreError(
+                    f"{key} {options[key]!r} is for our own class, which is not used here; leave "
+                    "it out."
+                )
         model = load_stock_model(options.model, **loading)
         model.set_pruner(pruner)
         (result,) = model.answer([request], max_new_tokens=options.max_new_tokens)
@@ -291,6 +294,12 @@ def _list(options: Namespace) -> None:
     print(COMBINATION)
 
 
+_OUR_CLASS_ONLY = {
+    "picture": None,
+    "clip_text": None,
+    "protocol": "native",
+    "template": "vicuna_v1",
+}
 _COMMANDS = {"generate": _generate, "convert": _convert, "demo": _demo, "list": _list}
 
 

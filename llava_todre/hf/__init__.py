@@ -1,5 +1,7 @@
 """Pruning on stock ``transformers`` models: attach in one line, detach without a trace.
 
+    import llava_todre as todre
+
     with todre.prune(model, method="todre", retain_ratio=0.1):
         model.generate(**inputs)
 

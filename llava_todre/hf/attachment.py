@@ -5,6 +5,7 @@ Symbols: B batch, L prompt length, M prompt length after pruning, D decoder widt
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -122,8 +123,11 @@ class Attachment:
 
     # ------------------------------------------------------------------ generate
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Do what the model's own ``generate`` does, with fewer visual tokens."""
+        if args:
+            given = inspect.signature(self.own).bind_partial(inputs, *args).arguments
+            kwargs |= {key: value for key, value in given.items() if key != "inputs"}
         self.last_stats = ()
         ids = kwargs.get("input_ids") if inputs is None else inputs
         layers = decoder_of(self.model).config.num_hidden_layers
@@ -138,7 +142,11 @@ class Attachment:
             self.last_stats = _untouched(real, [[] for _ in ids], layers)
             return self.own(inputs, **kwargs)
         if not probes and not self._selects(ids):
-            self.last_stats = _untouched(real, self._visuals(ids, real, kwargs), layers)
+            shown = {**kwargs, "input_ids": ids, "attention_mask": real.long()}
+            try:
+                self.last_stats = _untouched(real, self._visuals(ids, real, shown), layers)
+            except TodreError:  # nothing is pruned, so nothing is refused either
+                self.last_stats = ()
             return self.own(inputs, **kwargs)
         self._check(kwargs, inside=bool(probes))
         for key in ("input_ids", "attention_mask"):

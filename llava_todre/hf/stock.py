@@ -92,6 +92,13 @@ class StockModel:
         """
         if not requests:
             return []
+        for option in ("num_return_sequences", "return_dict_in_generate"):
+            if option in generate_kwargs:
+                raise TodreError(f"{option} is not accepted here; call the model's generate.")
+        if max_new_tokens < 1:
+            raise TodreError(
+                f"max_new_tokens {max_new_tokens} is out of range; allowed: 1 or more."
+            )
         inputs = self._inputs(requests).to(self.device)
         for key, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -101,6 +108,14 @@ class StockModel:
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         stats = last_stats(self.model)
+        for request, each in zip(requests, stats, strict=True):
+            shown = 1 if request.is_video else len(request.images)
+            if len(each.images) != shown:
+                raise TodreError(
+                    f"{type(self.processor).__name__} put {len(each.images)} of {shown} images or "
+                    "videos into the prompt; does this model read videos? Allowed: what its chat "
+                    "template has a place for."
+                )
         return [Answer(text.strip(), each) for text, each in zip(texts, stats, strict=True)]
 
     def _inputs(self, requests: Sequence[Request]) -> Any:
@@ -114,10 +129,15 @@ class StockModel:
                 videos.append(pictures)
             else:
                 images += pictures
+        # The frames were chosen by whoever asks; a processor would choose among them again.
+        shown = {"videos": videos, "do_sample_frames": False} if videos else {}
+        begin = getattr(self.processor.tokenizer, "bos_token", None)
+        written = isinstance(begin, str) and all(text.startswith(begin) for text in texts)
         return self.processor(
             text=texts,
             images=images or None,
-            **({"videos": videos} if videos else {}),
+            **shown,
+            **({"add_special_tokens": False} if written else {}),
             padding=True,
             padding_side="left",
             return_tensors="pt",

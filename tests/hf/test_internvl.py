@@ -394,3 +394,13 @@ def test_nothing_is_left_behind():
     with hf.prune(model, retain_ratio=0.25, **BOTH):
         model.generate(**batch_of(*BATCH), max_new_tokens=2)
     assert everything() == before
+
+
+def test_off_asks_for_nothing_that_the_model_itself_does_not_need() -> None:
+    model, inputs = build(), batch_of(ONE)
+    inputs.pop("attention_mask")
+    ids = inputs.pop("input_ids")
+    plain = model.generate(ids, **inputs, max_new_tokens=3, do_sample=False)
+    with hf.prune(model, "vanilla"):
+        given = model.generate(ids, **inputs, max_new_tokens=3, do_sample=False)
+        assert torch.equal(given, plain) and len(hf.last_stats(model)) == 1

@@ -392,3 +392,15 @@ def test_nothing_is_left_behind(family):
         with pytest.raises(Exception, match="."):
             model.generate(**batch_of(family, BATCH), max_new_tokens=2, logits_processor="broken")
     assert everything() == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_asks_for_nothing_that_the_model_itself_does_not_need(family):
+    model, inputs = build(family), batch_of(family, (ONE,))
+    for key in ("mm_token_type_ids", "attention_mask"):
+        inputs.pop(key)
+    ids = inputs.pop("input_ids")
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    plain = model.generate(ids, **inputs, **settings)
+    with hf.prune(model, "vanilla"):
+        assert torch.equal(model.generate(ids, **inputs, **settings), plain)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from llava_todre import Request, TodreError, answer, load_pretrained_model
 from llava_todre.cli import main
@@ -87,9 +88,10 @@ def test_the_command_line_asks_either_class(
     for report in reports[1:]:
         assert report["answer"] == "3 4 4" and report["keep_idx"] == reports[0]["keep_idx"]
         assert report["visual_tokens_per_layer"] == reports[0]["visual_tokens_per_layer"]
-    picture = ["--picture", "x.png", "--backend", "transformers"]
-    assert main([*fixed, "--model", str(folder), *picture]) == 1
-    assert "picture is for our own class" in capsys.readouterr().err
+    for option in (["--picture", "x.png"], ["--protocol", "paper"], ["--template", "plain"]):
+        stock = ["--model", str(folder), "--backend", "transformers", *option]
+        assert main([*fixed, *stock]) == 1
+        assert f"{option[0][2:]} '{option[1]}' is for our own class" in capsys.readouterr().err
 
 
 def test_a_mixed_batch_has_text_several_images_and_places_of_its_own(
@@ -114,6 +116,51 @@ def test_a_mixed_batch_has_text_several_images_and_places_of_its_own(
         with pytest.raises(TodreError):
             stock.answer([wrong])
     assert stock.answer([]) == []
+
+
+def test_pictures_that_do_not_reach_the_prompt_are_an_error(stock: StockModel) -> None:
+    frames = [sample.image for sample in held_out(2)]
+    for method in ("vanilla", "todre"):
+        stock.set_pruner(method)
+        with pytest.raises(TodreError, match="put 0 of 1 images or videos into the prompt"):
+            stock.answer([Request("What does the sign say?", frames, is_video=True)])
+    for wrong in ({"max_new_tokens": 0}, {"num_return_sequences": 2}):
+        with pytest.raises(TodreError, match=next(iter(wrong))):
+            stock.answer([Request("What does the sign say?", frames[:1])], **wrong)  # type: ignore[arg-type]
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second(
+    stock: StockModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+    generate = stock.model.generate
+
+    def spy(**inputs: Any) -> Any:
+        seen.append(inputs["input_ids"][0].tolist())
+        return generate(**inputs)
+
+    monkeypatch.setitem(stock.model.__dict__, "generate", spy)
+    request = Request("What does the sign say?", [held_out(1)[0].image])
+    stock.answer([request], max_new_tokens=1)
+    written = f"<s>{stock.processor.chat_template}"
+    monkeypatch.setattr(stock.processor, "chat_template", written)
+    stock.answer([request], max_new_tokens=1)
+    first = stock.processor.tokenizer.bos_token_id
+    assert [ids.count(first) for ids in seen] == [1, 1] and seen[0][0] == seen[1][0] == first
+
+
+@pytest.mark.parametrize("option", [{}, {"method": "todre", "retain_ratio": 0.25}])
+def test_generate_takes_its_arguments_by_position_too(
+    stock: StockModel, option: dict[str, Any]
+) -> None:
+    model = stock.model
+    stock.set_pruner(option.pop("method", "vanilla"), **option)
+    inputs = stock._inputs([Request("What does the sign say?", [held_out(1)[0].image])])
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=2)
+    ids = inputs.pop("input_ids")
+    given = model.generate(ids, settings, **inputs)
+    assert torch.equal(given, model.generate(ids, generation_config=settings, **inputs))
+    assert given.shape[1] - ids.shape[1] <= 4
 
 
 def test_what_transformers_reads_answers_as_ours_does(folder: Path) -> None:
