@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
@@ -38,6 +39,11 @@ Prepared = tuple[
     Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None
 ]
 
+# Before 5.23 transformers rolled rejected candidates back by the length of the first layer.
+ROLLS_BACK_BY_LAYER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+_NOT_WITH_IMAGES = ("assistant_model", "prefill_chunk_size") + (
+    () if ROLLS_BACK_BY_LAYER else ("prompt_lookup_num_tokens",)
+)
 # Settings of `generate` under which every row of the cache stays with its question.
 _GENERATION_DEFAULTS = {
     "num_beams": 1,
@@ -434,7 +440,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             self._last = None
             return super().generate(inputs, **kwargs)
         stated = kwargs.get("generation_config")
-        for option in ("assistant_model", "prefill_chunk_size"):
+        for option in _NOT_WITH_IMAGES:
             if (kwargs.get(option) or getattr(stated, option, None)) is not None:
                 raise TodreError(f"{option} is not supported together with images; leave it out.")
         prompts = self._read_prompts(
