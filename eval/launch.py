@@ -3,7 +3,7 @@
     <out>/<name>.json      the result; it is there = the run is done
     <out>/logs/<name>.txt  what lmms-eval printed
     <out>/logs/<name>/     the model's log of answers, with which an interrupted run goes on
-    <out>/work/<name>/     what lmms-eval wrote
+    <out>/raw/<name>/      what lmms-eval wrote
 
 Nothing else is kept about a run, so it may be killed at any moment and started again. A lock keeps
 two commands from working on the same run; the children hold it too, and end when we do.
@@ -139,7 +139,7 @@ def command(
     """
     log_dir, work = (
         shown_path(launch.out / "logs" / run.name),
-        shown_path(launch.out / "work" / run.name),
+        shown_path(launch.out / "raw" / run.name),
     )
     include = run.suite.include
     environment: dict[str, str] = {}
@@ -206,7 +206,7 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
     _check_installed(launch.program)
     for suite in {run.suite_name: run.suite for run in waiting.values()}.values():
         prepare(suite)
-    for folder in ("", "logs", "work"):
+    for folder in ("", "logs", "raw"):
         try:
             (launch.out / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -215,7 +215,7 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
     with _Progress([*waiting.values()], launch) as progress, _Crew(launch, slots) as crew:
         while waiting or crew.children:
             for run in list(waiting.values()) if crew.free else ():
-                lock = _locked(launch.out / "work" / f"{run.name}.lock")
+                lock = _locked(launch.out / "raw" / f"{run.name}.lock")
                 if lock is None:  # another command is at it
                     continue
                 record = read_record(launch.file(run))
@@ -294,7 +294,7 @@ class _Child:
         return record
 
     def _outcome(self, launch: Launch) -> dict[str, Any]:
-        work, log = launch.out / "work" / self.run.name, launch.out / "logs" / self.run.name
+        work, log = launch.out / "raw" / self.run.name, launch.out / "logs" / self.run.name
         if not results_files(work):
             reason = last_error(log.with_name(f"{log.name}.txt"), self.process.returncode)
             return failed(self.run, f"lmms-eval left no results: {reason}")
@@ -322,7 +322,7 @@ class _Crew:
         """Start a run in the first free slot."""
         slot, out = self.free[0], self._launch.out
         environment, arguments = command(run, self._launch, self._slots[slot], len(self._slots))
-        shutil.rmtree(out / "work" / run.name, ignore_errors=True)  # of an interrupted attempt
+        shutil.rmtree(out / "raw" / run.name, ignore_errors=True)  # of an interrupted attempt
         with (out / "logs" / f"{run.name}.txt").open("wb") as output:
             process = subprocess.Popen(
                 arguments,

@@ -105,7 +105,7 @@ def test_a_run_leaves_one_json_with_everything(
 def test_time_is_that_of_the_scored_items_and_shared_by_processes(tmp_path: Path) -> None:
     run, how = run_of(), Launch(tmp_path, program=(str(FAKE),))
     execute([run], how)
-    work, log_dir = tmp_path / "work" / run.name, tmp_path / "logs" / run.name
+    work, log_dir = tmp_path / "raw" / run.name, tmp_path / "logs" / run.name
     log = log_dir / "fingerprint" / "todre_mini_exist.test.rank0.jsonl"
     line = json.loads(log.read_text().splitlines()[0])
     log.write_text(log.read_text() + json.dumps(line | {"doc_id": 9, "seconds": 99.0}) + "\n")
@@ -247,7 +247,7 @@ def test_a_dry_run_prints_commands_that_a_shell_runs_as_they_are(
     assert words[words.index("--limit") + 1] == "2" and "--log_samples" in words
     assert words[words.index("--seed") + 1] == "0"
     subprocess.run(lines[1], shell=True, check=True, capture_output=True, cwd=ROOT)
-    assert list((tmp_path / "out" / "work").rglob("*_results.json"))
+    assert list((tmp_path / "out" / "raw").rglob("*_results.json"))
 
 
 def test_the_program_is_lmms_eval_and_python_is_named_shortly_if_it_is_the_one_on_the_path(
@@ -331,7 +331,7 @@ def test_wrong_arguments_are_one_line_before_anything_starts(
 ) -> None:
     with pytest.raises(TodreError, match=said) as raised:
         evaluate(*arguments)
-    assert "\n" not in str(raised.value) and not (tmp_path / "out" / "work").exists()
+    assert "\n" not in str(raised.value) and not (tmp_path / "out" / "raw").exists()
 
 
 def test_gpus_may_be_named_in_a_dry_run_without_having_them(
@@ -459,7 +459,7 @@ def test_two_commands_do_not_work_on_the_same_run(
 
 def test_what_an_interrupted_attempt_left_is_not_taken_for_a_result(tmp_path: Path) -> None:
     run = run_of()
-    left = tmp_path / "work" / run.name / "checkpoints__mini" / "20260101_000000_results.json"
+    left = tmp_path / "raw" / run.name / "checkpoints__mini" / "20260101_000000_results.json"
     left.parent.mkdir(parents=True)
     left.write_text("{}")
     assert execute([run], Launch(tmp_path, program=(str(FAKE),))).done == [run.name]
