@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.compare import read_json
+from eval.drawing import Cell
 from eval.published import ABLATED, VERSIONS, RowSpec, place, rows
-from eval.tables import Cell
 
 Result = Mapping[str, Any]
 COLUMNS = ("paper_tflops", "tflops", "memory_gb", "samples_per_s")
@@ -25,7 +25,7 @@ _WITHDRAWN = ", withdrawn"
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What the renderers of :mod:`eval.tables` draw."""
+    """What the renderers of :mod:`eval.drawing` draw."""
 
     model: str
     title: str

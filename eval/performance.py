@@ -9,9 +9,9 @@ from typing import Any
 from eval.bench import report
 from eval.bench.answers import QUESTION_TOKENS, SYSTEM_TOKENS
 from eval.bench.sizes import SIZES
+from eval.drawing import as_markdown, stacked
 from eval.efficiency import efficiencies, load_benches
 from eval.roofline import DEVICES, bound
-from eval.tables import as_markdown, stacked
 from llava_todre.errors import TodreError
 from llava_todre.table import markdown_lines
 

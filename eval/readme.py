@@ -7,7 +7,10 @@ import re
 import textwrap
 from pathlib import Path
 
-from eval.tables import AVERAGE, load_runs, name_of, render, sheets
+from eval.drawing import name_of, render
+from eval.matching import load_runs
+from eval.published import AVERAGE
+from eval.tables import sheets
 from llava_todre.pruners import PRUNERS
 from llava_todre.table import as_markdown, markdown_lines
 

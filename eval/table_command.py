@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eval.drawing import RENDERERS, Drawn, render
 from eval.efficiency import efficiencies, load_benches
+from eval.matching import load_runs
 from eval.published import TABLES, VERSIONS
-from eval.tables import RENDERERS, Drawn, load_runs, render, sheets
+from eval.tables import sheets
 from llava_todre.errors import TodreError
 
 

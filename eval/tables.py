@@ -1,4 +1,4 @@
-"""``python -m eval table``: the papers' tables, our numbers beside the published ones.
+"""The papers' tables filled from runs: our numbers beside the published ones.
 
 A run fills a row when it ran the same thing: the same model, and a method and options that make
 the same pruner, however they were spelled. What was not run stays empty and says so.
@@ -6,16 +6,13 @@ the same pruner, however they were spelled. What was not run stays empty and say
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from eval.compare import is_mean, is_run, mean_interval, read_json, relative_interval, require_sound
+from eval.compare import is_mean, mean_interval, relative_interval
+from eval.drawing import Cell, name_of
+from eval.matching import Run, concerns, identity, model_key, ran, rank_of
 from eval.published import (
     AVERAGE,
     LAYERS,
@@ -31,74 +28,9 @@ from eval.published import (
 )
 from llava_todre.errors import TodreError, unknown
 from llava_todre.intervals import Interval
-from llava_todre.pruners import PRUNERS, Pruner, create_pruner
-from llava_todre.pruners.base import layers_at
-from llava_todre.pruners.combined import Combined
-from llava_todre.pruners.todre import Todre
-from llava_todre.pruners.vanilla import Vanilla
-from llava_todre.table import markdown_lines
+from llava_todre.pruners import PRUNERS
 
-Run = Mapping[str, Any]
-"""The JSON of one run."""
-PRETRAINED = {
-    "llava_next_7b": ("llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-7b-hf"),
-    "llava_next_13b": ("llava-v1.6-vicuna-13b", "llava-v1.6-vicuna-13b-hf"),
-    "mini": ("mini",),
-}
-"""Model key -> last parts of checkpoint names, for runs of a model that was named by its path."""
 NOT_RUN, FAILED, SERVER = "not run", "failed", "server"
-NAMES = {
-    "mme": "MME",
-    "scienceqa": "ScienceQA",
-    "gqa": "GQA",
-    "pope": "POPE",
-    "mmbench_en": "MMB-EN",
-    "mmbench_cn": "MMB-CN",
-    "vizwiz": "VizWiz",
-    "vqav2": "VQAv2",
-    "videomme": "VideoMME",
-    "egoschema": "EgoSchema",
-    "mlvu": "MLVU",
-    "longvideobench": "LongVideoBench",
-    "average": "Average",
-    "time": "time",
-    "paper_tflops": "TFLOPs (Eq. 1)",
-    "tflops": "TFLOPs",
-    "memory_gb": "memory (GB)",
-    "samples_per_s": "samples/s",
-}
-LINES = {
-    "ours": "ours",
-    "interval": "95 % interval",
-    "published": "published",
-    "difference": "difference",
-    "samples": "samples",
-}
-"""Fields of a cell, in the order in which they are shown, and their names."""
-_STAGE_TWO = ("probe_depths", "tau", "text_set")
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the renderers draw; a cell may hold several lines."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-    left: int = 1
-    """Columns of text; the others hold numbers."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number of ours, and what the papers say in its place; all as text."""
-
-    ours: str = ""
-    interval: str = ""
-    published: str = ""
-    difference: str = ""
-    samples: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,75 +46,6 @@ class Entry:
     def score(self) -> float | None:
         """The score, where there is one."""
         return self.stored["score"] if self.stored.get("status") == "complete" else None
-
-
-def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return every run stored in the folders, by name; other JSON files are passed over.
-
-    Raises:
-        TodreError: no such folder, or a file that is not JSON.
-    """
-    found = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise TodreError(
-                f"results {str(folder)!r} is not a folder; allowed: one with run JSONs."
-            )
-        for file in sorted(folder.glob("*.json")):
-            stored = read_json(file)
-            if is_run(stored):
-                require_sound(stored, file)
-                found.append(stored)
-    return sorted(found, key=lambda run: str(run["name"]))
-
-
-def model_key(run: Run) -> str:
-    """Return the key of a run's model: a known one, stated or by the name of its checkpoint."""
-    model = run["config"]["model"]
-    last = str(model.get("pretrained", "")).rstrip("/").split("/")[-1]
-    stated = str(model.get("key") or last)
-    named = (key for key, names in PRETRAINED.items() if last in names)
-    return stated if stated in PRETRAINED else next(named, stated)
-
-
-def identity(method: str, options: Mapping[str, Any], num_layers: int | None) -> object:
-    """Return what a method with these options does; equal for two spellings of the same thing.
-
-    ``todre+vanilla`` equals ``todre`` without probes, ``vanilla+todre`` equals ``todre`` that keeps
-    every token, presets equal their values spelled out, and a seed does not count.
-
-    Args:
-        method: a name of the registry, or A+B.
-        options: as in a run's JSON.
-        num_layers: decoder layers, by which depths are compared; as they are when None.
-    """
-    knobs = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-    pruner = create_pruner(method, **knobs)
-    if isinstance(pruner, Combined):
-        return _stage_one(pruner.before), _stage_two(pruner.inside, num_layers)
-    return _stage_one(pruner), _stage_two(pruner, num_layers)
-
-
-def _stage_one(pruner: Pruner) -> object:
-    full = pruner.retain_ratio == 1.0 and pruner.retain_tokens is None
-    if full or isinstance(pruner, Vanilla):
-        return None
-    return _settings(pruner, without=_STAGE_TWO if isinstance(pruner, Todre) else ())
-
-
-def _stage_two(pruner: Pruner, num_layers: int | None) -> object:
-    if isinstance(pruner, Todre):
-        depths = pruner.probe_depths
-        where = layers_at(depths, num_layers) if num_layers else tuple(sorted(depths))
-        return (where, pruner.tau, pruner.text_set) if where else None
-    acts = type(pruner).at_layer is not Pruner.at_layer
-    return _settings(pruner) if acts else None
-
-
-def _settings(pruner: Pruner, without: Sequence[str] = ()) -> object:
-    name = "Todre" if isinstance(pruner, Todre) else type(pruner).__name__
-    knobs = dataclasses.asdict(pruner)
-    return name, *((key, knobs[key]) for key in knobs if key not in (*without, "seed"))
 
 
 class Sheet:
@@ -219,7 +82,7 @@ class Sheet:
         self._by_identity: dict[object, list[Run]] = {}
         for run in runs:
             try:
-                key = identity(*_ran(run), num_layers)
+                key = identity(*ran(run), num_layers)
                 self._by_identity.setdefault(key, []).append(run)
             except (TodreError, TypeError) as error:
                 self._remark(f"{run['name']} fits no row: {error}")
@@ -238,13 +101,13 @@ class Sheet:
         return {key: self._entry(row, key) for key in self.benchmarks}
 
     def _entry(self, row: RowSpec, benchmark: str) -> Entry:
-        found = [run for run in self._candidates(row) if _concerns(run, benchmark)]
+        found = [run for run in self._candidates(row) if concerns(run, benchmark)]
         if not found:
             return Entry(NOT_RUN)
-        best = max(found, key=lambda run: _rank(run, benchmark))
+        best = max(found, key=lambda run: rank_of(run, benchmark))
         name = str(best["name"])
-        rank = _rank(best, benchmark)[:4]
-        same = [run for run in found if _rank(run, benchmark)[:4] == rank]
+        rank = rank_of(best, benchmark)[:4]
+        same = [run for run in found if rank_of(run, benchmark)[:4] == rank]
         if len(same) > 1:
             self._remark(f"{row.label}: {len(same)} runs fit; the newest is shown, {name}.")
         if best["status"] != "complete":
@@ -374,7 +237,7 @@ class Sheet:
         found = [run for run in candidates if run["status"] == "complete"]
         if not found:
             return Cell(FAILED if candidates else NOT_RUN, published=published)
-        run = max(found, key=lambda run: (set(run["benchmarks"]) == {"pope"}, _rank(run)))
+        run = max(found, key=lambda run: (set(run["benchmarks"]) == {"pope"}, rank_of(run)))
         self.used[str(run["name"])] = run
         ours = _measured(run, measure)
         text = "" if ours is None else _text(ours)
@@ -445,30 +308,6 @@ class Sheet:
                 settings.setdefault(key, set()).add(str(value))
         mixed = [f"{k} {' | '.join(sorted(v))}" for k, v in settings.items() if len(v) > 1]
         return [line, *([f"These runs differ in: {'; '.join(mixed)}."] if mixed else [])]
-
-
-def name_of(column: str) -> str:
-    return NAMES.get(column, column)
-
-
-def _ran(run: Run) -> tuple[str, Mapping[str, Any]]:
-    """Return method and options of a run."""
-    return run["config"]["method"], run["config"].get("options") or {}
-
-
-def _concerns(run: Run, benchmark: str) -> bool:
-    """Return whether a run has, or failed before it had, a benchmark."""
-    listed = run["benchmarks"] or run["config"].get("benchmarks")
-    return benchmark in listed if listed else run["status"] != "complete"
-
-
-def _rank(run: Run, benchmark: str = "") -> tuple[bool, bool, int, bool, str, str]:
-    """Return how gladly a run is shown: finished, no limit or a high one, with a score, newest."""
-    limit = run["config"].get("limit")
-    scored = run["benchmarks"].get(benchmark, {}).get("status") == "complete"
-    finished = run["status"] == "complete"
-    when = str(run.get("time_utc"))
-    return finished, limit is None, limit or 0, scored, when, str(run["name"])
 
 
 def _measured(run: Run, measure: str) -> float | None:
@@ -596,7 +435,7 @@ def _others(
     known = {str(identity(row.method, row.options, num_layers)) for row in wanted}
     found = []
     for run in runs:
-        method, options = _ran(run)
+        method, options = ran(run)
         ratio = options.get("retain_ratio", 1.0)
         if method not in PRUNERS or ratio == 1.0 or not isinstance(ratio, float):
             continue
@@ -609,125 +448,3 @@ def _others(
         except TodreError:
             continue  # the sheet says which runs it could not read
     return found
-
-
-class Drawn(Protocol):
-    """What can be drawn: a :class:`Sheet`, or an ``Efficiency`` of the bench."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def columns(self) -> Sequence[str]: ...
-    @property
-    def rows(self) -> Sequence[tuple[RowSpec, dict[str, Cell], list[str]]]: ...
-    @property
-    def used(self) -> Mapping[str, Run]: ...
-    @property
-    def notes(self) -> Sequence[str]: ...
-
-
-def stacked(sheet: Drawn) -> Table:
-    """Return a table of few columns, with what belongs to one number above each other."""
-    body = []
-    for row, cells, _ in sheet.rows:
-        lines = [line for line in LINES if any(getattr(cell, line) for cell in cells.values())]
-        columns = ["\n".join(getattr(cell, line) for line in lines) for cell in cells.values()]
-        body.append([row.label, "\n".join(LINES[line] for line in lines), *columns])
-    header = ["method", "", *map(name_of, sheet.columns)]
-    return Table(sheet.title, header, body, list(sheet.notes), left=2)
-
-
-def wide(found: Sequence[Drawn]) -> Table:
-    """Return one table with a column for everything, for machines."""
-    columns = list(dict.fromkeys(column for sheet in found for column in sheet.columns))
-    header = ["model", "method", *(f"{column} {line}" for column in columns for line in LINES)]
-    body = []
-    for sheet in found:
-        for row, cells, names in sheet.rows:
-            given = [cells.get(column, Cell()) for column in columns]
-            values = [getattr(cell, line) for cell in given for line in LINES]
-            commits = {str(sheet.used[name].get("git_commit")) for name in names}
-            body.append(
-                [sheet.model, row.label, *values, " ".join(names), " ".join(sorted(commits))]
-            )
-    return Table("", [*header, "runs", "commits"], body)
-
-
-def as_markdown(table: Table) -> str:
-    """Return the table in Markdown."""
-    cells = [
-        [cell.replace("|", "\\|").replace("\n", "<br>") for cell in row]
-        for row in [table.header, *table.rows]
-    ]
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    lines = "\n".join(markdown_lines(cells, left=table.left))
-    return f"**{table.title}**\n\n{lines}\n\n{notes}\n"
-
-
-def as_text(table: Table) -> str:
-    """Return the table with aligned columns."""
-    lines = [row for cells in [table.header, *table.rows] for row in _split(cells)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    drawn = [
-        "  ".join(
-            cell.ljust(width) if index < table.left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    notes = [textwrap.fill(note, 100) for note in table.notes]
-    return "\n".join([table.title, "", drawn[0], "-" * len(drawn[0]), *drawn[1:], "", *notes, ""])
-
-
-def as_latex(table: Table) -> str:
-    """Return the table in LaTeX, with nothing but the base packages."""
-    columns = "l" * table.left + "r" * (len(table.header) - table.left)
-    lines = [f"\\begin{{tabular}}{{{columns}}}", "\\hline", _latex_row(table.header), "\\hline"]
-    for row in table.rows:
-        lines += map(_latex_row, _split(row))
-    lines += ["\\hline", "\\end{tabular}"]
-    notes = " ".join(map(_latex, table.notes))
-    return "\n".join(
-        [
-            *("\\begin{table}", "\\centering\\footnotesize", f"\\caption{{{_latex(table.title)}}}"),
-            *(*lines, f"\\par\\smallskip {notes}", "\\end{table}", ""),
-        ]
-    )
-
-
-def as_csv(table: Table) -> str:
-    """Return header and rows as CSV."""
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([table.header, *table.rows])
-    return stream.getvalue()
-
-
-def _split(cells: Sequence[str]) -> list[list[str]]:
-    """Return the lines of a row of cells."""
-    parts = [cell.split("\n") for cell in cells]
-    height = max(map(len, parts))
-    return [[part[line] if line < len(part) else "" for part in parts] for line in range(height)]
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(_latex, cells)) + " \\\\"
-
-
-def _latex(text: str) -> str:
-    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    special |= {"|": "\\textbar{}", "<": "\\textless{}", ">": "\\textgreater{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)
-
-
-RENDERERS = {"text": as_text, "md": as_markdown, "latex": as_latex, "csv": as_csv}
-
-
-def render(found: Sequence[Drawn], style: str) -> str:
-    """Return the tables as text of a format: text, md, latex or csv."""
-    if style not in RENDERERS:
-        raise unknown("format", style, RENDERERS)
-    if style == "csv":
-        return as_csv(wide(found))
-    return "\n".join(RENDERERS[style](stacked(sheet)) for sheet in found)

@@ -24,7 +24,7 @@ from eval.compare import (
     relative_interval,
     render,
 )
-from eval.tables import load_runs
+from eval.matching import load_runs
 from llava_todre import TodreError
 from llava_todre.intervals import RESAMPLES
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eval import table_command, tables
+from eval import drawing, table_command
 from eval.bench.methods import table3
 from eval.efficiency import MISSING, efficiencies, load_benches
 from eval.published import rows
@@ -36,7 +36,7 @@ def bench(size: str = "7b", measured: bool = False, **changes: Any) -> dict[str,
     } | changes
 
 
-def cells(table: Any, label: str) -> dict[str, tables.Cell]:
+def cells(table: Any, label: str) -> dict[str, drawing.Cell]:
     return next(cells for spec, cells, _ in table.rows if spec.label == label)
 
 
@@ -48,10 +48,10 @@ def test_the_bench_runs_every_row_of_the_papers_table_and_todre_withdrawn() -> N
 def test_flops_memory_and_speed_stand_beside_the_published_numbers() -> None:
     (table,) = efficiencies({"7b.json": bench(measured=True)})
     vanilla = cells(table, "vanilla")
-    assert vanilla["paper_tflops"] == tables.Cell("17.1", published="31.4")
-    assert vanilla["tflops"] == tables.Cell("42.7"), "exact counts are not compared with Eq. 1's"
-    assert vanilla["memory_gb"] == tables.Cell("15.00", published="15.9")
-    assert vanilla["samples_per_s"] == tables.Cell("1.50 [1.25, 9.75]", published="1.5")
+    assert vanilla["paper_tflops"] == drawing.Cell("17.1", published="31.4")
+    assert vanilla["tflops"] == drawing.Cell("42.7"), "exact counts are not compared with Eq. 1's"
+    assert vanilla["memory_gb"] == drawing.Cell("15.00", published="15.9")
+    assert vanilla["samples_per_s"] == drawing.Cell("1.50 [1.25, 9.75]", published="1.5")
     assert cells(table, "todre 10%")["samples_per_s"].published == "2.9"
     assert cells(table, "todre_v1 10%")["samples_per_s"].published == "2.8"
     assert "not a result of this project" in " ".join(table.notes)

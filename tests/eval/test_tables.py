@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from eval import table_command, tables
+from eval import drawing, table_command
+from eval.drawing import Cell, Table, render, stacked
+from eval.matching import identity, load_runs, model_key
 from eval.published import TABLES, table_spec
-from eval.tables import Cell, Sheet, Table, identity, load_runs, model_key, render, sheets, stacked
+from eval.tables import Sheet, sheets
 from llava_todre import TodreError
 
 IMAGE = table_spec("1").benchmarks
@@ -546,7 +548,7 @@ def test_latex_has_the_same_number_of_columns_in_every_line_and_escapes_its_text
 
 
 def test_latex_escapes_every_special_character() -> None:
-    text = tables.as_latex(Table("t", ["a"], [["\\ & % $ # _ { } ~ ^ | < >"]]))
+    text = drawing.as_latex(Table("t", ["a"], [["\\ & % $ # _ { } ~ ^ | < >"]]))
     assert r"\textbackslash{} \& \% \$ \# \_ \{ \} \textasciitilde{} \textasciicircum{}" in text
     assert r"\textbar{} \textless{} \textgreater{}" in text
 
@@ -562,7 +564,7 @@ def test_markdown_has_a_row_per_printed_row_and_the_notes_below() -> None:
 
 def test_text_has_aligned_columns() -> None:
     table = Table("title", ["method", "", "GQA"], [["a", "ours\npublished", "1.0\n59.4"]], [], 2)
-    lines = tables.as_text(table).splitlines()
+    lines = drawing.as_text(table).splitlines()
     assert lines[:2] == ["title", ""]
     assert lines[2] == "method              GQA"
     assert lines[4:6] == ["a       ours        1.0", "        published  59.4"]
@@ -589,7 +591,7 @@ def test_the_command_prints_or_writes_the_table(
 
 
 @pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("style", tables.RENDERERS)
+@pytest.mark.parametrize("style", drawing.RENDERERS)
 def test_every_table_can_be_drawn_in_every_format_before_anything_is_run(table, style) -> None:
     assert render(sheets(table, []), style)
 
