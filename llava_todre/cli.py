@@ -121,13 +121,9 @@ def _demo_parser() -> ArgumentParser:
 
 def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
     """Return (name, knobs) from ``--method``, ``--retain-*`` and ``--option``."""
-    knobs: dict[str, Any] = {}
-    method = options.method
-    if method.endswith((".yaml", ".yml")):
-        knobs = _read_method_file(Path(method))
-        method = knobs.pop("method", None)
-        if not isinstance(method, str):
-            raise TodreError(f"method file {options.method!r} has no key 'method'.")
+    from llava_todre.pruners.method_file import named_or_from_file
+
+    method, knobs = named_or_from_file(options.method)
     for item in options.option:
         key, equals, value = item.partition("=")
         if not equals:
@@ -140,18 +136,6 @@ def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
         if options[key] is not None:
             knobs[key] = options[key]
     return method, {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
-
-
-def _read_method_file(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise TodreError(f"method file {str(path)!r} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TodreError(f"method file {str(path)!r} is not valid YAML: {error}") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise TodreError(f"method file {str(path)!r} must hold 'key: value' lines.")
-    return content
 
 
 def _generate(options: Namespace) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llava_todre.errors import TodreError
 
@@ -55,6 +56,18 @@ class DecoderShape:
             raise TodreError(f"width {self.width} is not divisible by heads {self.heads}.")
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise TodreError(f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}.")
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """Return the sizes in the config of a decoder, as transformers has it."""
+        return cls(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            mlp_width=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            vocab=config.vocab_size,
+        )
 
 
 @dataclass(frozen=True)

@@ -202,8 +202,10 @@ def _encode(
     identity = _identity if memory is None else _lasting_identity
     if memory is not None:
         memory.prefixes.claim(model)
+    pictures = {id(item): item for request in requests for item in request.images}
+    names = {key: identity(item) for key, item in pictures.items()}
     shown = [
-        ((request.is_video, *map(identity, group)), group)
+        ((request.is_video, *(names[id(item)] for item in group)), group)
         for request in requests
         for group in _groups(request)
     ]

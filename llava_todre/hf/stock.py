@@ -59,15 +59,7 @@ class StockModel:
     @property
     def decoder_shape(self) -> DecoderShape:
         """The decoder's dimensions, for counting FLOPs."""
-        config = decoder_of(self.model).config
-        return DecoderShape(
-            layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            mlp_width=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            vocab=config.vocab_size,
-        )
+        return DecoderShape.of(decoder_of(self.model).config)
 
     def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,6 +16,7 @@ import yaml
 from llava_todre.errors import TodreError, unknown
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.pruners.base import require_int
+from llava_todre.pruners.method_file import named_or_from_file
 
 _STAGES = ("before.", "inside.")
 
@@ -68,30 +68,13 @@ def build_pruner(
         seed: of the run; when None, that of the file, or 0.
         arguments: the model's own arguments, which a misspelt option may have meant.
     """
-    knobs: dict[str, Any] = {}
-    if method.endswith((".yaml", ".yml")):
-        knobs = _read_method_file(Path(method))
-        method = knobs.pop("method", None)
-        if not isinstance(method, str):
-            raise TodreError("the method file has no key 'method'; allowed: a name as its value.")
+    method, knobs = named_or_from_file(method)
     _check_names(method, options, arguments)
     knobs |= {key: option(value) for key, value in options.items()}
     chosen = knobs.pop("seed", 0) if seed is None else seed
     knobs.pop("seed", None)
     require_int("seed", chosen)
     return with_seed(create_pruner(method, **knobs), chosen), chosen
-
-
-def _read_method_file(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise TodreError(f"method {str(path)!r} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise TodreError(f"method {str(path)!r} is not valid YAML.") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise TodreError(f"method {str(path)!r} must hold 'key: value' lines.")
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
 
 
 def _check_names(method: str, options: Mapping[str, Any], arguments: Iterable[str]) -> None:

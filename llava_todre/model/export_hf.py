@@ -38,8 +38,8 @@ def save_as_hf(
 ) -> None:
     """Write model and processor so that ``AutoModelForImageTextToText`` reads them.
 
-    The vocabulary grows by one row for ``<image>``, with the weights of the padding token, which no
-    answer contains.
+    Where the vocabulary has no row for ``<image>``, it grows by one with the weights of the padding
+    token, which no answer contains.
 
     Args:
         model: with anyres and newlines (becomes LLaVA-NeXT), or with one view (LLaVA-1.5).
@@ -56,12 +56,13 @@ def save_as_hf(
     tokenizer.add_tokens([DEFAULT_IMAGE_TOKEN], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN)
     config.image_token_index = config.image_token_id = image_id
-    config.text_config.vocab_size = image_id + 1
+    rows = max(image_id + 1, model.config.vocab_size)
+    config.text_config.vocab_size = rows
     is_next = isinstance(config, LlavaNextConfig)
     kind = LlavaNextForConditionalGeneration if is_next else LlavaForConditionalGeneration
     with torch.device("meta"):
         other: Any = kind(config)
-    other.load_state_dict(_weights(model, image_id), assign=True)
+    other.load_state_dict(_weights(model, rows), assign=True)
     other.generation_config = model.generation_config
     other.save_pretrained(folder)
     _processor(model, tokenizer, config, template).save_pretrained(folder)
@@ -94,13 +95,12 @@ def _config(model: LlavaLlamaForCausalLM) -> Any:
     return LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
 
 
-def _weights(model: LlavaLlamaForCausalLM, image_id: int) -> dict[str, Tensor]:
+def _weights(model: LlavaLlamaForCausalLM, rows: int) -> dict[str, Tensor]:
     pad = model.config.pad_token_id or 0
     weights = {}
     for name, weight in model.state_dict().items():
         if name in _VOCABULARY:
-            missing = image_id + 1 - len(weight)
-            weight = torch.cat([weight, weight[pad].expand(missing, -1)])[: image_id + 1]
+            weight = torch.cat([weight, weight[pad].expand(rows - len(weight), -1)])
         ours, theirs = next(pair for pair in _NAMES if name.startswith(pair[0]))
         weights[theirs + name.removeprefix(ours)] = weight.detach().clone()
     return weights

@@ -480,15 +480,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     @property
     def decoder_shape(self) -> DecoderShape:
         """The decoder's dimensions, for counting FLOPs."""
-        config = self.config
-        return DecoderShape(
-            layers=config.num_hidden_layers,
-            width=config.hidden_size,
-            mlp_width=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            vocab=config.vocab_size,
-        )
+        return DecoderShape.of(self.config)
 
     @property
     def last_stats(self) -> tuple[PruneStats, ...]:

@@ -710,7 +710,7 @@ def test_a_method_may_be_a_file_or_two_joined(tmp_path):
         ({"revision": 1e5}, "revision 100000.0 is not text"),
         ({"method": "cdpruner", "relevance": "clip"}, "needs CLIP's text tower"),
         ({"clip_text": "/no/where"}, "clip_text '/no/where'"),
-        ({"method": "none.yaml"}, "method 'none.yaml' cannot be read"),
+        ({"method": "none.yaml"}, "method file 'none.yaml' cannot be read"),
         ({"device": "cpu", "device_map": "auto"}, "both given"),
     ],
 )
