@@ -178,14 +178,20 @@ _Ask = Callable[..., list[Answer]]
 def _evaluate(
     run: Run, samples: Sequence[Sample], ask: _Ask, model: LlavaLlamaForCausalLM, progress: Any
 ) -> dict[str, Any]:
-    """Ask every question of every sample; returns hits per task and means of the statistics."""
+    """Ask every question of every sample.
+
+    Returns:
+        Answers and hits per task, in the order of the samples, and means of the statistics.
+    """
     hits: dict[str, list[int]] = {task: [] for task in TASKS}
+    said: dict[str, list[str]] = {task: [] for task in TASKS}
     tokens, layer_tokens, flops, withdrawn = [], [], [], []
     for index, sample in enumerate(samples):
         everything = range(len(sample.questions))
         answers = ask(sample, everything, run.pruner(index), max_new_tokens=_MAX_NEW_TOKENS)
         for question, given in zip(sample.questions, answers, strict=True):
             hits[question.task].append(int(_same(given.text, question.answer)))
+            said[question.task].append(given.text)
             stats = given.stats
             tokens.append(stats.kept_tokens)
             layer_tokens.append(stats.mean_visual_tokens)
@@ -195,6 +201,7 @@ def _evaluate(
         progress.update(1)
     return {
         "hits": hits,
+        "answers": said,
         "kept_tokens": statistics.fmean(tokens),
         "mean_visual_tokens_per_layer": statistics.fmean(layer_tokens),
         "withdrawn_share": statistics.fmean(withdrawn),
@@ -265,7 +272,7 @@ def _rows(
         mean = {
             key: statistics.fmean(result[key] for result in results)
             for key in results[0]
-            if key not in ("hits", "run", "version")
+            if key not in ("hits", "answers", "run", "version")
         }
         rows.append(
             {

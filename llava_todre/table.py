@@ -16,7 +16,8 @@ LEGEND = (
 )
 
 
-def _cells(results: dict[str, Any], per_task: bool) -> list[list[str]]:
+def cells(results: dict[str, Any], per_task: bool) -> list[list[str]]:
+    """Return header and rows of a demo's results; ``per_task`` adds a column for every task."""
     tasks = results["tasks"] if per_task else []
     header = ["method", "tokens", "per layer", *tasks, "mean", "relative"]
     table = [[*header, "FLOPs", "prefill", "TTFT"]]
@@ -48,7 +49,7 @@ def with_interval(value: float, interval: Sequence[float] | None) -> str:
 
 def as_text(results: dict[str, Any]) -> str:
     """Return the table with aligned columns."""
-    table = _cells(results, per_task=True)
+    table = cells(results, per_task=True)
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
@@ -59,7 +60,7 @@ def as_text(results: dict[str, Any]) -> str:
 
 def as_markdown(results: dict[str, Any], per_task: bool = True) -> str:
     """Return the table in Markdown, with how it was made below."""
-    return "\n".join([*markdown_lines(_cells(results, per_task)), "", note(results), ""])
+    return "\n".join([*markdown_lines(cells(results, per_task)), "", note(results), ""])
 
 
 def markdown_lines(table: Sequence[Sequence[str]], left: int = 1) -> list[str]:

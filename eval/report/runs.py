@@ -1,0 +1,118 @@
+"""The report of a folder of runs through lmms-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.drawing import Table, stacked
+from eval.matching import Run, load_runs, model_key
+from eval.report.answers import of_runs
+from eval.report.origin import origin
+from eval.report.page import Html, heading, page, paragraph, table
+from eval.report.scenes import NUM_SCENES, answers, with_pictures
+from eval.tables import sheets
+from llava_todre.errors import TodreError
+from llava_todre.mini import held_out
+from llava_todre.pruners import Pruner, create_pruner
+
+_MINI = "mini"
+_TABLES = {
+    "1": None,
+    "2": None,
+    "4": None,
+    "5": "v2",
+    "6": "v2",
+    "pivot": None,
+    "cross_model": None,
+}
+"""Tables of the papers that runs fill, and which version of the paper where they differ."""
+
+
+def stored(folder: Path) -> list[Run]:
+    """Return the runs of a folder; raise a TodreError if there are none."""
+    runs = load_runs([folder])
+    if not runs:
+        raise TodreError(
+            f"folder {str(folder)!r} holds no results; allowed: one of `todre demo`, or of "
+            "`eval run` or `eval sweep`."
+        )
+    return runs
+
+
+def report(
+    runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any, charts: list[Html]
+) -> str:
+    """Return the page.
+
+    Args:
+        runs: of the folder.
+        folder: with what lies beside the runs' JSONs after a run: answers, if it is still there.
+        model: the bundled one, for pictures; runs of other models are shown without.
+        tokenizer: of the model.
+        charts: drawn from the runs.
+    """
+    done = [run for run in runs if run["status"] == "complete"]
+    failed = [[run["name"], run["error"]] for run in runs if run["status"] != "complete"]
+    return page(
+        f"llava_todre: {len(runs)} runs through lmms-eval",
+        _lead(runs),
+        [
+            ("Tables", _tables(runs)),
+            ("Figures", charts),
+            ("Pictures and answers", _examples(done, folder, model, tokenizer)),
+            ("Failed runs", [table(["run", "reason"], failed, left=2)] if failed else []),
+            ("How this was made", origin(runs, [run["config"] for run in runs])),
+        ],
+    )
+
+
+def _lead(runs: Sequence[Run]) -> str:
+    models = sorted({model_key(run) for run in runs})
+    suites = sorted({str(run["config"]["suite"]) for run in runs})
+    caution = " The bundled mini model shows the mechanism and is no evidence about 7B models."
+    return (
+        f"Models: {', '.join(models)}. Suites: {', '.join(suites)}. Published numbers are labelled "
+        f"as such.{caution if _MINI in models else ''}"
+    )
+
+
+def _tables(runs: Sequence[Run]) -> list[Html]:
+    """Return every table of the papers in which the runs fill more than the unpruned row."""
+    parts: list[Html] = []
+    for suite in dict.fromkeys(str(run["config"]["suite"]) for run in runs):
+        for number, version in _TABLES.items():
+            for sheet in sheets(number, runs, suite, version=version):
+                if len(sheet.used) > 1:
+                    parts += _as_html(stacked(sheet))
+    return parts
+
+
+def _as_html(filled: Table) -> list[Html]:
+    notes = [paragraph(note, "note") for note in filled.notes]
+    return [heading(filled.title), table(filled.header, filled.rows, filled.left), *notes]
+
+
+def _examples(runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any) -> list[Html]:
+    """Return the first items of the runs that differ in method and ratio only."""
+    plain = {_label(run): run for run in runs if set(run["config"]["options"]) <= {"retain_ratio"}}
+    mini = {label: run for label, run in plain.items() if _is_mini(run)}
+    if not mini:
+        return [part for asked in of_runs(plain, folder, NUM_SCENES) for part in answers(asked)]
+    pruners = {label: _pruner(run) for label, run in mini.items()}
+    asked = of_runs(mini, folder, NUM_SCENES)
+    return with_pictures(model, tokenizer, held_out(NUM_SCENES), lambda _: pruners, asked)
+
+
+def _is_mini(run: Run) -> bool:
+    return model_key(run) == _MINI and run["config"]["suite"] == _MINI
+
+
+def _pruner(run: Run) -> Pruner:
+    return create_pruner(run["config"]["method"], **run["config"]["options"])
+
+
+def _label(run: Run) -> str:
+    ratio = run["config"]["options"].get("retain_ratio", 1.0)
+    return f"{run['config']['method']} {ratio:.0%}"
