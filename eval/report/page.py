@@ -22,7 +22,7 @@ nav a { margin-right: 1rem; white-space: nowrap; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #d0d7de; text-align: right;
   vertical-align: top; white-space: pre-line; }
-th { background: #f6f8fa; } td.text, th.text { text-align: left; }
+th { background: #f6f8fa; } td.text, th.text { text-align: left; min-width: 6rem; }
 td:first-child, th:first-child { position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f6f8fa; }
 .note { color: #57606a; font-size: .9rem; }

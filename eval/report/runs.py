@@ -8,6 +8,7 @@ from typing import Any
 
 from eval.drawing import Table, stacked
 from eval.matching import Run, load_runs, model_key
+from eval.published import models
 from eval.report.answers import of_runs
 from eval.report.origin import origin
 from eval.report.page import Html, heading, page, paragraph, table
@@ -28,6 +29,7 @@ _TABLES = {
     "cross_model": None,
 }
 """Tables of the papers that runs fill, and which version of the paper where they differ."""
+_OF_THE_PAPER_ONLY = ("2", "cross_model")  # not drawn for models that are not in it
 
 
 def stored(folder: Path) -> list[Run]:
@@ -69,12 +71,12 @@ def report(
 
 
 def _lead(runs: Sequence[Run]) -> str:
-    models = sorted({model_key(run) for run in runs})
+    keys = sorted({model_key(run) for run in runs})
     suites = sorted({str(run["config"]["suite"]) for run in runs})
     caution = " The bundled mini model shows the mechanism and is no evidence about 7B models."
     return (
-        f"Models: {', '.join(models)}. Suites: {', '.join(suites)}. Published numbers are labelled "
-        f"as such.{caution if _MINI in models else ''}"
+        f"Models: {', '.join(keys)}. Suites: {', '.join(suites)}. Published numbers are labelled "
+        f"as such.{caution if _MINI in keys else ''}"
     )
 
 
@@ -82,7 +84,10 @@ def _tables(runs: Sequence[Run]) -> list[Html]:
     """Return every table of the papers in which the runs fill more than the unpruned row."""
     parts: list[Html] = []
     for suite in dict.fromkeys(str(run["config"]["suite"]) for run in runs):
+        keys = {model_key(run) for run in runs if run["config"]["suite"] == suite}
         for number, version in _TABLES.items():
+            if number in _OF_THE_PAPER_ONLY and not keys & set(models(number)):
+                continue
             for sheet in sheets(number, runs, suite, version=version):
                 if len(sheet.used) > 1:
                     parts += _as_html(stacked(sheet))
