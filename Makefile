@@ -35,6 +35,7 @@ $(STAMP): requirements.txt pyproject.toml
 
 demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMAGES, OUT)
 	@$(PY) -m llava_todre.cli demo $(DEMO_OPTIONS)
+	@$(PY) -m eval report "$(or $(OUT),outputs/demo)"
 
 test: $(STAMP) ## run the tests (offline, CPU)
 	@$(PY) -m pytest -q -n auto

@@ -17,7 +17,7 @@ from llava_todre.errors import TodreError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return _run(options)
     except TodreError as error:
@@ -25,9 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
-    parsers = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    parsers = whole.add_subparsers(dest="command", required=True)
     commands.add_parsers(parsers)
     table_command.add_parser(parsers)
     compare.add_parser(parsers)
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = parsers.add_parser(name, help=f"write {page} from registry and stored results")
         command.add_argument("--check", action="store_true", help="only say whether it is current")
-    return parser
+    return whole
 
 
 def _run(options: argparse.Namespace) -> int:

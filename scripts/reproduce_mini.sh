@@ -13,3 +13,4 @@ for table in 1 4 "5 --version v2" "6 --version v2"; do
   # shellcheck disable=SC2086  # a table and its options
   "${PYTHON:-python}" -m eval table $table --suite mini --results "$out"
 done
+"${PYTHON:-python}" -m eval report "$out"

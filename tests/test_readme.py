@@ -66,9 +66,9 @@ def test_the_make_targets_exist() -> None:
 
 def test_make_demo_passes_on_what_it_is_given() -> None:
     given = ["METHODS=all todre+vtw", "RATIOS=0.5 0.25", "IMAGES=2", "OUT=outputs/x y"]
-    for arguments, expected in (
-        (given, "--methods all todre+vtw --ratios 0.5 0.25 --num-images 2 --out"),
-        ([], ""),
+    for arguments, expected, out in (
+        (given, "--methods all todre+vtw --ratios 0.5 0.25 --num-images 2 --out", "outputs/x y"),
+        ([], "", "outputs/demo"),
     ):
         shown = subprocess.run(
             ["make", "--no-print-directory", "-n", "demo", *arguments],
@@ -77,9 +77,10 @@ def test_make_demo_passes_on_what_it_is_given() -> None:
             text=True,
             check=True,
         )
-        command = shlex.split(shown.stdout.splitlines()[-1])
+        command, report = map(shlex.split, shown.stdout.splitlines()[-2:])
         assert command[1:4] == ["-m", "llava_todre.cli", "demo"]
-        assert command[4:] == [*expected.split(), *(["outputs/x y"] if arguments else [])]
+        assert command[4:] == [*expected.split(), *([out] if arguments else [])]
+        assert report[1:] == ["-m", "eval", "report", out]
 
 
 def test_links_lead_somewhere() -> None:

@@ -19,9 +19,11 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff;
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d0d7de; }
 nav a { margin-right: 1rem; white-space: nowrap; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+table { border-collapse: separate; border-spacing: 0;
+  font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid #d0d7de; text-align: right;
   vertical-align: top; white-space: pre-line; }
+.lines td { white-space: pre; }
 th { background: #f6f8fa; } td.text, th.text { text-align: left; min-width: 6rem; }
 td:first-child, th:first-child { position: sticky; left: 0; background: #fff; }
 th:first-child { background: #f6f8fa; }
@@ -61,13 +63,19 @@ def mark(answer: str, right: bool) -> Html:
     return Html(f'<span class="{word}" title="{word}">{text(answer or "(nothing)")}</span>')
 
 
-def table(header: Sequence[object], rows: Sequence[Sequence[object]], left: int = 1) -> Html:
+def table(
+    header: Sequence[object],
+    rows: Sequence[Sequence[object]],
+    left: int = 1,
+    wraps: bool = True,
+) -> Html:
     """Return a table that scrolls sideways by itself.
 
     Args:
         header: of the columns.
         rows: of as many cells; a line break in a cell stays one.
         left: columns of text; the others hold numbers.
+        wraps: whether long text may take several lines, which then stand beside none of the others.
     """
 
     def row(cells: Sequence[object], tag: str) -> str:
@@ -78,8 +86,9 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], left: int 
         return f"<tr>{inner}</tr>"
 
     body = "\n".join(row(cells, "td") for cells in rows)
+    kind = "" if wraps else ' class="lines"'
     return Html(
-        f'<div class="wide"><table>\n<thead>{row(header, "th")}</thead>\n'
+        f'<div class="wide"><table{kind}>\n<thead>{row(header, "th")}</thead>\n'
         f"<tbody>{body}</tbody>\n</table></div>"
     )
 

@@ -81,22 +81,28 @@ def _lead(runs: Sequence[Run]) -> str:
 
 
 def _tables(runs: Sequence[Run]) -> list[Html]:
-    """Return every table of the papers in which the runs fill more than the unpruned row."""
+    """Return every table of the papers that shows a run which none before it does."""
     parts: list[Html] = []
+    told: set[str] = set()
     for suite in dict.fromkeys(str(run["config"]["suite"]) for run in runs):
         keys = {model_key(run) for run in runs if run["config"]["suite"] == suite}
         for number, version in _TABLES.items():
             if number in _OF_THE_PAPER_ONLY and not keys & set(models(number)):
                 continue
             for sheet in sheets(number, runs, suite, version=version):
-                if len(sheet.used) > 1:
+                if set(sheet.used) - told:
                     parts += _as_html(stacked(sheet))
+                    told |= set(sheet.used)
     return parts
 
 
 def _as_html(filled: Table) -> list[Html]:
     notes = [paragraph(note, "note") for note in filled.notes]
-    return [heading(filled.title), table(filled.header, filled.rows, filled.left), *notes]
+    return [
+        heading(filled.title),
+        table(filled.header, filled.rows, filled.left, wraps=False),
+        *notes,
+    ]
 
 
 def _examples(runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any) -> list[Html]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import commands, table_command
+from eval import commands
+from eval.__main__ import parser as parser_of_eval
 from eval.bench import command as bench
 from eval.runs import ROOT
 
@@ -37,11 +38,7 @@ def calls(tmp_path: Path) -> Callable[..., list[argparse.Namespace]]:
     stub = tmp_path / "python"
     stub.write_text("#!/usr/bin/env bash\nprintf '%q ' \"$@\"\necho\n")
     stub.chmod(0o755)
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers(dest="command")
-    commands.add_parsers(subparsers)
-    table_command.add_parser(subparsers)
-    bench.add_parser(subparsers)
+    parser = parser_of_eval()
 
     def run(script: str, *arguments: str, **variables: str) -> list[argparse.Namespace]:
         printed = _bash(script, *arguments, PYTHON=str(stub), **variables).stdout
@@ -87,12 +84,15 @@ def test_after_the_runs_come_the_tables_of_their_results(
     script: str, calls: Callable[..., list[argparse.Namespace]]
 ) -> None:
     called = calls(script)
+    reports = [options.folder for options in called if options.command == "report"]
+    called = [options for options in called if options.command != "report"]
     runs, *others = [options for options in called if options.command != "table"]
     shown = called[1 + len(others) :]
     assert {options.out for options in others} <= {runs.out}
     assert [options.table for options in shown] == SCRIPTS[script][1]
     assert {tuple(options.results) for options in shown} == {(runs.out,)}
     assert runs.out == Path("outputs") / script
+    assert reports == ([runs.out] if script == "reproduce_mini" else [])
     own = {"smoke", "reproduce_mini"}
     assert {options.suite for options in shown} == {"mini" if script in own else None}
 
