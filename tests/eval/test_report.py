@@ -1,0 +1,169 @@
+"""The report: one file, from what the demo or a sweep left, that asks nothing of anybody."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from eval.__main__ import main
+from eval.readme import REPRODUCED
+from eval.report import page
+from eval.report.answers import of_runs
+from eval.report.command import report
+from llava_todre.demo import run_demo
+from llava_todre.errors import TodreError
+
+
+class Reader(HTMLParser):
+    """Collects what a page links to, its pictures, marks and tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.alts: list[str] = []
+        self.marks: list[str] = []
+        self.tags: list[str] = []
+        self.cells: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.tags.append(tag)
+        self.sources += [str(given[key]) for key in ("src", "href", "action") if key in given]
+        if tag == "img":
+            self.alts.append(str(given["alt"]))
+        if given.get("class") in ("right", "wrong"):
+            self.marks.append(str(given["class"]))
+        if tag in ("td", "th"):
+            self.cells.append("")
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += data
+
+
+def read(text: str) -> Reader:
+    reader = Reader()
+    reader.feed(text)
+    assert not reader.open
+    return reader
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    run_demo(None, ["random", "todre"], [0.1], 2, out)
+    return out
+
+
+def test_the_demo_has_a_report_with_tables_pictures_answers_and_origin(demo: Path) -> None:
+    assert main(["report", str(demo)]) == 0
+    results = json.loads((demo / "results.json").read_text())
+    found = read((demo / "report.html").read_text())
+    for row in results["rows"]:
+        assert f"{100 * row['average']:.1f}" in found.cells
+    assert {"todre 10%", "random 10% (mean of 3)", "vanilla 100%"} <= set(found.cells)
+    kept = [alt for alt in found.alts if alt.startswith("Visual tokens kept by")]
+    assert len(kept) == 2 * 3, "two pictures, three methods"
+    assert "Visual tokens kept by todre 10%: 32 of 320 tokens enter the decoder" in kept
+    assert {results["git_commit"], results["device"], results["versions"]["torch"]} <= set(
+        found.cells
+    )
+
+
+def test_answers_are_marked_as_the_run_found_them(demo: Path) -> None:
+    results = json.loads((demo / "results.json").read_text())
+    first = [run for run in results["runs"] if run["run"]["draw"] == 0]
+    right = sum(hit for run in first for hits in run["hits"].values() for hit in hits)
+    asked = sum(len(hits) for run in first for hits in run["hits"].values())
+    marks = read(report(demo)).marks
+    assert (marks.count("right"), len(marks)) == (right, asked)
+    assert 0 < right < asked
+
+
+def test_a_report_asks_nothing_of_anybody(demo: Path) -> None:
+    text = report(demo)
+    assert all(source.startswith(("data:", "#")) for source in read(text).sources)
+    assert "default-src 'none'" in text and "<script" not in text
+    assert not re.search(r"url\(|@import|https?://", text)
+
+
+def test_results_that_were_passed_on_have_a_report_without_answers() -> None:
+    found = read(report(REPRODUCED))
+    assert {"todre 10%", "98.3", "[97.2, 99.3]", "todre stage 2, tau 0.05"} <= {
+        line for cell in found.cells for line in cell.split("\n")
+    }
+    assert found.marks == []
+    assert any(alt.startswith("Visual tokens kept by divprune 25%") for alt in found.alts)
+
+
+def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
+    name = "mini-mini-todre-0.1-c13855e2"
+    run = json.loads((REPRODUCED / f"{name}.json").read_text())
+    run["benchmarks"] = {key: run["benchmarks"][key] for key in ("exist", "count")}
+    count = run["benchmarks"]["count"]
+    item, score = next(pair for pair in count["items"] if pair[1] == 0.0)
+    count["items"] = [[item, score]]
+    line = {"task": count["task"], "split": "test", "doc_id": item, "repeat": 0}
+    line |= {"prompt": "How <many>?", "answer": "nine & more"}
+    log = tmp_path / "logs" / name
+    (log / "abc").mkdir(parents=True)
+    (log / "current").write_text("abc")
+    (log / "abc" / "count.test.rank0.jsonl").write_text(json.dumps(line) + "\n")
+    raw = tmp_path / "raw" / name / "model"
+    raw.mkdir(parents=True)
+    record = {"doc_id": item, "target": "two"}
+    (raw / f"1_samples_{count['task']}.jsonl").write_text(json.dumps(record) + "\n")
+
+    (asked,), *rest = of_runs({"todre 10%": run}, tmp_path, 3)
+    assert (asked.task, asked.question, asked.expected) == ("count", "How <many>?", "two")
+    assert asked.given == {"todre 10%": ("nine & more", False)} and rest == [[], []]
+
+    run["config"]["suite"] = "another"  # of which there are no pictures
+    (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    text = report(tmp_path)
+    assert "How &lt;many&gt;?" in text and "nine &amp; more" in text
+    assert read(text).marks == ["wrong"] and "kept by" not in text
+
+
+def test_a_failed_run_is_told_with_its_reason(tmp_path: Path) -> None:
+    for file in REPRODUCED.glob("*todre-0.1-c13855e2.json"):
+        run = json.loads(file.read_text())
+        run |= {"status": "failed", "error": "the <model> broke", "benchmarks": {}}
+        (tmp_path / file.name).write_text(json.dumps(run))
+    shutil.copy(next(REPRODUCED.glob("*vanilla*.json")), tmp_path)
+    assert "the <model> broke" in read(report(tmp_path)).cells
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: folder.rmdir(), "is not a folder"),
+        (lambda folder: None, "holds no results"),
+        (lambda folder: (folder / "results.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "results.json").write_text("[]"), "holds no results"),
+    ],
+)
+def test_a_folder_without_results_is_one_line(prepare, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    prepare(folder)
+    with pytest.raises(TodreError, match=message) as caught:
+        report(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_is_escaped_once() -> None:
+    assert page.text("<b>") == "&lt;b&gt;" == page.text(page.text("<b>"))
+    cell = page.table(["a"], [["x < y"]])
+    assert "x &lt; y" in cell
