@@ -26,6 +26,7 @@ models cannot mix.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,7 +39,7 @@ from llava_todre.errors import TodreError
 from llava_todre.pruners import LayerView, Merge, Pruner
 from llava_todre.relevance import attention_rows
 from llava_todre.spans import Kind, Spans, is_visual
-from llava_todre.stats import Probe
+from llava_todre.stats import ImageStats, Probe, PruneStats
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,25 @@ class Withdrawal:
         """Return how many patch and newline tokens each layer processes for a sample."""
         return self._count([is_visual(segment.kinds[sample]) for segment in self.segments])
 
+    def stats(self, images: Sequence[tuple[ImageStats, ...]]) -> tuple[PruneStats, ...]:
+        """Return what happened to each sample of the batch.
+
+        Args:
+            images: Stage 1 on the images of each sample.
+        """
+        copies = len(self.probes) // len(images)  # beam search repeats samples
+        newlines = (self.segments[0].kinds == Kind.NEWLINE).sum(dim=1)[::copies].tolist()
+        return tuple(
+            PruneStats(
+                images=of_sample,
+                newline_tokens=newlines[index],
+                probes=tuple(self.probes[index * copies]),
+                prompt_tokens_per_layer=self.tokens_per_layer(index * copies),
+                visual_tokens_per_layer=self.visual_tokens_per_layer(index * copies),
+            )
+            for index, of_sample in enumerate(images)
+        )
+
     def _count(self, chosen: list[Tensor]) -> tuple[int, ...]:
         starts = [segment.start for segment in self.segments]
         counts = dict(zip(starts, (int(columns.sum()) for columns in chosen), strict=True))
@@ -351,11 +371,12 @@ class Withdrawal:
             if made is not None:
                 projected = made.index_select(0, columns.to(made.device)).to(device)
             else:
-                entering = states.index_select(0, columns).to(projection.weight.device)
+                entering = states.index_select(0, columns)  # accelerate carries it to the module
                 projected = projection(module.input_layernorm(entering)).to(device)
             heads = projected.unflatten(-1, (-1, module.self_attn.head_dim))
             norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
-            heads = (heads if norm is None else norm(heads)).transpose(0, 1)  # (heads, R, E)
+            heads = heads if norm is None else norm(heads).to(device)
+            heads = heads.transpose(0, 1)  # (heads, R, E)
             cosines, sines = (table.index_select(0, columns) for table in tables)
             return _all_heads(heads * cosines + rotate_half(heads) * sines, module, name)
 
@@ -376,7 +397,7 @@ class Withdrawal:
             return attention_rows(queries, keys, rows, following.self_attn.scaling)
 
         def final_norm(states: Tensor) -> Tensor:
-            return decoder.norm(states.to(decoder.norm.weight.device)).to(device)
+            return decoder.norm(states).to(device)
 
         prompt = self.segments[0]
         in_prompt = prompt.present(sample).to(device)  # (L,) columns of layer 0

@@ -1,31 +1,35 @@
-"""One method on one stock model: what its ``generate`` does while a method is attached.
-
-Symbols: B batch, L prompt length, M prompt length after pruning, D decoder width.
-"""
+"""One method on one stock model: what its ``generate`` does while a method is attached."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
-from llava_todre.hf.capture import Captured, capture, decoder_of
+from llava_todre.hf.capture import capture, decoder_of
 from llava_todre.hf.decoder import withdrawing
 from llava_todre.hf.deepstack import adding
 from llava_todre.hf.families import family_of
 from llava_todre.hf.family import STATES, Family
-from llava_todre.hf.layout import Layout
-from llava_todre.pruners import Pruner, Selection
-from llava_todre.spans import Kind, Spans, VisualTokens, is_visual
-from llava_todre.stats import ImageStats, PruneStats
+from llava_todre.hf.prompts import (
+    Visual,
+    find_visuals,
+    kept_deep_features,
+    kept_positions,
+    left_padded,
+    prune_prompt,
+    untouched,
+)
+from llava_todre.pruners import Pruner
+from llava_todre.spans import is_visual
+from llava_todre.stats import PruneStats
 from llava_todre.withdrawal import Withdrawal
 
 _PLACEHOLDERS = {
@@ -33,7 +37,6 @@ _PLACEHOLDERS = {
     "video": ("video_token_id", "video_token_index"),
 }
 _MANY = 10**9  # visual tokens: more than any image has
-_NOTHING = Layout.of_slots(torch.empty(0, dtype=torch.int64), 0, 1)
 _REFUSED = (
     "assistant_model",
     "assistant_early_exit",
@@ -44,32 +47,6 @@ _REFUSED = (
     "custom_generate",
 )
 _REFUSED_INSIDE = ("cache_implementation",)  # together with a method inside the decoder
-
-
-@dataclass(frozen=True)
-class _Visual:
-    """One image or video in the prompt of one sample."""
-
-    layout: Layout
-    columns: Tensor
-    """(S,) where its tokens stand in the sample's prompt."""
-    patches: slice
-    """Its part of what was measured in the tower."""
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """One sample after Stage 1."""
-
-    columns: Tensor
-    """(M,) kept positions of the original prompt."""
-    embeds: Tensor
-    """(M, D)."""
-    kinds: Tensor
-    """(M,) int8 of :class:`~llava_todre.spans.Kind`."""
-    line: Tensor
-    """(M,) see :class:`~llava_todre.spans.Spans`."""
-    images: tuple[ImageStats, ...]
 
 
 class _Streamer:
@@ -139,12 +116,12 @@ class Attachment:
         if all(kwargs.get(key) is None for key in self.family.inputs):
             if probes or self.pruner.will_select(_MANY):
                 self._refuse(("past_key_values",), kwargs)  # it may be that of a pruned call
-            self.last_stats = _untouched(real, [[] for _ in ids], layers)
+            self.last_stats = untouched(real, [[] for _ in ids], layers)
             return self.own(inputs, **kwargs)
         if not probes and not self._selects(ids):
             shown = {**kwargs, "input_ids": ids, "attention_mask": real.long()}
             try:
-                self.last_stats = _untouched(real, self._visuals(ids, real, shown), layers)
+                self.last_stats = untouched(real, self._visuals(ids, real, shown), layers)
             except TodreError:  # nothing is pruned, so nothing is refused either
                 self.last_stats = ()
             return self.own(inputs, **kwargs)
@@ -155,7 +132,8 @@ class Attachment:
             return self._generate(ids, real, kwargs)
 
     def _selects(self, ids: Tensor) -> bool:
-        lengths = (ids[:, :, None] == self._placeholder_ids(ids)).any(-1).sum(dim=1)
+        placeholders = torch.tensor(list(self._placeholders.values()), device=ids.device)
+        lengths = torch.isin(ids, placeholders).sum(dim=1)
         # A budget that keeps the visual tokens of a whole prompt keeps those of each image.
         return any(self.pruner.will_select(int(length)) for length in lengths)
 
@@ -207,15 +185,17 @@ class Attachment:
         given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
         visuals = self._visuals(ids, real, given)
         captured = capture(self.model, self.family, given, needs)
+        project = partial(self.family.project, self.model)
         prompts = [
-            self._prune(row, ids, real, captured, of_row) for row, of_row in enumerate(visuals)
+            prune_prompt(self.pruner, captured, row, real[row], of_row, project)
+            for row, of_row in enumerate(visuals)
         ]
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
-        short, spans = _left_padded(prompts, ids, self._pad_id(kwargs))
+        short, spans = left_padded(prompts, ids, self._pad_id(kwargs))
         decoder = decoder_of(self.model)
         withdrawal = Withdrawal(self.pruner, spans, decoder.config.num_hidden_layers)
         if captured.position_ids is not None:
-            short["position_ids"] = _positions(captured.position_ids, prompts)
+            short["position_ids"] = kept_positions(captured.position_ids, prompts)
         if withdrawal.probe_layers:
             cache = DynamicCache(config=decoder.config)
             cache.withdrawal = withdrawal
@@ -231,20 +211,15 @@ class Attachment:
             if withdrawal.probe_layers:
                 stack.enter_context(withdrawing(decoder))
             if captured.deepstack is not None:
-                kept = _deep_features(captured, prompts)
+                kept = kept_deep_features(captured, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
             output = self.own(**short, **settings)
-        self.last_stats = _stats(prompts, withdrawal)
+        self.last_stats = withdrawal.stats([prompt.images for prompt in prompts])
         return _with_whole_prompt(output, ids, short["input_ids"].shape[1])
 
     @property
     def _consumed(self) -> set[str]:
         return {*self.family.inputs, "mm_token_type_ids", "position_ids"}
-
-    # ------------------------------------------------------------------ prompts
-
-    def _placeholder_ids(self, like: Tensor) -> Tensor:
-        return torch.tensor(list(self._placeholders.values()), device=like.device)
 
     @property
     def _placeholders(self) -> dict[str, int]:
@@ -256,191 +231,14 @@ class Attachment:
                 found[modality] = known[0]
         return found
 
-    def _visuals(self, ids: Tensor, real: Tensor, inputs: Mapping[str, Any]) -> list[list[_Visual]]:
-        """Return the images and videos of every sample, in the order of their tokens."""
+    def _visuals(self, ids: Tensor, real: Tensor, inputs: Mapping[str, Any]) -> list[list[Visual]]:
         layouts = self.family.layouts(self.model, inputs)
-        start, parts = 0, {}
-        for modality in ("image", "video"):  # the order in which the tower sees them
-            ends = []
-            for layout in layouts.get(modality, ()):
-                ends.append((layout, slice(start, start + layout.num_patches)))
-                start += layout.num_patches
-            parts[modality] = iter(ends)
-        visuals: list[list[_Visual]] = []
-        for row, keep in zip(ids, real, strict=True):
-            found = []
-            for modality, token in self._placeholders.items():
-                columns = ((row == token) & keep).nonzero()[:, 0]
-                while len(columns):
-                    layout, patches = next(parts[modality], (_NOTHING, slice(0)))
-                    if not 0 < len(layout) <= len(columns):
-                        raise TodreError(
-                            f"prompt has {len(columns)} {modality} tokens where its next "
-                            f"{modality} has {len(layout)}; allowed: what the model's processor "
-                            "makes of the same images."
-                        )
-                    found.append(_Visual(layout, columns[: len(layout)], patches))
-                    columns = columns[len(layout) :]
-            visuals.append(sorted(found, key=lambda visual: int(visual.columns[0])))
-        return visuals
-
-    def _prune(
-        self, row: int, ids: Tensor, real: Tensor, captured: Captured, visuals: list[_Visual]
-    ) -> _Prompt:
-        """Stage 1 on every image of a sample."""
-        embeds = captured.embeds[row]
-        stays = real[row].clone()
-        kinds = torch.full_like(ids[row], Kind.SYSTEM, dtype=torch.int8)
-        line = torch.full_like(ids[row], -1)
-        images, num_lines = [], 0
-        is_visual = torch.zeros_like(stays)
-        for visual in visuals:
-            is_visual[visual.columns] = True
-        if visuals:
-            kinds[int(visuals[0].columns[0]) :] = Kind.TEXT
-        text = embeds[(kinds == Kind.TEXT) & ~is_visual & real[row]]
-        for visual in visuals:
-            layout, columns = visual.layout, visual.columns
-            tokens = self._tokens(visual, embeds, captured, text)
-            selection = Selection(torch.arange(len(tokens)))
-            if self.pruner.will_select(len(tokens)):
-                selection = self.pruner.select(tokens, self.pruner.budget(len(tokens)))
-            kept = selection.keep_idx.cpu()
-            if selection.features is not None:
-                embeds = embeds.clone()
-                places = columns[~layout.is_newline][kept]
-                embeds[places] = selection.features.to(embeds)
-            keep = layout.keep(kept)
-            stays[columns] = keep.to(stays.device)
-            kinds[columns] = torch.where(layout.is_newline, Kind.NEWLINE, Kind.VISUAL).to(kinds)
-            own = torch.where(layout.line < 0, -1, layout.line + num_lines)
-            line[columns] = own.to(line)
-            images.append(_image_stats(layout, kept))
-            num_lines += images[-1].num_newlines
-        columns = stays.nonzero()[:, 0]
-        return _Prompt(columns, embeds[columns], kinds[columns], line[columns], tuple(images))
-
-    def _tokens(
-        self, visual: _Visual, embeds: Tensor, captured: Captured, text: Tensor
-    ) -> VisualTokens:
-        """Return what a method selects from."""
-        layout, device = visual.layout, embeds.device
-
-        def of_tokens(measured: Tensor) -> Tensor:  # mean over the patches under a token
-            patches = measured[visual.patches][layout.sources.to(measured.device)]  # (N, C, ...)
-            if layout.weights is None:
-                return patches.mean(dim=1)
-            weights = layout.weights.to(patches)
-            return torch.einsum("nc,nc...->n...", weights, patches)
-
-        measured = dict(captured.measured)
-        given: dict[str, Any] = {}
-        for need in [need for need in measured if need[0] == STATES]:
-            states = measured.pop(need)  # (views of all images, 1 + P, W)
-            num_patches = states.shape[1] - 1
-            views = slice(visual.patches.start // num_patches, visual.patches.stop // num_patches)
-            given = {
-                "vision_features": of_tokens(states[:, 1:].flatten(0, 1)).to(device),
-                "cls_features": states[views, 0].to(device),
-                "project": self.model.model.multi_modal_projector,
-            }
-        return VisualTokens(
-            features=embeds[visual.columns[~layout.is_newline]],
-            view=layout.view.to(device),
-            row=layout.row.to(device),
-            column=layout.column.to(device),
-            is_video=layout.is_video,
-            grid=layout.grid,
-            vision={need: of_tokens(value).to(device) for need, value in measured.items()},
-            text_embeds=text if "text_embeds" in self.pruner.needs else None,
-            **given,
-        )
+        return find_visuals(ids, real, self._placeholders, layouts)
 
     def _pad_id(self, kwargs: Mapping[str, Any]) -> int:
         pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
         pad = eos if pad is None else pad
         return int(pad[0] if isinstance(pad, list) else pad or 0)
-
-
-def _untouched(real: Tensor, visuals: list[list[_Visual]], layers: int) -> tuple[PruneStats, ...]:
-    """Return the statistics of a call in which nothing is dropped."""
-    found = []
-    for of_sample, length in zip(visuals, real.sum(dim=1).tolist(), strict=True):
-        every = [torch.arange(len(visual.layout.view)) for visual in of_sample]
-        images = tuple(
-            _image_stats(visual.layout, kept) for visual, kept in zip(of_sample, every, strict=True)
-        )
-        shown = sum(len(visual.columns) for visual in of_sample)
-        newlines = sum(image.num_newlines for image in images)
-        found.append(PruneStats(images, newlines, (), (length,) * layers, (shown,) * layers))
-    return tuple(found)
-
-
-def _image_stats(layout: Layout, kept: Tensor) -> ImageStats:
-    patches = layout.view * layout.side**2 + layout.row * layout.side + layout.column
-    return ImageStats(patches, layout.side, kept, int(layout.is_newline.sum()))
-
-
-def _stats(prompts: list[_Prompt], withdrawal: Withdrawal) -> tuple[PruneStats, ...]:
-    copies = len(withdrawal.probes) // len(prompts)  # beam search repeats samples
-    return tuple(
-        PruneStats(
-            images=prompt.images,
-            newline_tokens=int((prompt.kinds == Kind.NEWLINE).sum()),
-            probes=tuple(withdrawal.probes[index * copies]),
-            prompt_tokens_per_layer=withdrawal.tokens_per_layer(index * copies),
-            visual_tokens_per_layer=withdrawal.visual_tokens_per_layer(index * copies),
-        )
-        for index, prompt in enumerate(prompts)
-    )
-
-
-def _left_padded(
-    prompts: list[_Prompt], ids: Tensor, pad_id: int
-) -> tuple[dict[str, Tensor], Spans]:
-    """Return arguments of ``generate`` for the pruned batch, and what its positions hold."""
-
-    def pad(rows: list[Tensor], value: float) -> Tensor:
-        return pad_sequence(rows, True, value, padding_side="left")
-
-    kinds = pad([prompt.kinds for prompt in prompts], Kind.PADDING)
-    kept = [row[prompt.columns] for row, prompt in zip(ids, prompts, strict=True)]
-    spans = Spans(
-        kinds,
-        pad([prompt.line for prompt in prompts], -1),
-        tuple(tuple(len(image.keep_idx) for image in prompt.images) for prompt in prompts),
-    )
-    arguments = {
-        "input_ids": pad(kept, pad_id),
-        "inputs_embeds": pad([prompt.embeds for prompt in prompts], 0.0),
-        "attention_mask": spans.valid.long(),
-    }
-    return arguments, spans
-
-
-def _positions(position_ids: Tensor, prompts: list[_Prompt]) -> Tensor:
-    """Return (4, B, M): plain positions, then those in time, height and width of the kept tokens.
-
-    Args:
-        position_ids: (3 or 4, B, L) of the whole prompts.
-        prompts: B of them.
-    """
-    spatial = position_ids[-3:]
-    rows = [spatial[:, row, prompt.columns].T for row, prompt in enumerate(prompts)]
-    kept = pad_sequence(rows, True, 0, padding_side="left")  # (B, M, 3)
-    plain = [torch.arange(len(prompt.columns), device=kept.device) for prompt in prompts]
-    counted = pad_sequence(plain, True, 0, padding_side="left")
-    return torch.cat([counted[None], kept.permute(2, 0, 1)])
-
-
-def _deep_features(captured: Captured, prompts: list[_Prompt]) -> list[Tensor]:
-    """Return what is added behind the first decoder layers, for the kept tokens of all samples."""
-    assert captured.deepstack is not None and captured.deepstack_at is not None
-    stays = torch.zeros_like(captured.deepstack_at)
-    for row, prompt in zip(stays, prompts, strict=True):
-        row[prompt.columns] = True
-    kept = stays[captured.deepstack_at]
-    return [features[kept.to(features.device)] for features in captured.deepstack]
 
 
 def _with_whole_prompt(output: Any, ids: Tensor, short: int) -> Any:

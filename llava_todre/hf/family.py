@@ -23,6 +23,11 @@ def _as_asked(model: Any, quantity: str, layer: int) -> int:
     return layer
 
 
+def _project(model: Any, features: Tensor) -> Tensor:
+    projected: Tensor = model.model.multi_modal_projector(features)
+    return projected
+
+
 def _none(model: Any) -> int:
     del model
     return 0
@@ -52,6 +57,8 @@ class Family:
     feature_layer: Callable[[Any], int] | None = None
     """Model -> tower layer whose input, [CLS] first, is what the projector gets; None where methods
     that need ``vision_features`` are not served."""
+    project: Callable[[Any, Tensor], Tensor] = _project
+    """Model, (K, W) such features -> (K, D)."""
     proxies: Mapping[str, str] = field(default_factory=dict)
     """Quantity that the tower does not have -> the one a method gets in its place."""
     measured_at: Callable[[Any, str, int], int] = _as_asked

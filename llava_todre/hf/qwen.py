@@ -92,7 +92,7 @@ def _measure(quantity: str, layer: nn.Module, hidden: Tensor, called: Inputs) ->
     num_heads = block.attn.num_heads
     projected = block.attn.qkv(block.norm1(hidden)).float()  # (P, 3 * H * E)
     queries, keys, _ = projected.unflatten(-1, (3, num_heads, -1)).permute(1, 2, 0, 3)
-    cosines, sines = (table[None].float() for table in called["position_embeddings"])
+    cosines, sines = (table[None].to(queries) for table in called["position_embeddings"])
     queries, keys = apply_rotary_pos_emb(queries[None], keys[None], cosines, sines)
     ends = called["cu_seqlens"].tolist()
     lengths = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]

@@ -488,17 +488,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if self._last is None:
             return ()
         prompts, withdrawal = self._last
-        copies = len(withdrawal.probes) // len(prompts)  # beam search repeats samples
-        return tuple(
-            PruneStats(
-                images=tuple(visual.stats for visual in visuals),
-                newline_tokens=sum(visual.num_newlines for visual in visuals),
-                probes=tuple(withdrawal.probes[index * copies]),
-                prompt_tokens_per_layer=withdrawal.tokens_per_layer(index * copies),
-                visual_tokens_per_layer=withdrawal.visual_tokens_per_layer(index * copies),
-            )
-            for index, visuals in enumerate(prompts)
-        )
+        return withdrawal.stats([tuple(visual.stats for visual in each) for each in prompts])
 
 
 def _mask(spans: Spans) -> Tensor | None:

@@ -207,8 +207,9 @@ def _cls_logits(layer: Any, hidden: Tensor) -> Tensor:
     """
     attention, states = layer.self_attn, layer.layer_norm1(hidden)  # (V, 1 + P, W)
     heads, projection = attention.num_heads, attention.k_proj
-    is_plain = isinstance(projection, nn.Linear)
-    if not is_plain:  # a norm follows it, which does not carry
+    # A norm behind it does not carry, and offloaded weights are only there while it runs.
+    is_plain = isinstance(projection, nn.Linear) and not projection.weight.is_meta
+    if not is_plain:
         query, keys = _heads(layer, hidden[:, :1], "q_proj"), _heads(layer, hidden, "k_proj")
         return (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5)[:, :, 0]
     query = attention.q_proj(states[:, 0]).float().unflatten(-1, (heads, -1))  # (V, H, E)
