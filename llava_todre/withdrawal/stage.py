@@ -25,66 +25,21 @@ models cannot mix.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners import LayerView, Merge, Pruner
-from llava_todre.relevance import attention_rows
+from llava_todre.pruners import Merge, Pruner
 from llava_todre.spans import Kind, Spans, is_visual
 from llava_todre.stats import ImageStats, Probe, PruneStats
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What a decoder layer is called with."""
-
-    hidden_states: Tensor
-    """(B, Q, D)."""
-    attention_mask: Tensor | None
-    """None, (B, keys) for FlashAttention, or (B or 1, 1, Q, keys) bool or additive."""
-    position_embeddings: tuple[Tensor, Tensor]
-    """Cosines and sines of RoPE, (B or 1, Q, head width) each."""
-    position_ids: Tensor | None
-    """(B or 1, Q)."""
-
-
-@dataclass
-class Segment:
-    """The prompt as the layers from ``start`` on hold it, until the next segment starts."""
-
-    start: int
-    columns: Tensor
-    """(B, M) int64 position of each token in layer 0's prompt, ascending and right-aligned."""
-    valid: Tensor
-    """(B, M) bool; False marks padding and filler."""
-    kinds: Tensor
-    """(B, M) int8 of :class:`~llava_todre.spans.Kind`."""
-    step: Tensor | None = None
-    """(B, M) how this segment is gathered from the one before."""
-    merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By sample: (N,) columns of the segment before and the (N, D) hidden states put there first.
-    """
-    prompt_context: tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None] | None = None
-    """Mask, RoPE tables and position ids of the prompt, as in :class:`LayerInputs`."""
-    decode_mask: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        """Look at the validity once: every later look would synchronise with the device."""
-        self.ragged = not bool(self.valid.all())
-
-    def present(self, sample: int) -> Tensor:
-        """Return (N,) the columns of one sample that hold a token."""
-        if not self.ragged:
-            return torch.arange(self.valid.shape[1], device=self.valid.device)
-        return self.valid[sample].nonzero()[:, 0]
+from llava_todre.withdrawal.look import Look
+from llava_todre.withdrawal.masks import causal, gather, hide
+from llava_todre.withdrawal.segment import LayerInputs, Segment
 
 
 class Withdrawal:
@@ -224,12 +179,16 @@ class Withdrawal:
         if not self.prefilling or layer not in self.probe_layers:
             return
         self.stop_listening()
+        embeds = self.prompt_embeds
+        assert embeds is not None, "set when the prefill began"
         segment = self.segment(layer)
         keep = segment.valid.clone()
         merged = {}
         for sample in range(len(keep)):
             present = segment.present(sample)
-            view = self._view(segment, sample, present, layer, decoder, inputs, output, cache)
+            heard, method = self._overheard, type(self.pruner).__name__
+            look = Look(segment, sample, layer, decoder, inputs, output, cache, heard, method)
+            view = look.view(self.num_layers, self.segments[0], embeds, self.patches[sample])
             decision = self.pruner.at_layer(view)
             dropped = 0
             ends_with_image = bool(view.visual[-1])  # and its last token predicts the answer
@@ -314,112 +273,13 @@ class Withdrawal:
         if layer == segment.start:
             mask = inputs.attention_mask
             if mask is not None:
-                mask = _hide(gather(mask, segment.columns, dim=-1), segment.valid)
+                mask = hide(gather(mask, segment.columns, dim=-1), segment.valid)
             elif segment.ragged:
                 valid = segment.valid
-                mask = valid if flash else _causal(num_rows, valid.shape[1], valid)
+                mask = valid if flash else causal(num_rows, valid.shape[1], valid)
             segment.prompt_context = mask, inputs.position_embeddings, inputs.position_ids
         assert segment.prompt_context is not None
         return LayerInputs(inputs.hidden_states, *segment.prompt_context)
-
-    def _view(
-        self,
-        segment: Segment,
-        sample: int,
-        present: Tensor,
-        layer: int,
-        decoder: Any,
-        inputs: LayerInputs,
-        output: Tensor,
-        cache: Cache | None,
-    ) -> LayerView:
-        """Return what the method may look at: the ``present`` (N,) columns of one sample."""
-        device = output.device  # with a model spread over devices, the next one is not here yet
-        present = present.to(device)
-        module = decoder.layers[layer]
-        tables = [
-            table[min(sample, len(table) - 1)].to(device) for table in inputs.position_embeddings
-        ]
-
-        num_stored = segment.columns.shape[1] - inputs.hidden_states.shape[1]
-
-        def chosen(tensor: Tensor) -> Tensor:  # (..., M, width) -> (..., N, width)
-            return tensor.index_select(-2, present) if segment.ragged else tensor
-
-        def held(row: Tensor) -> Tensor:  # (M,) -> (N,)
-            return row.to(device)[present] if segment.ragged else row.to(device)
-
-        def whole(states: Tensor) -> Tensor:
-            if num_stored:
-                raise TodreError(
-                    f"{type(self.pruner).__name__} has withdraws_all, but reads rows before the "
-                    "end of the images; allowed: rows behind them, and keys."
-                )
-            return states
-
-        def held_rows(rows: Tensor) -> Tensor:
-            return present[rows] if segment.ragged else rows
-
-        def project(
-            module: Any, name: str, states: Tensor, columns: Tensor, made: Tensor | None = None
-        ) -> Tensor:
-            projection = getattr(module.self_attn, name)
-            if num_stored:
-                columns = columns - num_stored
-                if bool((columns < 0).any()):
-                    whole(states)
-            if made is not None:
-                projected = made.index_select(0, columns.to(made.device)).to(device)
-            else:
-                entering = states.index_select(0, columns)  # accelerate carries it to the module
-                projected = projection(module.input_layernorm(entering)).to(device)
-            heads = projected.unflatten(-1, (-1, module.self_attn.head_dim))
-            norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
-            heads = heads if norm is None else norm(heads).to(device)
-            heads = heads.transpose(0, 1)  # (heads, R, E)
-            cosines, sines = (table.index_select(0, columns) for table in tables)
-            return _all_heads(heads * cosines + rotate_half(heads) * sines, module, name)
-
-        hidden = inputs.hidden_states[sample].to(device)
-        overheard = None if self._overheard is None else self._overheard[sample]
-
-        def keys() -> Tensor:
-            if cache is None:
-                return project(module, "k_proj", hidden, present)
-            return _all_heads(chosen(cache.layers[layer].keys[sample]), module, "k_proj")
-
-        def attention_ahead(rows: Tensor) -> Tensor:
-            following = decoder.layers[layer + 1]
-            queries, keys = (
-                project(following, name, whole(output[sample]), columns)
-                for name, columns in (("q_proj", held_rows(rows)), ("k_proj", present))
-            )
-            return attention_rows(queries, keys, rows, following.self_attn.scaling)
-
-        def final_norm(states: Tensor) -> Tensor:
-            return decoder.norm(states).to(device)
-
-        prompt = self.segments[0]
-        in_prompt = prompt.present(sample).to(device)  # (L,) columns of layer 0
-        columns, prompt_kinds = held(segment.columns[sample]), prompt.kinds[sample].to(device)
-        embeds = self.prompt_embeds
-        assert embeds is not None, "set when the prefill began"
-        return LayerView(
-            layer=layer,
-            num_layers=self.num_layers,
-            kinds=held(segment.kinds[sample]),
-            hidden_states=lambda: chosen(whole(output[sample])),
-            queries=lambda rows: project(module, "q_proj", hidden, held_rows(rows), overheard),
-            keys=functools.cache(keys),
-            scaling=module.self_attn.scaling,
-            positions=columns - in_prompt[0] if prompt.ragged else columns,
-            prompt_kinds=prompt_kinds[in_prompt] if prompt.ragged else prompt_kinds,
-            prompt_embeds=lambda: whole(embeds[sample]).to(device)[in_prompt],
-            entered=self.patches[sample],
-            attention_ahead=attention_ahead,
-            rope_frequencies=decoder.rotary_emb.inv_freq,
-            final_norm=final_norm,
-        )
 
     def _with_newlines(
         self, segment: Segment, sample: int, present: Tensor, keep: Tensor
@@ -472,10 +332,10 @@ class Withdrawal:
         mask, columns = inputs.attention_mask, segment.columns
         length = columns.shape[1]
         if mask is None and segment.ragged:
-            mask = segment.valid if flash else _causal(length, length, segment.valid)
+            mask = segment.valid if flash else causal(length, length, segment.valid)
         elif mask is not None:
             rows = mask if mask.ndim == 2 else gather(mask, columns, dim=2)
-            mask = _hide(gather(rows, columns, dim=-1), segment.valid)
+            mask = hide(gather(rows, columns, dim=-1), segment.valid)
         cosines, sines = (gather(table, columns, dim=1) for table in inputs.position_embeddings)
         position_ids = inputs.position_ids
         if position_ids is not None:
@@ -494,58 +354,8 @@ class Withdrawal:
         batch, length = segment.columns.shape
         valid = torch.cat([segment.valid, segment.valid.new_ones(batch, num_new)], dim=1)
         if mask is None:
-            return valid if flash else _causal(num_queries, length + num_new, valid)
+            return valid if flash else causal(num_queries, length + num_new, valid)
         first_new = self.segments[0].columns.shape[1]
         new = torch.arange(first_new, first_new + num_new, device=segment.columns.device)
         columns = torch.cat([segment.columns, new.expand(batch, -1)], dim=1)
-        return _hide(gather(mask, columns, dim=-1), valid)
-
-
-def _all_heads(heads: Tensor, layer: Any, projection: str) -> Tensor:
-    """Return the (H, R, E) heads of a layer; where its model is whole, those that were given.
-
-    Under tensor parallelism every process holds an equal share of them, in the order of ranks. They
-    are put together, so that all processes see the same, and decide the same.
-
-    Args:
-        heads: (heads of this process, R, E).
-        layer: the decoder layer.
-        projection: q_proj or k_proj, which they came from.
-    """
-    config = layer.self_attn.config
-    total = config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads
-    if len(heads) == total:
-        return heads
-    heads = heads.contiguous()
-    shares = [torch.empty_like(heads) for _ in range(total // len(heads))]
-    torch.distributed.all_gather(shares, heads)
-    return torch.cat(shares)
-
-
-def gather(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gather ``dim`` of ``tensor`` (B or 1, ...) at ``index`` (B, M), sample by sample."""
-    dim = dim % tensor.ndim
-    index = index.to(tensor.device)
-    if len(index) == 1:
-        return tensor.index_select(dim, index[0])
-    tensor = tensor.expand(len(index), *tensor.shape[1:])
-    shape = [1] * tensor.ndim
-    shape[0], shape[dim] = index.shape
-    target = list(tensor.shape)
-    target[dim] = index.shape[1]
-    return tensor.gather(dim, index.view(shape).expand(target))
-
-
-def _hide(mask: Tensor, valid: Tensor) -> Tensor:
-    """Close the filler columns of a (B, keys) or (B, 1, Q, keys) mask; ``valid`` (B, keys)."""
-    if mask.ndim == 2:
-        return mask.bool() & valid.to(mask.device)
-    closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(~valid[:, None, None].to(mask.device), closed)
-
-
-def _causal(num_queries: int, num_keys: int, valid: Tensor) -> Tensor:
-    """Return a (B, 1, Q, keys) bool mask for the last ``num_queries`` of ``num_keys`` positions."""
-    key = torch.arange(num_keys, device=valid.device)
-    query = torch.arange(num_keys - num_queries, num_keys, device=valid.device)
-    return (key <= query[:, None])[None, None] & valid[:, None, None]
+        return hide(gather(mask, columns, dim=-1), valid)
