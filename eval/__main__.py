@@ -9,6 +9,7 @@ from pathlib import Path
 from eval import commands, compare, table_command
 from eval.bench import command as bench
 from eval.docs import check_docs, write_docs
+from eval.figures import command as figures
 from eval.readme import check_readme, write_readme
 from eval.vtw import find_layer
 from llava_todre.errors import TodreError
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     table_command.add_parser(parsers)
     compare.add_parser(parsers)
     bench.add_parser(parsers)
+    figures.add_parser(parsers)
     search = parsers.add_parser("vtw-layer", help="search the layer at which VTW withdraws")
     search.add_argument("--model", help="checkpoint (default: the bundled one)")
     search.add_argument("--samples", type=Path, help="JSON lines with the keys image and question")
@@ -56,6 +58,8 @@ def _run(options: argparse.Namespace) -> int:
             return compare.run(options)
         case "bench":
             return bench.run(options)
+        case "figure":
+            return figures.run(options)
         case "vtw-layer":
             find_layer(
                 options.model, options.samples, options.num_samples, options.eta, options.first
