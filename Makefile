@@ -12,7 +12,7 @@ DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(
   $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest check lint types format reproduce-mini bench train-mini docs readme clean
+.PHONY: help setup demo test test-oldest check lint types format reproduce-mini bench figures train-mini docs readme clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ reproduce-mini: $(STAMP) ## Tables 1, 4, 5, 6 in small, through lmms-eval (a qua
 
 bench: $(STAMP) ## time every stage of an answer, against what FLOPs allow (minutes)
 	@$(PY) -m eval bench
+
+figures: $(STAMP) ## draw all figures again into docs/figures (minutes)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/figures.sh
 
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/train_mini.sh

@@ -9,6 +9,7 @@ from pathlib import Path
 from eval import commands, compare, table_command
 from eval.bench import command as bench
 from eval.docs import check_docs, write_docs
+from eval.figures import command as figures
 from eval.readme import check_readme, write_readme
 from eval.report import command as report
 from eval.vtw import find_layer
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_parser(parsers)
     bench.add_parser(parsers)
     report.add_parser(parsers)
+    figures.add_parser(parsers)
     search = parsers.add_parser("vtw-layer", help="search the layer at which VTW withdraws")
     search.add_argument("--model", help="checkpoint (default: the bundled one)")
     search.add_argument("--samples", type=Path, help="JSON lines with the keys image and question")
@@ -60,6 +62,8 @@ def _run(options: argparse.Namespace) -> int:
             return bench.run(options)
         case "report":
             return report.run(options)
+        case "figure":
+            return figures.run(options)
         case "vtw-layer":
             find_layer(
                 options.model, options.samples, options.num_samples, options.eta, options.first

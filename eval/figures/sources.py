@@ -1,0 +1,124 @@
+"""What figures are made from: stored results, or live runs of a model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava_todre.demo import bundled_checkpoint
+from llava_todre.errors import TodreError
+from llava_todre.mini import TEST_SEED
+from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.model.load import load_pretrained_model
+
+Data = dict[str, Any]
+"""What a figure shows: plain numbers, lists and text, as they are in its JSON."""
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+NOT_EVIDENCE = "not evidence about 7B models"
+_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a figure takes its numbers from; those that are committed unless told otherwise."""
+
+    model: str | None = None
+    """A checkpoint for live runs; the bundled one when None."""
+    samples: int | None = None
+    """Held-out pictures of a live run; each figure has its own default."""
+    methods: Path = RESULTS / "methods_mini.json"
+    """``results.json`` of a demo."""
+    runs: Path = RESULTS / "reproduce_mini"
+    """Folder with the JSONs of runs."""
+    bench: Path = RESULTS / "bench_cpu.json"
+    """Result of the bench."""
+
+    def pictures(self, default: int) -> int:
+        """Return how many held-out pictures a live run looks at."""
+        count = default if self.samples is None else self.samples
+        if count < 1:
+            raise TodreError(f"samples {count} is out of range; allowed: 1 or more.")
+        return count
+
+    def demo(self) -> Data:
+        """Return the results of a demo.
+
+        Raises:
+            TodreError: the file cannot be read, or is something else.
+        """
+        return _read(self.methods, "methods", {"rows", "tasks"}, "results.json of a demo")
+
+    def benched(self) -> Data:
+        """Return a result of the bench."""
+        return _read(self.bench, "bench", {"methods", "decoder"}, "a result of `eval bench`")
+
+    def whose(self) -> str:
+        """Return which model a live run was of, for the note below a figure."""
+        if self.model is None:
+            return f"Bundled mini model ({NOT_EVIDENCE})"
+        return f"Model {Path(self.model).name}"
+
+
+def _read(file: Path, key: str, parts: set[str], allowed: str) -> Data:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise TodreError(f"{key} {str(file)!r} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise TodreError(f"{key} {str(file)!r} is not JSON ({error}).") from None
+    if not (isinstance(found, dict) and parts <= set(found)):
+        raise TodreError(f"{key} {str(file)!r} does not fit; allowed: {allowed}.")
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def opened(model: str | None) -> tuple[Any, LlavaLlamaForCausalLM]:
+    """Return tokenizer and model; figures drawn in one call share them."""
+    tokenizer, loaded, _, _ = load_pretrained_model(model or bundled_checkpoint())
+    return tokenizer, loaded
+
+
+def held_out_note(sources: Sources, pictures: int, questions: int) -> str:
+    """Return what a live run looked at."""
+    return (
+        f"{sources.whose()}, {questions} held-out questions on {pictures} pictures, seed"
+        f" {TEST_SEED}."
+    )
+
+
+def made_by(stored: Data) -> str:
+    """Return the provenance of a stored result: device, torch, commit."""
+    versions = stored.get("versions", {})
+    dirty = " with local changes" if stored.get("git_dirty") else ""
+    return (
+        f"{stored.get('device')}; torch {versions.get('torch')}, transformers"
+        f" {versions.get('transformers')}; commit {str(stored.get('git_commit'))[:10]}{dirty}."
+    )
+
+
+def rounded(value: Any) -> Any:
+    """Return the same with every float cut to the digits that a figure can show."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(each) for each in value]
+    return value
+
+
+def middle(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, 10th and 90th percentile."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return {"mean": sum(ordered) / len(ordered), "p10": at(0.1), "p90": at(0.9)}
