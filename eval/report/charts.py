@@ -14,7 +14,7 @@ from llava_todre.errors import TodreError
 
 def of_demo(results: Path) -> list[Html]:
     """Return the figures of a demo's ``results.json``."""
-    return _charts(["pareto"], Sources(methods=results))
+    return _charts(["pareto", "radar"], Sources(methods=results))
 
 
 def of_runs(folder: Path) -> list[Html]:

@@ -25,12 +25,13 @@ th, td { padding: .25rem .6rem; border-bottom: 1px solid #d0d7de; text-align: ri
   vertical-align: top; white-space: pre-line; }
 .lines td { white-space: pre; }
 th { background: #f6f8fa; } td.text, th.text { text-align: left; min-width: 6rem; }
-td:first-child, th:first-child { position: sticky; left: 0; background: #fff; }
+td:first-child, th:first-child { position: sticky; min-width: 9rem; left: 0; background: #fff; }
 th:first-child { background: #f6f8fa; }
 .note { color: #57606a; font-size: .9rem; }
 .right::before { content: "\\2713\\00a0"; color: #00644b; font-weight: bold; }
 .wrong { color: #a03800; } .wrong::before { content: "\\2717\\00a0"; font-weight: bold; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
+.charts img { width: 100%; max-width: 58rem; }
 .charts { display: grid; gap: 1.5rem; }
 figure { margin: 0; } figcaption { font-size: .9rem; color: #57606a; }
 img { max-width: 100%; height: auto; display: block; }
