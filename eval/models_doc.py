@@ -1,7 +1,7 @@
 """Write ``docs/models.md``: which stock model of transformers works with what.
 
-``MATRIX`` is read by the tests too: of the LLaVA families each of its cells that is not ABSENT is
-one test in ``tests/hf/test_matrix.py``.
+``MATRIX`` is read by the tests too: each of its cells that is not ABSENT is one test in
+``tests/hf/test_matrix.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 TEMPLATE = ROOT / "eval" / "models.template.md"
 
-YES, REFUSED, ABSENT, UNTESTED = "yes", "refused", "-", "not tested"
+YES, REFUSED, ABSENT = "yes", "refused", "-"
 
 _WORKS = (
     "one image",
@@ -56,31 +56,19 @@ _REFUSED = (
 FEATURES = (*_WORKS, *_REFUSED)
 _USUAL = dict.fromkeys(_WORKS, YES) | dict.fromkeys(_REFUSED, REFUSED)
 _IMAGES_ONLY = _USUAL | {"video": ABSENT}
-
-# Tested in tests/hf/test_qwen.py and tests/hf/test_internvl.py, which know M-RoPE and deep stacks.
-_OTHERS = dict.fromkeys(FEATURES, UNTESTED) | dict.fromkeys(
-    (
-        "one image",
-        "several images",
-        "padded batch, some samples without image",
-        "pruning before the decoder",
-        "withdrawal inside the decoder",
-        "dropping a part inside the decoder",
-        "beam search",
-    ),
-    YES,
-)
-_QWEN = _OTHERS | dict.fromkeys(("video", "sampling", "several answers per prompt"), YES)
+_QWEN3_LAYERS = (36, 3)
+"""Of Qwen3-VL-8B: decoder layers, and the first of them behind which features are added."""
+_NO_WINDOW = {feature: ABSENT for feature in FEATURES if feature.startswith("sliding window")}
 
 MATRIX: dict[str, dict[str, str]] = {
     "llava": _IMAGES_ONLY,
     "llava_next": _IMAGES_ONLY,
     "llava_next_video": _USUAL,
     "llava_onevision": _USUAL,
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
-    "internvl": _OTHERS | {"video": ABSENT},
+    "qwen2_vl": _USUAL,
+    "qwen2_5_vl": _USUAL,
+    "qwen3_vl": _USUAL | _NO_WINDOW,
+    "internvl": _USUAL,
 }
 
 
@@ -88,6 +76,17 @@ def missing_needs(family: Family, method: str) -> list[str]:
     """Return what a method needs and models of a family do not give."""
     names = {need if isinstance(need, str) else need[0] for need in PRUNERS[method]().needs}
     return sorted(names - family.served)
+
+
+def drops_too_early(method: str, num_layers: int, deep_layers: int) -> bool:
+    """Return whether a method, as it comes, drops tokens to which image features are still added.
+
+    Args:
+        method: its name.
+        num_layers: of the decoder.
+        deep_layers: the first decoder layers, behind which features are added.
+    """
+    return min(PRUNERS[method]().probe_layers(num_layers), default=num_layers) < deep_layers
 
 
 def render() -> str:
@@ -124,7 +123,10 @@ def _methods() -> str:
         cells = []
         for family in FAMILIES:
             missing = missing_needs(family, method)
-            cells.append(f"no {', '.join(f'`{name}`' for name in missing)}" if missing else YES)
+            word = f"no {', '.join(f'`{name}`' for name in missing)}" if missing else YES
+            if not missing and family.name == "qwen3_vl":
+                word = "later" if drops_too_early(method, *_QWEN3_LAYERS) else YES
+            cells.append(word)
         table.append([f"`{method}`", *cells])
     return "\n".join(markdown_lines(table, left=len(table[0])))
 
