@@ -131,8 +131,8 @@ class StockModel:
             texts.append(self._prompt(request, len(pictures)))
             if request.is_video:
                 videos.append(pictures)
-            else:
-                images += pictures
+            elif pictures:  # by request: OneVision cuts an image only where it is the only one
+                images.append(pictures)
         shown: dict[str, Any] = {}
         if videos:
             # The frames were chosen by whoever asks; a processor would choose among them again.

@@ -241,7 +241,9 @@ def test_a_processor_is_told_the_frames_and_their_times_and_not_to_choose(family
     model._inputs([IMAGES[1], video, video])
     given = model.processor.given
     assert given["text"] == ["image image text", "video text", "video text"]
-    assert len(given["images"]) == 2 and [len(one) for one in given["videos"]] == [4, 4]
+    assert [len(one) for one in given["images"]] == [2] and [
+        len(one) for one in given["videos"]
+    ] == [4, 4]
     assert given["do_sample_frames"] is False and given["padding_side"] == "left"
     if family in TIMED:
         assert [one.timestamps for one in given["video_metadata"]] == [list(SECONDS)] * 2
