@@ -6,7 +6,11 @@
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from llava_todre.hf.families import FAMILIES
 from llava_todre.hf.family import Family
@@ -16,6 +20,15 @@ from llava_todre.table import markdown_lines
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 TEMPLATE = ROOT / "eval" / "models.template.md"
+REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
+STOCK = ROOT / "docs" / "results" / "stock_mini"
+"""Made with: todre convert --model checkpoints/mini --out outputs/mini_hf, and for each method
+
+    python -m eval run configs/runs/mini.yaml --out docs/results/stock_mini --offline \\
+        --set model.pretrained=outputs/mini_hf --set model.backend=transformers \\
+        --set method=todre --set options.retain_ratio=0.1
+"""
+Record = dict[str, Any]
 
 YES, REFUSED, ABSENT = "yes", "refused", "-"
 
@@ -97,9 +110,43 @@ def render() -> str:
         "features": _features(),
         "methods": _methods(),
         "proxies": _proxies(),
+        "scores": _scores(),
     }.items():
         page = page.replace("{{" + name + "}}", text)
     return page
+
+
+def score_pairs() -> list[tuple[Record, Record]]:
+    """Return stored runs of the converted bundled model, each with that of our own class."""
+    ours = {_asked(run): run for run in _runs(REPRODUCED)}
+    return [(run, ours[_asked(run)]) for run in _runs(STOCK)]
+
+
+def _runs(folder: Path) -> list[Record]:
+    records = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return sorted(records, key=lambda run: -run["config"]["options"]["retain_ratio"])
+
+
+def _asked(run: Record) -> str:
+    keys = ("method", "options", "benchmarks", "limit", "seed", "batch_size")
+    return json.dumps([run["config"][key] for key in keys], sort_keys=True)
+
+
+def _scores() -> str:
+    pairs, told, differ = score_pairs(), [], 0
+    for stock, ours in pairs:
+        means = [fmean(m["score"] for m in run["benchmarks"].values()) for run in (stock, ours)]
+        label = f"{stock['config']['method']} {stock['config']['options']['retain_ratio']:.0%}"
+        told.append(f"{label}: {means[0]:.1f} (our class {means[1]:.1f})")
+        for key, mark in stock["benchmarks"].items():
+            others = ours["benchmarks"][key]["items"]
+            differ += sum(a != b for a, b in zip(mark["items"], others, strict=True))
+    asked = sum(mark["num_samples"] for mark in pairs[0][0]["benchmarks"].values())
+    return textwrap.fill(
+        f"Its mean accuracy in % over the nine tasks of the mini suite, through lmms-eval: "
+        f"{'; '.join(told)}. Of {len(pairs)} x {asked} questions {differ} were scored differently.",
+        104,
+    )
 
 
 def _families() -> str:

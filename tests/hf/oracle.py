@@ -199,10 +199,11 @@ class Oracle:
         decoder = self.reference.at(positions, deep[:, entering])
         return decoder, embeds[entering], present
 
-    def greedy(self, row: int, stages: Sequence[Stage], steps: int) -> tuple[list[int], Tensor]:
-        """Return the answer, and (steps, V) logits."""
+    def logits(self, row: int, stages: Sequence[Stage], answer: Sequence[int]) -> Tensor:
+        """Return (steps, V) logits that lead to each token of an answer, given those before it."""
         decoder, embeds, present = self.pruned(row, stages)
-        return decoder.greedy(embeds, steps, present)
+        embeds, held = decoder.extend(embeds, present, *answer[:-1])
+        return decoder.run(embeds, held).logits[-len(answer) :]
 
 
 GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
