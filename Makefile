@@ -12,7 +12,7 @@ DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(
   $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest check lint types format reproduce-mini bench figures train-mini docs readme clean
+.PHONY: help setup demo test test-oldest test-processors check lint types format reproduce-mini bench figures train-mini docs readme clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,6 +49,17 @@ test-oldest: $(STAMP) ## models and decoders again, with the oldest supported tr
 	  --target $(OLDEST_AT).part transformers==$(OLDEST) && mv $(OLDEST_AT).part $(OLDEST_AT); }
 	@PYTHONPATH=$(OLDEST_AT) $(PY) -m pytest -q -n auto tests/hf tests/model \
 	  tests/test_in_decoder.py tests/test_withdrawal.py
+
+# Not in the environment: beside a CPU build of torch PyPI's torchvision cannot be imported as it is.
+TORCHVISION := 0.28.0
+TORCHVISION_AT := $(VENV)/torchvision-$(TORCHVISION)
+
+test-processors: $(STAMP) ## stock models through processors that need torchvision, with PyPI's
+	@[ -d $(TORCHVISION_AT) ] || { $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(TORCHVISION_AT).part torchvision==$(TORCHVISION) \
+	  && mv $(TORCHVISION_AT).part $(TORCHVISION_AT); }
+	@PYTHONPATH=$(TORCHVISION_AT):tests/hf $(PY) -m pytest -q -p torchvision_operators \
+	  tests/hf/test_processors.py
 
 check: lint types test ## what a pull request must pass: lint, format, types, tests
 

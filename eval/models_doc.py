@@ -1,12 +1,16 @@
 """Write ``docs/models.md``: which stock model of transformers works with what.
 
-``MATRIX`` is read by the tests too: of the LLaVA families each of its cells that is not ABSENT is
-one test in ``tests/hf/test_matrix.py``.
+``MATRIX`` is read by the tests too: each of its cells that is not ABSENT is one test in
+``tests/hf/test_matrix.py``.
 """
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from llava_todre.hf.families import FAMILIES
 from llava_todre.hf.family import Family
@@ -16,8 +20,17 @@ from llava_todre.table import markdown_lines
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 TEMPLATE = ROOT / "eval" / "models.template.md"
+REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
+STOCK = ROOT / "docs" / "results" / "stock_mini"
+"""Made with: todre convert --model checkpoints/mini --out outputs/mini_hf, and for each method
 
-YES, REFUSED, ABSENT, UNTESTED = "yes", "refused", "-", "not tested"
+    python -m eval run configs/runs/mini.yaml --out docs/results/stock_mini --offline \\
+        --set model.pretrained=outputs/mini_hf --set model.backend=transformers \\
+        --set method=todre --set options.retain_ratio=0.1
+"""
+Record = dict[str, Any]
+
+YES, REFUSED, ABSENT = "yes", "refused", "-"
 
 _WORKS = (
     "one image",
@@ -56,31 +69,19 @@ _REFUSED = (
 FEATURES = (*_WORKS, *_REFUSED)
 _USUAL = dict.fromkeys(_WORKS, YES) | dict.fromkeys(_REFUSED, REFUSED)
 _IMAGES_ONLY = _USUAL | {"video": ABSENT}
-
-# Tested in tests/hf/test_qwen.py and tests/hf/test_internvl.py, which know M-RoPE and deep stacks.
-_OTHERS = dict.fromkeys(FEATURES, UNTESTED) | dict.fromkeys(
-    (
-        "one image",
-        "several images",
-        "padded batch, some samples without image",
-        "pruning before the decoder",
-        "withdrawal inside the decoder",
-        "dropping a part inside the decoder",
-        "beam search",
-    ),
-    YES,
-)
-_QWEN = _OTHERS | dict.fromkeys(("video", "sampling", "several answers per prompt"), YES)
+_QWEN3_LAYERS = (36, 3)
+"""Of Qwen3-VL-8B: decoder layers, and the first of them behind which features are added."""
+_NO_WINDOW = {feature: ABSENT for feature in FEATURES if feature.startswith("sliding window")}
 
 MATRIX: dict[str, dict[str, str]] = {
     "llava": _IMAGES_ONLY,
     "llava_next": _IMAGES_ONLY,
     "llava_next_video": _USUAL,
     "llava_onevision": _USUAL,
-    "qwen2_vl": _QWEN,
-    "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
-    "internvl": _OTHERS | {"video": ABSENT},
+    "qwen2_vl": _USUAL,
+    "qwen2_5_vl": _USUAL,
+    "qwen3_vl": _USUAL | _NO_WINDOW,
+    "internvl": _USUAL,
 }
 
 
@@ -88,6 +89,17 @@ def missing_needs(family: Family, method: str) -> list[str]:
     """Return what a method needs and models of a family do not give."""
     names = {need if isinstance(need, str) else need[0] for need in PRUNERS[method]().needs}
     return sorted(names - family.served)
+
+
+def drops_too_early(method: str, num_layers: int, deep_layers: int) -> bool:
+    """Return whether a method, as it comes, drops tokens to which image features are still added.
+
+    Args:
+        method: its name.
+        num_layers: of the decoder.
+        deep_layers: the first decoder layers, behind which features are added.
+    """
+    return min(PRUNERS[method]().probe_layers(num_layers), default=num_layers) < deep_layers
 
 
 def render() -> str:
@@ -98,9 +110,43 @@ def render() -> str:
         "features": _features(),
         "methods": _methods(),
         "proxies": _proxies(),
+        "scores": _scores(),
     }.items():
         page = page.replace("{{" + name + "}}", text)
     return page
+
+
+def score_pairs() -> list[tuple[Record, Record]]:
+    """Return stored runs of the converted bundled model, each with that of our own class."""
+    ours = {_asked(run): run for run in _runs(REPRODUCED)}
+    return [(run, ours[_asked(run)]) for run in _runs(STOCK)]
+
+
+def _runs(folder: Path) -> list[Record]:
+    records = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    return sorted(records, key=lambda run: -run["config"]["options"]["retain_ratio"])
+
+
+def _asked(run: Record) -> str:
+    keys = ("method", "options", "benchmarks", "limit", "seed", "batch_size")
+    return json.dumps([run["config"][key] for key in keys], sort_keys=True)
+
+
+def _scores() -> str:
+    pairs, told, differ = score_pairs(), [], 0
+    for stock, ours in pairs:
+        means = [fmean(m["score"] for m in run["benchmarks"].values()) for run in (stock, ours)]
+        label = f"{stock['config']['method']} {stock['config']['options']['retain_ratio']:.0%}"
+        told.append(f"{label}: {means[0]:.1f} (our class {means[1]:.1f})")
+        for key, mark in stock["benchmarks"].items():
+            others = ours["benchmarks"][key]["items"]
+            differ += sum(a != b for a, b in zip(mark["items"], others, strict=True))
+    asked = sum(mark["num_samples"] for mark in pairs[0][0]["benchmarks"].values())
+    return textwrap.fill(
+        f"Its mean accuracy in % over the nine tasks of the mini suite, through lmms-eval: "
+        f"{'; '.join(told)}. Of {len(pairs)} x {asked} questions {differ} were scored differently.",
+        104,
+    )
 
 
 def _families() -> str:
@@ -124,7 +170,10 @@ def _methods() -> str:
         cells = []
         for family in FAMILIES:
             missing = missing_needs(family, method)
-            cells.append(f"no {', '.join(f'`{name}`' for name in missing)}" if missing else YES)
+            word = f"no {', '.join(f'`{name}`' for name in missing)}" if missing else YES
+            if not missing and family.name == "qwen3_vl":
+                word = "later" if drops_too_early(method, *_QWEN3_LAYERS) else YES
+            cells.append(word)
         table.append([f"`{method}`", *cells])
     return "\n".join(markdown_lines(table, left=len(table[0])))
 

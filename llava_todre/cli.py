@@ -76,6 +76,7 @@ def _generate_parser() -> ArgumentParser:
     add("--revision", type=str | None, help="revision of a hub id")
     add("--image", nargs="+", required=True, metavar="FILE", help="image files, in order")
     add("--video", action="store_true", help="the images are the frames of one video")
+    add("--fps", type=float | None, help="frames per second of that video, for models that ask")
     add("--question", required=True, help="may contain <image> where each image goes")
     add("--method", default="todre", help="a name from `todre list`, or a YAML file of configs/")
     add("--retain-ratio", type=float | None, help="share of visual tokens kept, in (0, 1]")
@@ -149,6 +150,8 @@ def _generate(options: Namespace) -> None:
 
     if options.picture and options.video:
         raise TodreError("picture is drawn for images only; leave out --picture or --video.")
+    if options.fps is not None and not (options.video and options.fps > 0):
+        raise TodreError(f"fps {options.fps} is for --video; allowed: a number above 0.")
     method, knobs = method_options(options)
     pruner = create_pruner(method, **knobs)
     images = [load_image(path) for path in options.image]
@@ -158,7 +161,8 @@ def _generate(options: Namespace) -> None:
         "device_map": options.device_map,
         "attn_implementation": options.attn_implementation,
     }
-    request = Request(options.question, images, options.video)
+    seconds = [number / options.fps for number in range(len(images))] if options.fps else []
+    request = Request(options.question, images, options.video, seconds)
     model: Any
     if uses_stock(options.backend, options.model, options.revision):
         for key, usual in _OUR_CLASS_ONLY.items():

@@ -53,6 +53,9 @@ class Request:
     """PIL images or files; with ``is_video`` the frames of one video in order; none for text. Or
     what :func:`prepare` made of them."""
     is_video: bool = False
+    seconds: Sequence[float] = ()
+    """When each frame of a video is seen, from the start of the video; empty where not known. Only
+    some models of transformers read it."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from llava_todre.generate import Answer, Request
 from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import FAMILIES, family_of
+from llava_todre.hf.times import metadata_of
 from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import load_image
 from llava_todre.model.placement import (
@@ -78,7 +79,8 @@ class StockModel:
         """Answer a batch of questions in the words of the processor's own chat template.
 
         Args:
-            requests: the batch; a video is given as its frames.
+            requests: the batch; a video is given as its frames, for Qwen2.5-VL and Qwen3-VL with
+                their seconds.
             max_new_tokens: longest answer.
             generate_kwargs: passed to ``generate``; greedy unless given otherwise.
         """
@@ -101,10 +103,12 @@ class StockModel:
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         stats = last_stats(self.model)
         for request, each in zip(requests, stats, strict=True):
-            shown = 1 if request.is_video else len(request.images)
-            if len(each.images) != shown:
+            shown = len(request.images)
+            # A video counts once, or once for each frame where the model takes them for images.
+            if len(each.images) not in ((1, shown) if request.is_video else (shown,)):
                 raise TodreError(
-                    f"{type(self.processor).__name__} put {len(each.images)} of {shown} images or "
+                    f"{type(self.processor).__name__} put {len(each.images)} of "
+                    f"{1 if request.is_video else shown} images or "
                     "videos into the prompt; does this model read videos? Allowed: what its chat "
                     "template has a place for."
                 )
@@ -119,10 +123,15 @@ class StockModel:
             texts.append(self._prompt(request, len(pictures)))
             if request.is_video:
                 videos.append(pictures)
-            else:
-                images += pictures
-        # The frames were chosen by whoever asks; a processor would choose among them again.
-        shown = {"videos": videos, "do_sample_frames": False} if videos else {}
+            elif pictures:  # by request: OneVision cuts an image only where it is the only one
+                images.append(pictures)
+        shown: dict[str, Any] = {}
+        if videos:
+            # The frames were chosen by whoever asks; a processor would choose among them again.
+            shown = {"videos": videos, "do_sample_frames": False}
+            of_videos = [request for request in requests if request.is_video]
+            times = metadata_of(of_videos, self.config.model_type)
+            shown |= {} if times is None else {"video_metadata": times}
         begin = getattr(self.processor.tokenizer, "bos_token", None)
         written = isinstance(begin, str) and all(text.startswith(begin) for text in texts)
         return self.processor(
@@ -195,6 +204,11 @@ def load_stock_model(
         )
         processor = AutoProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if "requires the Torchvision library" in str(error):
+            raise TodreError(
+                f"pretrained {path!r} has a processor that needs torchvision, also for images; "
+                f"install the release that fits torch {torch.__version__}."
+            ) from error
         raise TodreError(f"pretrained {path!r} does not load: {first_line(error)}") from error
     if spreads(device_map):
         check_spread(getattr(model, "hf_device_map", {}))

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.lmms_plugin.video import read_frames
+from llava_todre.lmms_plugin.video import read_clip
 from llava_todre.model.images import picture_digest
 
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -158,6 +158,8 @@ class Shown:
     is_video: bool
     digests: tuple[str, ...]
     """A hash of every picture, or of the video file."""
+    seconds: tuple[float, ...] = ()
+    """When each frame of the video is seen, as far as the file tells."""
 
 
 def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Shown:
@@ -176,7 +178,8 @@ def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Show
         except OSError as error:
             raise TodreError(f"video {path!r} cannot be read: {error.strerror}.") from None
         version = f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}"
-        return Shown(read_frames(path, max_frames, version), True, (version,))
+        clip = read_clip(path, max_frames, version)
+        return Shown(clip.frames, True, (version,), clip.seconds)
     if not all(isinstance(visual, Image.Image) for visual in given):
         kinds = ", ".join(sorted({type(visual).__name__ for visual in given}))
         raise TodreError(

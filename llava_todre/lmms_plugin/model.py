@@ -246,7 +246,7 @@ class LlavaTodre(lmms):
             views += known
         while len(self._views) > max(len(pictures), self.batch_size):
             self._views.pop(next(iter(self._views)))
-        return Request(item.prompt, views, shown.is_video)
+        return Request(item.prompt, views, shown.is_video, shown.seconds)
 
     def _compute(self, batch: Batch, look: Look, memory: Memory, start: float) -> list[Line]:
         """Return the lines of a batch and log them.

@@ -24,9 +24,9 @@ from llava_todre.hf.stock import StockModel
 from llava_todre.lmms_plugin import NAME
 from llava_todre.lmms_plugin.arguments import build_pruner, draws, item_seed, option, with_seed
 from llava_todre.lmms_plugin.fingerprint import fingerprint
-from llava_todre.lmms_plugin.items import cut, generation, shown_of
+from llava_todre.lmms_plugin.items import cut, generation, items_of, shown_of
 from llava_todre.lmms_plugin.log import AnswerLog, read_answers
-from llava_todre.lmms_plugin.video import read_frames
+from llava_todre.lmms_plugin.video import read_clip, read_frames
 from llava_todre.mini import held_out
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, create_pruner
@@ -410,6 +410,7 @@ def test_frames_are_spaced_evenly_over_the_clip(clip, count, expected, monkeypat
     grey = [float(np.asarray(frame).mean()) / 25 for frame in frames]
     assert [round(value) for value in grey] == list(expected)
     assert all(frame.size == (96, 64) for frame in frames)
+    assert read_clip(clip, count).seconds == pytest.approx([number / 5 for number in expected])
 
 
 def test_a_clip_whose_times_mislead_is_decoded_from_the_start(tmp_path):
@@ -423,6 +424,15 @@ def test_a_clip_whose_times_mislead_is_decoded_from_the_start(tmp_path):
         container.mux(stream.encode())
     grey = [round(float(np.asarray(frame).mean()) / 25) for frame in read_frames(str(path), 4)]
     assert grey == [0, 3, 6, 9]
+    assert read_clip(str(path), 4).seconds == pytest.approx([number / 25 for number in grey])
+
+
+def test_a_question_about_a_video_says_when_its_frames_are_seen(documents):
+    lm = build(documents, max_frames=4)
+    items, (_, about_a_clip) = items_of(requests_for(documents, [0, 3]))
+    asked = [lm._request(item, lm._shown(item)).seconds for item in items.values()]
+    assert items[about_a_clip].doc_id == 3
+    assert asked == [(), pytest.approx((0, 0.6, 1.2, 1.8))]
 
 
 def test_a_file_that_is_no_video_is_named(documents, tmp_path, clip):

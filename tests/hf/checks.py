@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from oracle import Oracle, Stage
 from test_withdrawal import flash_contract
-from tiny import Sample, inputs_for
+from tiny import IMAGE_ID, VIDEO_ID, Sample, inputs_for
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
@@ -22,6 +21,7 @@ from llava_todre.spans import Kind, VisualTokens
 from llava_todre.stats import PruneStats
 
 STEPS = 16
+ANY = -1
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 TOLERANCE = {"rtol": 0, "atol": 5e-5}
 PROBES = (3 / 8, 4 / 8, 5 / 8, 6 / 8)
@@ -32,8 +32,8 @@ class Strides(Pruner):
     """Selects at random, the same for all models; drops by plan inside the decoder."""
 
     plan: tuple[tuple[int, int, int], ...] = ()
-    """(text tokens behind the first image, layer, stride): of the visual tokens still there, every
-    stride-th stays; 0 is none."""
+    """(text tokens behind the first image or ANY, layer, stride): of the visual tokens still
+    there, every stride-th stays; 0 is none."""
 
     def select(self, tokens: VisualTokens, budget: int) -> Selection:
         draw = torch.Generator().manual_seed(len(tokens))
@@ -44,7 +44,7 @@ class Strides(Pruner):
 
     def at_layer(self, view: LayerView) -> Tensor | None:
         num_text = int((view.kinds == Kind.TEXT).sum())
-        strides = {layer: stride for text, layer, stride in self.plan if text == num_text}
+        strides = {layer: stride for layer, stride in self.steps(num_text)}
         if view.layer not in strides:
             return None
         keep = view.kinds != Kind.VISUAL
@@ -56,19 +56,31 @@ class Strides(Pruner):
         """Return what a sample must have gone through."""
         held = [set(image.keep_idx.tolist()) for image in stats.images]
         stages = [(0, held)]
-        for text, layer, stride in sorted(self.plan):
-            if text == num_text:
-                still = [(i, patch) for i, image in enumerate(held) for patch in sorted(image)]
-                chosen = set(still[::stride] if stride else [])
-                held = [{p for i, p in chosen if i == image} for image in range(len(held))]
-                stages.append((layer + 1, held))
+        for layer, stride in self.steps(num_text):
+            still = [(i, patch) for i, image in enumerate(held) for patch in sorted(image)]
+            chosen = set(still[::stride] if stride else [])
+            held = [{p for i, p in chosen if i == image} for image in range(len(held))]
+            stages.append((layer + 1, held))
         return stages
 
+    def steps(self, num_text: int) -> list[tuple[int, int]]:
+        """Return (layer, stride) of a sample with so many text tokens behind its first image."""
+        return sorted((at, stride) for text, at, stride in self.plan if text in (ANY, num_text))
 
-def text_behind(sample: Sample) -> int:
+
+def text_behind(inputs: dict[str, Any], row: int) -> int:
     """Return the text tokens behind the first image or video of a sample."""
-    first = next((i for i, piece in enumerate(sample) if not isinstance(piece, int)), len(sample))
-    return sum(piece for piece in sample[first:] if isinstance(piece, int))
+    ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
+    is_visual = torch.isin(ids, torch.tensor([IMAGE_ID, VIDEO_ID]))
+    first = int(is_visual.nonzero()[0]) if bool(is_visual.any()) else len(ids)
+    return int((~is_visual[first:]).sum())
+
+
+def planned(inputs: dict[str, Any], ratio: float, *plan: tuple[int, int, int]) -> Strides:
+    """Return a method that drops by (sample, layer, stride)."""
+    by_text = tuple((text_behind(inputs, row), layer, stride) for row, layer, stride in plan)
+    assert len({text for text, _, _ in by_text}) == len({row for row, _, _ in plan})
+    return Strides(retain_ratio=ratio, plan=by_text)
 
 
 def run(
@@ -82,20 +94,31 @@ def run(
         return output, hf.last_stats(model)
 
 
+def assert_follows(model: Any, inputs: dict[str, Any], method: Strides) -> tuple[PruneStats, ...]:
+    """Compare greedy answers of a plan with the oracle."""
+    output, stats = run(model, inputs, method)
+    rows = range(len(stats))
+    stages = [method.stages(stats[row], text_behind(inputs, row)) for row in rows]
+    assert_equals_oracle(model, inputs, output, stages)
+    return stats
+
+
 def assert_equals_oracle(
     model: Any,
     inputs: dict[str, Any],
     output: Any,
     stages: Sequence[list[Stage]],
 ) -> None:
+    """Compare every token and logit of greedy answers."""
     length = inputs["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
     assert output.sequences.shape[1] == length + STEPS
     logits = torch.stack(output.logits, dim=1)
-    oracle = oracle_of(model, _Inputs(inputs))
+    oracle = Oracle(model, inputs)
     for row, of_row in enumerate(stages):
-        tokens, expected = oracle(row, _frozen(of_row))
-        assert output.sequences[row, length:].tolist() == tokens, row
+        tokens = output.sequences[row, length:]
+        expected = oracle.logits(row, of_row, tokens.tolist())
+        assert torch.equal(tokens, expected.argmax(dim=-1)), row
         torch.testing.assert_close(logits[row].double(), expected, **TOLERANCE)
 
 
@@ -103,7 +126,7 @@ def assert_stats_tell_what_was_kept(
     stats: PruneStats, stages: list[Stage], oracle: Oracle, row: int
 ) -> None:
     whole = oracle.held(row, [set(range(image.num_tokens)) for image in stats.images])
-    is_visual = torch.tensor([token in (298, 299) for token in oracle.samples[row][0]])
+    is_visual = torch.isin(oracle.samples[row].ids, torch.tensor([IMAGE_ID, VIDEO_ID]))
     assert stats.unpruned_prompt_tokens == len(whole)
     for layer in range(oracle.num_layers):
         kept = [held for start, held in stages if start <= layer][-1]
@@ -112,40 +135,12 @@ def assert_stats_tell_what_was_kept(
         assert stats.visual_tokens_per_layer[layer] == int((present & is_visual).sum())
 
 
-class _Inputs(dict[str, Any]):
-    """Inputs as a key: tests share them, by what they show."""
-
-    def __hash__(self) -> int:
-        return hash(tuple(self["input_ids"].flatten().tolist()))
-
-    def __eq__(self, other: object) -> bool:
-        assert isinstance(other, dict)
-        return all(torch.equal(value, other[key]) for key, value in self.items())
-
-
-Frozen = tuple[tuple[int, tuple[frozenset[int], ...]], ...]
-
-
-def _frozen(stages: list[Stage]) -> Frozen:
-    return tuple((layer, tuple(map(frozenset, kept))) for layer, kept in stages)
-
-
-@functools.cache
-def oracle_of(model: Any, inputs: _Inputs) -> Callable[[int, Frozen], tuple[list[int], Tensor]]:
-    """Return (sample, stages) -> answer, each computed once: attention makes no difference."""
-    oracle = Oracle(model, inputs)
-
-    @functools.cache
-    def answer(row: int, stages: Frozen) -> tuple[list[int], Tensor]:
-        return oracle.greedy(row, [(layer, list(map(set, kept))) for layer, kept in stages], STEPS)
-
-    return answer
-
-
 def tau_between(model: Any, samples: Sequence[Sample], ratio: float) -> float:
     """Return a threshold under which samples with images withdraw at as many layers as can be."""
     knobs = {"retain_ratio": ratio, "probe_depths": PROBES}
-    _, stats = run(model, inputs_for(model, samples), "todre", tau=0.0, **knobs)
+    with hf.prune(model, "todre", tau=0.0, **knobs):
+        model.generate(**inputs_for(model, samples), max_new_tokens=1)
+        stats = hf.last_stats(model)
     shares = [
         [max(probe.text_to_visual, probe.visual_to_text) for probe in of_sample.probes]
         for of_sample in stats

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
+import torch
 from checks import (
+    GREEDY,
     PROBES,
-    Strides,
+    STEPS,
     assert_equals_oracle,
+    assert_follows,
     assert_stats_tell_what_was_kept,
+    planned,
     run,
     tau_between,
     text_behind,
 )
 from oracle import Oracle, stages_of
-from tiny import BATCH, DECODERS, ONE, TWO_IMAGES, VIDEO_BATCH, inputs_for, model_of
+from tiny import (
+    BATCH,
+    DECODERS,
+    FAMILIES,
+    ONE,
+    QWEN,
+    THREE,
+    TWO_IMAGES,
+    USUAL_DECODER,
+    VIDEO,
+    VIDEO_BATCH,
+    inputs_for,
+    model_of,
+)
 
-FAMILIES = ["llava", "llava_next", "llava_next_video", "llava_onevision"]
-OF_VIDEO = ["llava_next_video", "llava_onevision"]
+from eval.models_doc import MATRIX, YES
+from llava_todre import hf
+
+LLAVA = tuple(USUAL_DECODER)
+PROMPTS = {"one": ONE, "batch": THREE, "video": VIDEO, "videos and images": VIDEO_BATCH}
+CASES = [
+    (family, prompt)
+    for family in FAMILIES
+    for prompt in PROMPTS
+    if "video" not in prompt or MATRIX[family]["video"] == YES
+]
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.1])
-@pytest.mark.parametrize("samples", [ONE, BATCH], ids=["one", "batch"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_both_stages(family, attention, samples, ratio):
+@pytest.mark.parametrize(("family", "prompt"), CASES)
+def test_both_stages(family, prompt, attention, ratio):
+    """Every family, 16 cached steps, alone and three of different lengths, sdpa and eager."""
+    samples = PROMPTS[prompt]
     model = model_of(family, attention)
     inputs = inputs_for(model, samples)
+    assert len(samples) in (1, 3) and STEPS >= 16
+    assert len(samples) == 1 or len(inputs["attention_mask"].sum(dim=1).unique()) == 3
+    assert (inputs["attention_mask"][:, -1] == 1).all(), "padding is on the left"
     tau = tau_between(model, samples, ratio)
     output, stats = run(model, inputs, "todre", retain_ratio=ratio, probe_depths=PROBES, tau=tau)
     stages = [stages_of(of_sample) for of_sample in stats]
@@ -35,6 +68,91 @@ def test_both_stages(family, attention, samples, ratio):
         for image in of_sample.images:
             assert len(image.keep_idx) == max(1, int(ratio * image.num_tokens + 0.5))
         assert_stats_tell_what_was_kept(of_sample, stages[row], oracle, row)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_dropped_matters(family):
+    """Else the comparison above would prove nothing."""
+    model = model_of(family)
+    inputs = inputs_for(model, THREE)
+    unpruned = model.generate(**inputs, **GREEDY)
+    with hf.prune(model, "todre", retain_ratio=0.25, probe_depths=()):
+        pruned = model.generate(**inputs, **GREEDY)
+    assert sum(torch.equal(*rows) for rows in zip(unpruned, pruned, strict=True)) < 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_everything_changes_no_bit(family, attention):
+    model = model_of(family, attention)
+    inputs = inputs_for(model, BATCH)
+    more = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    before = model.generate(**inputs, **more)
+    with hf.prune(model, method="todre", retain_ratio=1.0, probe_depths=()):
+        during = model.generate(**inputs, **more)
+    after = model.generate(**inputs, **more)
+    for other in (during, after):
+        assert torch.equal(before.sequences, other.sequences)
+        assert all(map(torch.equal, before.logits, other.logits))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_probe_that_drops_nothing_changes_no_token(family):
+    """The prompt then goes through the capture with all its tokens, positions and features."""
+    model = model_of(family)
+    inputs = inputs_for(model, BATCH)
+    before = model.generate(**inputs, **GREEDY)
+    with hf.prune(model, method="todre", retain_ratio=1.0, probe_depths=(0.5,), tau=0.0):
+        during = model.generate(**inputs, **GREEDY)
+    assert torch.equal(before, during)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_left_behind(family):
+    model = copy.deepcopy(model_of(family))
+
+    def everything() -> Any:
+        modules = {
+            name: (
+                type(module),
+                sorted(module.__dict__),
+                [len(getattr(module, key)) for key in module.__dict__ if key.endswith("_hooks")],
+            )
+            for name, module in model.named_modules()
+        }
+        return modules, model.config.to_dict(), model.generation_config.to_dict()
+
+    before = everything()
+    with hf.prune(model, retain_ratio=0.25, tau=1.0, probe_depths=(0.5,)):
+        inputs = inputs_for(model, BATCH)
+        model.generate(**inputs, max_new_tokens=2)
+        with pytest.raises(Exception, match="."):
+            model.generate(**inputs, max_new_tokens=2, logits_processor="broken")
+    assert everything() == before
+
+
+@pytest.mark.parametrize("family", ["llava_next", *QWEN, "internvl"])
+def test_fastv_drops_what_the_last_token_looks_at_least(family, attention):
+    model = model_of(family, attention)
+    inputs = inputs_for(model, BATCH)
+    output, stats = run(model, inputs, "fastv", retain_ratio=0.25, layer=4)
+    oracle, stages = Oracle(model, inputs), []
+    for row, of_sample in enumerate(stats):
+        whole = [set(range(image.num_tokens)) for image in of_sample.images]
+        stages.append([(0, whole)])
+        if not whole:
+            continue
+        decoder, embeds, _ = oracle.pruned(row, stages[row])
+        paid = decoder.run(embeds).attention[3].mean(dim=0)[-1]  # (L,)
+        of_images = [
+            visual.columns[~torch.tensor(visual.is_newline)]
+            for visual in oracle.samples[row].visuals
+        ]
+        pool = torch.cat(of_images)
+        count = sum(max(1, int(0.25 * len(image) + 0.5)) for image in whole)
+        best = set(pool[paid[pool].topk(count).indices].tolist())
+        held = [{i for i, at in enumerate(image.tolist()) if at in best} for image in of_images]
+        stages[row].append((4, held))
+    assert_equals_oracle(model, inputs, output, stages)
 
 
 def test_samples_of_a_batch_withdraw_at_different_layers(attention):
@@ -52,25 +170,7 @@ def test_samples_of_a_batch_withdraw_at_different_layers(attention):
 def test_every_decoder(family, decoder, attention):
     model = model_of(family, attention, decoder)
     inputs = inputs_for(model, BATCH)
-    plan = ((9, 3, 0), (8, 2, 2), (8, 5, 0))
-    method = Strides(retain_ratio=0.25, plan=plan)
-    assert [text_behind(sample) for sample in BATCH] == [9, 8, 0]
-    output, stats = run(model, inputs, method)
-    stages = [
-        method.stages(of_sample, text_behind(sample))
-        for of_sample, sample in zip(stats, BATCH, strict=True)
-    ]
-    assert_equals_oracle(model, inputs, output, stages)
-
-
-@pytest.mark.parametrize("samples", [VIDEO_BATCH], ids=["videos and images"])
-@pytest.mark.parametrize("family", OF_VIDEO)
-def test_videos(family, attention, samples):
-    model = model_of(family, attention)
-    inputs = inputs_for(model, samples)
-    knobs = {"retain_ratio": 0.25, "probe_depths": PROBES, "tau": tau_between(model, samples, 0.25)}
-    output, stats = run(model, inputs, "todre", **knobs)
-    assert_equals_oracle(model, inputs, output, [stages_of(of_sample) for of_sample in stats])
+    assert_follows(model, inputs, planned(inputs, 0.25, (0, 3, 0), (1, 2, 2), (1, 5, 0)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -83,18 +183,13 @@ def test_stage_1_alone(family, side):
     assert_equals_oracle(model, inputs, output, [stages_of(of_sample) for of_sample in stats])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAVA)
 def test_part_of_the_tokens_is_dropped_inside(family, attention):
     model = model_of(family, attention)
-    samples = [*ONE, *TWO_IMAGES]
-    inputs = inputs_for(model, samples)
-    method = Strides(retain_ratio=0.25, plan=((9, 1, 2), (9, 4, 2), (10, 2, 3), (10, 5, 0)))
-    output, stats = run(model, inputs, method)
-    stages = [
-        method.stages(of_sample, text_behind(sample))
-        for of_sample, sample in zip(stats, samples, strict=True)
-    ]
-    assert_equals_oracle(model, inputs, output, stages)
+    inputs = inputs_for(model, [*ONE, *TWO_IMAGES])
+    method = planned(inputs, 0.25, (0, 1, 2), (0, 4, 2), (1, 2, 3), (1, 5, 0))
+    stats = assert_follows(model, inputs, method)
     oracle = Oracle(model, inputs)
     for row, of_sample in enumerate(stats):
-        assert_stats_tell_what_was_kept(of_sample, stages[row], oracle, row)
+        stages = method.stages(of_sample, text_behind(inputs, row))
+        assert_stats_tell_what_was_kept(of_sample, stages, oracle, row)

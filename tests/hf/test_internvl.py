@@ -1,221 +1,27 @@
-"""Pruning on stock InternVL, against a decoder that starts over."""
+"""What is special about stock InternVL: tiles, and prompts that do not say how many."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomise
 from PIL import Image
-from qwen_models import StockReference
+from tiny import ONE, PATCH, TILE, build, inputs_for, model_of
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    GotOcr2ImageProcessorPil,
-    InternVLConfig,
-    InternVLForConditionalGeneration,
-    Qwen2Config,
-)
+from transformers import GotOcr2ImageProcessorPil
 
 from llava_todre import hf
 from llava_todre.errors import TodreError
 from llava_todre.hf.families import family_of
 from llava_todre.hf.internvl import tiles_layout
-from llava_todre.pruners import PRUNERS, Pruner, Selection
+from llava_todre.pruners import Pruner, Selection
 from llava_todre.spans import VisualTokens
 
-IMAGE, START, END, PAD = 299, 297, 296, 0
-PATCH, SIDE, TOKENS = 14, 4, 16
-TILE = 2 * SIDE * PATCH
-STEPS = 16
-GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
-STAGE_1 = {"method": "todre", "probe_depths": ()}
-BOTH = {"method": "todre", "probe_depths": (0.5,), "tau": 1.0}  # always withdraws
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """An image of so many tiles, or a frame of a video."""
-
-    tiles: int = 1
-
-
-Sample = tuple[Any, ...]
-ONE: Sample = (3, Shown(4), 6)
-VIDEO: Sample = (2, Shown(), 1, Shown(), 1, Shown(), 4)
-BATCH: tuple[Sample, ...] = (ONE, (2, Shown(), 3, Shown(3), 5), VIDEO, (9,))
-
-
-@cache
-def build(attention: str = "sdpa", qk_norm: bool = False) -> Any:
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "image_size": [TILE, TILE],
-        "patch_size": [PATCH, PATCH],
-        "use_qk_norm": qk_norm,
-    }
-    text = Qwen2Config(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=PAD,
-        bos_token_id=1,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-    )
-    config = InternVLConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, tie_word_embeddings=False
-    )
-    model = InternVLForConditionalGeneration(config).eval()
-    model.set_attn_implementation(attention)
-    randomise(model, 0)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = PAD
-    return model
-
-
-@cache
-def prompt(sample: Sample) -> tuple[Tensor, Tensor]:
-    """Return (L,) ids and the pixels of all tiles."""
-    shown = [piece.tiles for piece in sample if isinstance(piece, Shown)]
-    draw = torch.Generator().manual_seed(len(sample) + 10 * sum(shown))
-    row = [torch.tensor([1])]
-    for piece in sample:
-        if isinstance(piece, int):
-            row.append(torch.randint(2, 290, (piece,), generator=draw))
-        else:
-            ids = [START, *[IMAGE] * TOKENS * piece.tiles, END]
-            row.append(torch.tensor(ids))
-    return torch.cat(row), torch.randn(sum(shown), 3, TILE, TILE, generator=draw)
-
-
-def batch_of(*samples: Sample) -> dict[str, Tensor]:
-    prompts = [prompt(sample) for sample in samples]
-    ones = [torch.ones(len(ids), dtype=torch.int64) for ids, _ in prompts]
-    return {
-        "input_ids": pad_sequence([ids for ids, _ in prompts], True, PAD, "left"),
-        "attention_mask": pad_sequence(ones, True, 0, "left"),
-        "pixel_values": torch.cat([pixels for _, pixels in prompts]),
-    }
-
-
-def sizes(sample: Sample) -> list[int]:
-    return [TOKENS * piece.tiles for piece in sample if isinstance(piece, Shown)]
-
-
-class Oracle:
-    """One prompt."""
-
-    @torch.no_grad()
-    def __init__(self, sample: Sample) -> None:
-        model, (ids, pixels) = build(), prompt(sample)
-        self.decoder = StockReference(model)
-        self.embeds = model.get_input_embeddings()(ids).clone()
-        if len(pixels):
-            features = model.model.get_image_features(pixels).pooler_output
-            self.embeds[ids == IMAGE] = features.flatten(0, 1)
-        self.places = (ids == IMAGE).nonzero()[:, 0].split(sizes(sample))
-
-    def held(self, kept: Any) -> Tensor:
-        """Return (L,) bool, the tokens that stay when these of each image do."""
-        stays = torch.ones(len(self.embeds), dtype=torch.bool)
-        for columns, indices in zip(self.places, kept, strict=True):
-            stays[columns] = False
-            stays[columns[list(indices)]] = True
-        return stays
-
-    def pruned(self, kept: Any, without: Any) -> tuple[Tensor, Tensor]:
-        """Return (M, D) the prompt of ``kept`` tokens, and (8, M) who is there in each layer."""
-        stays = self.held(kept)
-        present = torch.ones(8, int(stays.sum()), dtype=torch.bool)
-        if without is not None:
-            present[without[0] :] = self.held(without[1])[stays]
-        return self.embeds[stays], present
-
-    def greedy(self, kept: Any, without: Any = None) -> list[int]:
-        """Return the answer; from layer ``without[0]`` on only ``without[1]`` are there."""
-        embeds, present = self.pruned(kept, without)
-        return self.decoder.greedy(embeds, STEPS, present)[0]
-
-
-oracle = cache(Oracle)
-
-
-@cache
-def expected(sample: Sample, kept: Any, without: Any = None) -> list[int]:
-    return oracle(sample).greedy(kept, without)
-
-
-def kept_of(stats: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(image.keep_idx.tolist()) for image in stats.images)
-
-
-@pytest.mark.parametrize("samples", [(ONE,), BATCH], ids=["one", "batch"])
-@pytest.mark.parametrize("ratio", [0.25, 0.1])
-@pytest.mark.parametrize("method", [STAGE_1, BOTH], ids=["stage1", "both"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_answers_are_those_of_a_decoder_that_starts_over(attention, method, ratio, samples):
-    model, inputs = build(attention), batch_of(*samples)
-    with hf.prune(model, retain_ratio=ratio, **method):
-        output = model.generate(**inputs, **GREEDY)
-        stats = hf.last_stats(model)
-    assert torch.equal(output[:, :-STEPS], inputs["input_ids"])
-    for row, (sample, what) in enumerate(zip(samples, stats, strict=True)):
-        kept = kept_of(what)
-        assert [len(each) for each in kept] == [
-            max(1, int(ratio * size + 0.5)) for size in sizes(sample)
-        ]
-        without = (5, tuple(() for _ in kept)) if method is BOTH and kept else None
-        answer = expected(sample, kept, without)
-        assert output[row, -STEPS:].tolist() == answer
-        if kept:
-            everything = tuple(tuple(range(size)) for size in sizes(sample))
-            assert answer != expected(sample, everything), "what is dropped must matter"
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_fastv_drops_what_the_last_token_looks_at_least(attention):
-    model = build(attention)
-    with hf.prune(model, method="fastv", retain_ratio=0.25):
-        output = model.generate(**batch_of(*BATCH), **GREEDY)
-    for row, sample in enumerate(BATCH):
-        if not sizes(sample):
-            continue
-        whole = [range(size) for size in sizes(sample)]
-        reference = oracle(sample)
-        paid = reference.decoder.run(reference.embeds).attention[1].mean(dim=0)[-1]
-        pool = torch.cat(reference.places)
-        best = set(pool[paid[pool].topk(len(pool) // 4).indices].tolist())
-        fewer = [
-            [index for index, column in enumerate(columns.tolist()) if column in best]
-            for columns in reference.places
-        ]
-        assert output[row, -STEPS:].tolist() == reference.greedy(whole, (2, fewer))
-
-
-@pytest.mark.parametrize("method", [STAGE_1, BOTH], ids=["stage1", "both"])
-def test_beam_search_is_that_of_a_decoder_that_starts_over(method):
-    model = build()
-    with hf.prune(model, retain_ratio=0.25, **method):
-        output = model.generate(**batch_of(*BATCH), max_new_tokens=6, do_sample=False, num_beams=3)
-        stats = hf.last_stats(model)
-    for row, (sample, what) in enumerate(zip(BATCH, stats, strict=True)):
-        kept = kept_of(what)
-        without = (5, [()] * len(kept)) if method is BOTH and kept else None
-        embeds, present = oracle(sample).pruned(kept, without)
-        best = oracle(sample).decoder.beams(embeds, 6, 3, present)
-        assert output[row, -6:].tolist() == best
+SIDE, TOKENS = 4, 16
 
 
 # ---------------------------------------------------------------- where tokens stand
@@ -250,7 +56,7 @@ def test_a_token_is_where_its_colour_is(monkeypatch):
 
     The picture is two tiles high and three wide; the processor adds the thumbnail.
     """
-    model = copy.deepcopy(build())
+    model = copy.deepcopy(model_of("internvl"))
     tower = model.model.vision_tower
     tower.embeddings.position_embeddings.data.zero_()
     for block in tower.encoder.layer:
@@ -266,7 +72,7 @@ def test_a_token_is_where_its_colour_is(monkeypatch):
         measure=lambda quantity, layer, hidden, called: hidden[:, 1:].flatten(0, 1),
     )
     monkeypatch.setattr("llava_todre.hf.attachment.family_of", lambda model: raw)
-    inputs = batch_of((2, Shown(7), 4)) | {"pixel_values": tiles}
+    inputs = inputs_for(model, [[2, (56, 350), 4]]) | {"pixel_values": tiles}
     with hf.prune(model, watch):
         model.generate(**inputs, max_new_tokens=1)
     (tokens,) = watch.seen
@@ -307,42 +113,29 @@ def test_one_tile_is_the_only_view():
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_cls_attention_is_that_of_the_tower(qk_norm):
     """The maps are those of the tower in eager mode."""
-    model = build("eager", qk_norm)
+    model = build("internvl", attention="eager", vision={"use_qk_norm": qk_norm})
+    inputs = inputs_for(model, ONE)
     watch = Watch(retain_ratio=0.5, layer=2)
     with hf.prune(model, watch):
-        model.generate(**batch_of(ONE), max_new_tokens=1)
+        model.generate(**inputs, max_new_tokens=1)
     maps: list[Tensor] = []
     attention = model.model.vision_tower.encoder.layer[2].attention
     handle = attention.register_forward_hook(lambda module, args, output: maps.append(output[1]))
     with torch.no_grad():
-        model.model.get_image_features(prompt(ONE)[1])
+        model.model.get_image_features(inputs["pixel_values"])
     handle.remove()
     paid = maps[0][:, :, 0, 1:].mean(dim=1)  # (tiles, patches)
     cells = paid.view(4, SIDE, 2, SIDE, 2).mean(dim=(2, 4)).flatten()
     torch.testing.assert_close(watch.seen[0].vision["cls_attention", 2], cells)
 
 
-# ---------------------------------------------------------------- methods and errors
-
-
-@pytest.mark.parametrize("name", [name for name in PRUNERS if name != "vanilla"])
-def test_methods_run_or_say_what_they_miss(name):
-    model, inputs = build(), batch_of(*BATCH)
-    misses = {need for need in PRUNERS[name]().needs if isinstance(need, str)} - {"text_embeds"}
-    if misses:
-        with pytest.raises(TodreError, match="family internvl do not give; allowed needs"):
-            hf.attach(model, name, retain_ratio=0.25)
-        return
-    with hf.prune(model, name, retain_ratio=0.25):
-        output = model.generate(**inputs, max_new_tokens=3)
-        stats = hf.last_stats(model)
-    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
-    assert any(what.visual_tokens_per_layer[-1] < what.visual_tokens for what in stats)
+# ---------------------------------------------------------------- errors, and off
 
 
 @pytest.mark.parametrize("missing", [1, TOKENS])
 def test_a_prompt_that_does_not_fit_the_pixels_is_an_error_of_one_line(missing):
-    model, inputs = build(), batch_of(ONE)
+    model = model_of("internvl")
+    inputs = inputs_for(model, ONE)
     keep = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
     keep[10 : 10 + missing] = False
     inputs |= {key: inputs[key][:, keep] for key in ("input_ids", "attention_mask")}
@@ -352,52 +145,9 @@ def test_a_prompt_that_does_not_fit_the_pixels_is_an_error_of_one_line(missing):
     assert "\n" not in str(told.value)
 
 
-# ---------------------------------------------------------------- off, and afterwards
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_keeping_everything_changes_no_bit(attention):
-    model, inputs = build(attention), batch_of(*BATCH)
-    more = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
-    before = model.generate(**inputs, **more)
-    with hf.prune(model, method="todre", retain_ratio=1.0, probe_depths=()):
-        during = model.generate(**inputs, **more)
-    after = model.generate(**inputs, **more)
-    for other in (during, after):
-        assert torch.equal(before.sequences, other.sequences)
-        assert all(map(torch.equal, before.logits, other.logits))
-
-
-def test_a_probe_that_drops_nothing_changes_no_token():
-    model, inputs = build(), batch_of(*BATCH)
-    before = model.generate(**inputs, **GREEDY)
-    with hf.prune(model, method="todre", retain_ratio=1.0, probe_depths=(0.5,), tau=0.0):
-        during = model.generate(**inputs, **GREEDY)
-    assert torch.equal(before, during)
-
-
-def test_nothing_is_left_behind():
-    model = copy.deepcopy(build())
-
-    def everything() -> Any:
-        modules = {
-            name: (
-                type(module),
-                sorted(module.__dict__),
-                [len(getattr(module, key)) for key in module.__dict__ if key.endswith("_hooks")],
-            )
-            for name, module in model.named_modules()
-        }
-        return modules, model.config.to_dict(), model.generation_config.to_dict()
-
-    before = everything()
-    with hf.prune(model, retain_ratio=0.25, **BOTH):
-        model.generate(**batch_of(*BATCH), max_new_tokens=2)
-    assert everything() == before
-
-
 def test_off_asks_for_nothing_that_the_model_itself_does_not_need() -> None:
-    model, inputs = build(), batch_of(ONE)
+    model = model_of("internvl")
+    inputs = inputs_for(model, ONE)
     inputs.pop("attention_mask")
     ids = inputs.pop("input_ids")
     plain = model.generate(ids, **inputs, max_new_tokens=3, do_sample=False)
