@@ -65,7 +65,7 @@ def check_mention(span: str) -> None:
         assert command or rest[0].startswith("-"), span
         assert command is None or _options(rest) <= _known(command), span
     elif program == "python" and rest[:2] == ["-m", "eval"]:
-        command = _choices(evaluation._parser()).get(rest[2]) if rest[2:] else None
+        command = _choices(evaluation.parser()).get(rest[2]) if rest[2:] else None
         assert not rest[2:] or (command and _options(rest) <= _known(command)), span
     elif program == "python" and rest[0] == "-m":
         assert importlib.util.find_spec(rest[1]), span
@@ -125,7 +125,7 @@ def _python(words: Words, settings: Settings) -> None:
         assert importlib.util.find_spec(module), module
         return
     assert not settings, "python -m eval reads no variables"
-    options = evaluation._parser().parse_args(rest)
+    options = evaluation.parser().parse_args(rest)
     if options.command in ("run", "sweep", "bench"):
         assert evaluation.main([*rest, *([] if options.dry_run else ["--dry-run"])]) == 0
     elif options.command in ("docs", "readme"):
