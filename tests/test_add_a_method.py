@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pages
 import pytest
+import shell_lines
 import yaml
 
 from llava_todre import load_pretrained_model
@@ -22,13 +23,13 @@ from llava_todre.generate import Request, answer
 from llava_todre.pruners import PRUNERS, create_pruner
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "add_a_method.md").read_text()
+FILE = ROOT / "docs" / "add_a_method.md"
+PAGE = FILE.read_text()
 FILES = dict(re.findall(r"^`(\S+)`[^\n]*:\n\n```\w+\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
 METHOD, YAML = "llava_todre/pruners/norm.py", "configs/methods/norm.yaml"
 REGISTRY, TEST = "llava_todre/pruners/__init__.py", "tests/methods/test_norm.py"
-GLANCE = next(
-    code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "Glance" in code
-)
+(GLANCE,) = (block.code for block in pages.blocks(FILE, "python") if "Glance" in block.code)
+COMMANDS = [block.code for block in pages.blocks(FILE, "bash")]
 SCENE = "checkpoints/mini/examples/scene_0.png"
 
 
@@ -62,8 +63,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_commands_run_and_keep_what_was_asked_for(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
-    generate, demo = (shlex.split(line)[1:] for line in text.splitlines())
+    (code,) = COMMANDS
+    generate, demo = (words[1:] for words in shell_lines.lines_of(code))
     assert main([*generate, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept_tokens"] == 80
     demo[demo.index("--num-images") + 1] = "1"
@@ -113,8 +114,7 @@ def test_the_method_inside_the_decoder_drops_there(
     assert len(set(layers[4:])) == 1 and 80 <= layers[4] <= 96
 
 
-def test_the_page_is_short_and_its_links_lead_somewhere() -> None:
+def test_the_page_is_short_and_all_of_its_code_is_run_here() -> None:
     assert set(FILES) == {METHOD, REGISTRY, YAML, TEST}
+    assert {block.code for block in pages.blocks(FILE)} == {*FILES.values(), GLANCE, *COMMANDS}
     assert len(PAGE.splitlines()) <= 130
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
-        assert (ROOT / "docs" / target).exists(), target

@@ -5,44 +5,38 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import pages
 import pytest
 
 from eval.readme import TABLES, readme, tables
-from llava_todre.cli import main
 from llava_todre.pruners import PRUNERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pages.Outcome]:
+    """What came of the README's code and commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("checkout")
+        patch.chdir(pages.checkout(folder))
+        yield pages.carry_out(ROOT / "README.md", folder)
 
 
-def test_the_python_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    names: dict[str, Any] = {}
-    for code in blocks("python"):
-        exec(code, names)
-    said = capsys.readouterr().out
-    assert "of 320" in said and names["memory"].prefixes.hits == 1
+def test_the_code_runs(outcome: pages.Outcome) -> None:
+    said = "".join(outcome.said)
+    assert "of 320" in said and outcome.names["memory"].prefixes.hits == 1
+    assert outcome.names["output"].shape[1] > outcome.names["inputs"]["input_ids"].shape[1]
 
 
-def test_the_commands_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("todre ")]
-    assert len(commands) >= 2
-    for command in commands:
-        assert main(command) == 0
-    assert "visual tokens kept" in capsys.readouterr().out
+def test_the_commands_run(outcome: pages.Outcome) -> None:
+    said = "".join(outcome.said)
+    assert "visual tokens kept" in said, "todre generate"
+    assert "--model llava_todre" in said, "scripts/table1_image.sh --dry-run"
 
 
 def test_every_method_is_named_once() -> None:
@@ -52,16 +46,6 @@ def test_every_method_is_named_once() -> None:
     (others,) = re.findall(r"^Also: (.*?)\.$", section, flags=re.DOTALL | re.MULTILINE)
     rows = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
     assert {*rows, *re.findall(r"\w+", others)} == set(PRUNERS), "and nothing else"
-
-
-def test_the_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    named = re.findall(r"(?:^|`)make ([a-z][a-z-]*)", README, flags=re.MULTILINE)
-    assert len(named) >= 3
-    variables = set(re.findall(r"\b([A-Z]{3,})=", README))
-    assert variables <= set(re.findall(r"\$\(if \$\(([A-Z]+)\)", makefile))
-    for target in named:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
 def test_make_demo_passes_on_what_it_is_given() -> None:
@@ -81,11 +65,6 @@ def test_make_demo_passes_on_what_it_is_given() -> None:
         assert command[1:4] == ["-m", "llava_todre.cli", "demo"]
         assert command[4:] == [*expected.split(), *([out] if arguments else [])]
         assert report[1:] == ["-m", "eval", "report", out]
-
-
-def test_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
 
 
 def test_table_and_list_are_current_and_the_page_is_short() -> None:
