@@ -37,12 +37,14 @@ class Sources:
     bench: Path = RESULTS / "bench_cpu.json"
     """Result of the bench."""
 
+    def __post_init__(self) -> None:
+        """Check the number of pictures."""
+        if self.samples is not None and self.samples < 1:
+            raise TodreError(f"samples {self.samples} is out of range; allowed: 1 or more.")
+
     def pictures(self, default: int) -> int:
         """Return how many held-out pictures a live run looks at."""
-        count = default if self.samples is None else self.samples
-        if count < 1:
-            raise TodreError(f"samples {count} is out of range; allowed: 1 or more.")
-        return count
+        return self.samples or default
 
     def demo(self) -> Data:
         """Return the results of a demo.
