@@ -85,6 +85,7 @@ _SETTINGS = {
     "hatch.linewidth": 0.5,
     "svg.hashsalt": "llava_todre",  # else the ids of an SVG change from run to run
     "svg.fonttype": "none",  # text that can be searched, and a third of the size
+    "image.composite_image": False,  # else an SVG has one picture, over everything between them
     "figure.dpi": 200,
 }
 

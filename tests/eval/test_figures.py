@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -20,7 +24,7 @@ from matplotlib.text import Text
 
 from eval.__main__ import main
 from eval.figures import kept, pareto, radar, sweeps
-from eval.figures.files import KEY, as_json, digest, png, stored, svg
+from eval.figures.files import _PICTURE, KEY, _with_palette, as_json, digest, png, stored, svg
 from eval.figures.registry import FIGURES, drawn
 from eval.figures.sources import Sources, middle, rounded
 from eval.figures.style import COLUMN, METHODS, PAGE, look_of
@@ -127,6 +131,31 @@ def test_the_same_data_give_the_same_bytes() -> None:
     first, second = (drawn("time", data) for _ in range(2))
     assert svg(first) == svg(second) and png(first) == png(second)
     assert "dc:date" not in svg(first)
+
+
+@pytest.mark.parametrize(("name", "pictures"), [("framework", 8), ("kept", 22), ("layers", 0)])
+def test_an_svg_holds_each_picture_whole_and_opaque(name: str, pictures: int) -> None:
+    text = (COMMITTED / f"{name}.svg").read_text()
+    found = re.findall(r'"data:image/png;base64,([^"]*)"', text)
+    assert len(found) == pictures
+    for each in found:
+        picture = Image.open(io.BytesIO(base64.b64decode(each)))
+        assert picture.mode == "P" and "transparency" not in picture.info
+
+
+def test_a_palette_changes_no_pixel_of_an_svg() -> None:
+    rng = np.random.default_rng(0)
+    few = rng.integers(0, 256, (40, 4), dtype=np.uint8)
+    few[:, 3] = 255
+    opaque, many = few[rng.integers(0, 40, (32, 32))], rng.integers(0, 256, (32, 32, 4))
+    for pixels in (opaque, opaque * [1, 1, 1, 0.5], many):
+        image = Image.fromarray(pixels.astype(np.uint8), "RGBA")
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        text = f'href="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"'
+        (stored_as,) = re.findall(r"base64,([^\"]*)", _PICTURE.sub(_with_palette, text))
+        after = Image.open(io.BytesIO(base64.b64decode(stored_as)))
+        assert (np.asarray(after.convert("RGBA")) == np.asarray(image)).all()
 
 
 # -------------------------------------------------------------------------- what is gathered
