@@ -87,8 +87,8 @@ def opened(model: str | None) -> tuple[Any, LlavaLlamaForCausalLM]:
 def held_out_note(sources: Sources, pictures: int, questions: int) -> str:
     """Return what a live run looked at."""
     return (
-        f"{sources.whose()}, {questions} held-out questions on {pictures} pictures, seed"
-        f" {TEST_SEED}."
+        f"{sources.whose()}, {questions} held-out questions on {pictures}"
+        f" picture{'s' if pictures > 1 else ''}, seed {TEST_SEED}."
     )
 
 

@@ -147,6 +147,11 @@ def look_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     return {method: METHODS.get(method) or given[method] for method in methods}
 
 
+def some(layers: Sequence[int]) -> list[int]:
+    """Return the layers to name on an axis: all of a dozen, every fourth or so of more."""
+    return list(layers[:: max(1, round(len(layers) / 9))])
+
+
 def letter(axes: Any, text: str) -> None:
     """Put a title on the left over a panel, as papers do."""
     axes.set_title(text, loc="left", fontsize=TEXT, pad=4)

@@ -43,7 +43,11 @@ def figure(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def texts(figure: Any) -> list[Text]:
-    """Every text that is drawn; ticks outside their axis, for one, are not."""
+    return texts_of(figure)
+
+
+def texts_of(figure: Any) -> list[Text]:
+    """Return every text that is drawn; ticks outside their axis, for one, are not."""
     seen = []
     draw = Text.draw
 
@@ -58,6 +62,19 @@ def texts(figure: Any) -> list[Text]:
         patch.setattr(Text, "draw", recorded)
         canvas.draw()
     return list(dict.fromkeys(seen))
+
+
+def require_apart(figure: Any, texts: list[Text]) -> None:
+    boxes = [text.get_window_extent() for text in texts]
+    for text, box in zip(texts, boxes, strict=True):
+        inside = box.x0 >= 0 and box.y0 >= 0
+        inside = inside and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert inside, f"{text.get_text()!r} is cut"
+    for index, (text, box) in enumerate(zip(texts, boxes, strict=True)):
+        for other, others in list(zip(texts, boxes, strict=True))[:index]:
+            shared = type(box).intersection(box, others)
+            apart = shared is None or min(shared.width, shared.height) < 2  # pixels of 1/200 inch
+            assert apart, f"{text.get_text()!r} lies on {other.get_text()!r}"
 
 
 # -------------------------------------------------------------------------- what is committed
@@ -90,18 +107,42 @@ def test_committed_files_are_small_and_listed() -> None:
 
 
 def test_texts_lie_inside_the_figure_and_apart(figure: Any, texts: list[Text]) -> None:
-    boxes = [text.get_window_extent().shrunk(1, 1).padded(-1) for text in texts]
     assert figure.get_figwidth() in (COLUMN, PAGE)
-    assert len(boxes) > 10
-    for text, box in zip(texts, boxes, strict=True):
-        inside = box.x0 >= 0 and box.y0 >= 0
-        inside = inside and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert inside, f"{text.get_text()!r} is cut"
-    for index, (text, box) in enumerate(zip(texts, boxes, strict=True)):
-        for other, others in list(zip(texts, boxes, strict=True))[:index]:
-            shared = type(box).intersection(box, others)
+    assert len(texts) > 10
+    require_apart(figure, texts)
+
+
+@pytest.mark.parametrize("name", ["layers", "decoding", "framework"])
+def test_so_they_do_for_a_decoder_of_32_layers(name: str) -> None:
+    data = stored(name, COMMITTED)
+    spread = [layer * 10 // 32 for layer in range(32)]
+    if name == "layers":
+        data["panels"] = {
+            panel: {key: [found[k] for k in spread] for key, found in series.items()}
+            for panel, series in data["panels"].items()
+        }
+        data["probe_layers"] = [16, 20, 24, 28]
+    elif name == "decoding":
+        data["tasks"] = {
+            task: {kind: [found[k] for k in spread] for kind, found in kinds.items()}
+            for task, kinds in data["tasks"].items()
+        }
+    else:
+        data["visual_per_layer"] = [data["visual_per_layer"][k] for k in spread]
+        data["shares"] = [data["shares"][k] for k in spread]
+        data["probes"] = [{"layer": 28, "dropped": 36}]
+    figure = drawn(name, data)
+    require_apart(figure, texts_of(figure))
+
+
+def test_no_text_lies_on_a_picture(figure: Any, texts: list[Text]) -> None:
+    boxes = [image.get_window_extent() for axes in figure.axes for image in axes.images]
+    for box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+        for text in texts:
+            shared = type(box).intersection(box, text.get_window_extent())
             apart = shared is None or min(shared.width, shared.height) < 1
-            assert apart, f"{text.get_text()!r} lies on {other.get_text()!r}"
+            assert apart, f"{text.get_text()!r} lies on a picture"
 
 
 def test_texts_are_large_enough_to_read_in_a_column(texts: list[Text]) -> None:
@@ -122,6 +163,8 @@ def test_published_numbers_are_labelled_so() -> None:
 def test_every_method_has_a_look_of_its_own() -> None:
     assert set(METHODS) == set(PRUNERS)
     assert len({*METHODS.values()}) == len(METHODS)
+    in_grey = {(METHODS[method][1], line) for method, line in radar.LINES.items()}
+    assert len(in_grey) == len(radar.LINES)
     looks = look_of(["todre", "uniform+vtw", "todre+vtw"])
     assert looks["todre"] == METHODS["todre"] and len({*looks.values()}) == 3
 

@@ -77,7 +77,7 @@ def test_attention_of_the_bundled_model_falls_with_depth() -> None:
         assert all(
             layer["p10"] <= layer["mean"] <= layer["p90"] for layer in series["all to visual"]
         )
-    assert data["probe_layers"] == [8] and "9 held-out questions on 1 pictures" in data["note"]
+    assert data["probe_layers"] == [8] and "9 held-out questions on 1 picture," in data["note"]
 
 
 def test_shares_of_generated_tokens_sum_to_one() -> None:
