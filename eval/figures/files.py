@@ -70,12 +70,12 @@ def svg(figure: Any, mark: str = "") -> str:
 
 def _with_palette(found: re.Match[str]) -> str:
     """Store an embedded picture with a palette instead of four numbers per pixel."""
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGB"))
-    colours, places = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) > 256:
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGBA"))
+    colours, places = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colours) > 256 or colours[:, 3].min() < 255:
         return found[0]
     few = Image.fromarray(places.reshape(pixels.shape[:2]).astype(np.uint8))
-    few.putpalette(colours.tobytes())
+    few.putpalette(colours[:, :3].tobytes())
     buffer = io.BytesIO()
     few.save(buffer, "png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from eval.figures.attention import Observer, ratios
+from eval.figures.canvas import arrow, box, place_picture, write
 from eval.figures.pictures import (
     MAX_NEW_TOKENS,
     geometry,
@@ -25,10 +26,10 @@ from eval.figures.style import (
     ORANGE,
     PAGE,
     PALE,
-    SMALL,
     TEXT,
     VERMILION,
     new_figure,
+    some,
 )
 from llava_todre.generate import Request, answer
 from llava_todre.mini import TEST_SEED, held_out
@@ -53,7 +54,8 @@ def gather(sources: Sources) -> Data:
     question = next(each for each in sample.questions if each.task == TASK)
     asked = [Request(question.text, [sample.image])]
     model.set_pruner("todre", retain_tokens=1, probe_depths=())
-    pivot = answer(model, tokenizer, asked, max_new_tokens=1)[0].stats.images[0].keep_idx
+    first_of_all = answer(model, tokenizer, asked, max_new_tokens=1)[0].stats.images[0]
+    (pivot,) = first_of_all.keep_idx.tolist()
     kinds: dict[str, int] = {}
     shares: list[float] = []
 
@@ -74,7 +76,7 @@ def gather(sources: Sources) -> Data:
         "answer": given.text,
         "geometry": geometry(model, stats.images[0]),
         "keep_idx": stats.images[0].keep_idx.tolist(),
-        "pivot": int(pivot[0]),
+        "pivot": pivot,
         "kinds": kinds,
         "visual_per_layer": list(stats.visual_tokens_per_layer),
         "shares": shares,
@@ -106,50 +108,50 @@ def _inputs(axes: Any, data: Data, image: Image.Image) -> None:
     everything = list(range(len(data["geometry"]["patches"])))
     small, large = views_of(image, data["geometry"], everything)
     _title(axes, 0.08, "Input")
-    _picture(axes, large or small, (0.08, 1.83), 0.84)
-    _write(axes, 0.5, 1.71, "image", ha="center")
-    _arrow(axes, (0.95, 2.25), (1.08, 2.25))
-    _picture(axes, small, (1.26, 2.52), 0.36)
+    place_picture(axes, large or small, (0.08, 1.83), 0.84)
+    write(axes, 0.5, 1.71, "image", ha="center")
+    arrow(axes, (0.95, 2.25), (1.08, 2.25))
+    place_picture(axes, small, (1.26, 2.52), 0.36)
     if large is not None:
         half = large.width // 2
         for row in range(2):
             for column in range(2):
-                box = column * half, row * half, (column + 1) * half, (row + 1) * half
+                part = column * half, row * half, (column + 1) * half, (row + 1) * half
                 corner = 1.1 + 0.355 * column, 2.12 - 0.355 * row
-                _picture(axes, large.crop(box), corner, 0.33)
-    _write(axes, 1.44, 1.63, "thumbnail\nand crops", ha="center", va="center")
-    _box(axes, (0.08, 0.42), (2.2, 0.46), "white")
+                place_picture(axes, large.crop(part), corner, 0.33)
+    write(axes, 1.44, 1.63, "thumbnail\nand crops", ha="center", va="center")
+    box(axes, (0.08, 0.42), (2.2, 0.46), "white")
     asked = textwrap.fill(f'"{data["question"]}"', 40)
-    _write(axes, 1.18, 0.65, f"question:\n{asked}", ha="center", va="center", linespacing=1.3)
-    _arrow(axes, (2.3, 0.55), (4.42, 0.55))
+    write(axes, 1.18, 0.65, f"question:\n{asked}", ha="center", va="center", linespacing=1.3)
+    arrow(axes, (2.3, 0.55), (4.42, 0.55))
 
 
 def _encoder(axes: Any, data: Data) -> None:
     """Draw vision tower and projector."""
-    _arrow(axes, (1.82, 2.25), (1.95, 2.25))
+    arrow(axes, (1.82, 2.25), (1.95, 2.25))
     for left, width, name in ((1.97, 0.24, "vision tower"), (2.26, 0.18, "projector")):
-        _box(axes, (left, 1.75), (width, 1.0), PALE)
+        box(axes, (left, 1.75), (width, 1.0), PALE)
         style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": TEXT}
-        _write(axes, left + width / 2, 2.25, name, **style)
-    _arrow(axes, (2.46, 2.25), (2.66, 2.25))
-    _write(axes, 2.55, 2.33, str(len(data["geometry"]["patches"])), ha="center")
+        write(axes, left + width / 2, 2.25, name, **style)
+    arrow(axes, (2.46, 2.25), (2.66, 2.25))
+    write(axes, 2.55, 2.33, str(len(data["geometry"]["patches"])), ha="center")
 
 
 def _stage_one(axes: Any, data: Data, image: Image.Image) -> None:
     """Draw which tokens stay, and by what rule."""
     place = data["geometry"]
-    _box(axes, (2.68, 0.74), (1.52, 2.46), "#FFF7EC", edge=ORANGE)
+    box(axes, (2.68, 0.74), (1.52, 2.46), "#FFF7EC", edge=ORANGE)
     _title(axes, 2.75, "Stage 1: diversity")
     small, large = views_of(image, place, data["keep_idx"])
-    _picture(axes, large or small, (3.21, 2.04), 0.92)
-    _picture(axes, small, (2.75, 2.54), 0.42)
+    place_picture(axes, large or small, (3.21, 2.04), 0.92)
+    place_picture(axes, small, (2.75, 2.54), 0.42)
     side, pivot = place["side"], place["patches"][data["pivot"]]
     row, column = divmod(pivot % side**2, side)
     step = 0.42 / side
     corner = 2.75 + column * step, 2.96 - (row + 1) * step
-    _box(axes, corner, (step, step), "none", edge=VERMILION, width=1.2, rounded=False)
-    _arrow(axes, (2.88, 2.34), (corner[0] + step / 2, corner[1] - 0.01), colour=VERMILION)
-    _write(axes, 2.78, 2.24, "pivot", colour=VERMILION)
+    box(axes, corner, (step, step), "none", edge=VERMILION, width=1.2, rounded=False)
+    arrow(axes, (2.88, 2.34), (corner[0] + step / 2, corner[1] - 0.01), colour=VERMILION)
+    write(axes, 2.78, 2.24, "pivot", colour=VERMILION)
     rule = (
         "1. pivot: the thumbnail token to\n    which [CLS] attends most",
         "2. add the token whose similarity\n    to all chosen ones is least, in\n    sum"
@@ -158,21 +160,28 @@ def _stage_one(axes: Any, data: Data, image: Image.Image) -> None:
         "    the reading order",
     )
     for text, top in zip(rule, (1.9, 1.58, 1.15), strict=True):
-        _write(axes, 2.75, top, text, va="top", linespacing=1.25)
-    _arrow(axes, (4.22, 2.25), (4.42, 2.25))
-    _write(axes, 4.32, 2.33, str(len(data["keep_idx"])), ha="center")
+        write(axes, 2.75, top, text, va="top", linespacing=1.25)
+    arrow(axes, (4.22, 2.25), (4.42, 2.25))
+    write(axes, 4.32, 2.33, str(len(data["keep_idx"])), ha="center")
 
 
 def _stage_two(axes: Any, data: Data) -> None:
     """Draw the decoder: a bar per layer, as long as its prompt."""
     layers, kinds = data["visual_per_layer"], data["kinds"]
-    _box(axes, (4.44, 0.3), (2.49, 2.9), "#EEF5FA", edge=BLUE)
+    box(axes, (4.44, 0.3), (2.49, 2.9), "#EEF5FA", edge=BLUE)
     _title(axes, 4.52, "Stage 2: relevance, in the decoder")
     left, bottom, width = 4.8, 0.8, 1.0
     right = left + width + 0.07
     pitch = 1.98 / len(layers)
     thick = 0.72 * pitch
     scale = width / (kinds["system"] + max(layers) + kinds["text"])
+    probed = [probe["layer"] for probe in data["probes"]]
+    between = [
+        layer
+        for layer in some(range(len(layers)))
+        if all(layer not in (p - 1, p + 1) for p in probed)
+    ]
+    named = {*probed, *(between if len(layers) > 12 else range(len(layers)))}
     for layer, visual in enumerate(layers):
         low = bottom + layer * pitch
         behind = kinds["system"] + max(layers)  # the question keeps its place
@@ -183,75 +192,33 @@ def _stage_two(axes: Any, data: Data) -> None:
         ):
             _, colour, hatch = _KINDS[kind]
             corner, size = (left + start * scale, low), (count * scale, thick)
-            _box(axes, corner, size, colour, edge="white", rounded=False, hatch=hatch)
-        _write(axes, left - 0.06, low + thick / 2, str(layer), ha="right", va="center")
+            box(axes, corner, size, colour, edge="white", rounded=False, hatch=hatch)
+        if layer not in named:
+            continue
+        write(axes, left - 0.06, low + thick / 2, str(layer), ha="right", va="center")
         share = f"{data['shares'][layer]:.2f}" if visual else "-"
-        _write(axes, right, low + thick / 2, share, va="center")
-    _write(axes, left - 0.04, 0.66, "layer", ha="right")
-    _write(axes, left + width / 2, 0.66, "tokens of the prompt", ha="center")
-    _write(axes, right, 0.66, "share")
+        write(axes, right, low + thick / 2, share, va="center")
+    write(axes, left - 0.04, 0.66, "layer", ha="right")
+    write(axes, left + width / 2, 0.66, "tokens of the prompt", ha="center")
+    write(axes, right, 0.66, "share")
     for probe in data["probes"]:
         low = bottom + probe["layer"] * pitch
         size = width + 0.36, thick + 0.06
-        _box(axes, (left - 0.03, low - 0.03), size, "none", edge=BLACK, width=0.8)
+        box(axes, (left - 0.03, low - 0.03), size, "none", edge=BLACK, width=0.8)
         sign = "<" if probe["dropped"] else "$\\geq$"
         leaves = "all visual tokens\nleave" if probe["dropped"] else "nothing leaves"
         said = f"probe: share\n{sign} $\\tau$ = {data['tau']:.2f}, so\n{leaves}"
         style = {"va": "top", "linespacing": 1.25}
-        _write(axes, right + 0.33, low + thick, said, **style)
+        write(axes, right + 0.33, low + thick, said, **style)
     explained = (
         "share: how much\nof its attention\nthe text pays to\nthe image, or the\nimage to the text"
     )
-    _write(axes, right + 0.33, 1.62, explained, va="top", colour=DARK, linespacing=1.25)
-    _write(axes, left + width / 2, 2.84, f"answer: {data['answer']}", ha="center", weight="bold")
+    write(axes, right + 0.33, 1.62, explained, va="top", colour=DARK, linespacing=1.25)
+    write(axes, left + width / 2, 2.84, f"answer: {data['answer']}", ha="center", weight="bold")
     for start, (name, colour, hatch) in zip((4.56, 5.5, 6.33), _KINDS.values(), strict=True):
-        _box(axes, (start, 0.41), (0.14, 0.09), colour, edge="white", rounded=False, hatch=hatch)
-        _write(axes, start + 0.18, 0.42, name)
+        box(axes, (start, 0.41), (0.14, 0.09), colour, edge="white", rounded=False, hatch=hatch)
+        write(axes, start + 0.18, 0.42, name)
 
 
 def _title(axes: Any, left: float, text: str) -> None:
-    _write(axes, left, 3.04, text, weight="bold", fontsize=TEXT)
-
-
-def _write(axes: Any, left: float, bottom: float, text: str, **style: Any) -> None:
-    colour = style.pop("colour", BLACK)
-    axes.text(left, bottom, text, **{"fontsize": SMALL - 0.3, "color": colour, **style})
-
-
-def _picture(axes: Any, picture: Image.Image, corner: tuple[float, float], side: float) -> None:
-    left, bottom = corner
-    extent = left, left + side, bottom, bottom + side
-    axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto", zorder=2)
-
-
-def _box(
-    axes: Any,
-    corner: tuple[float, float],
-    size: tuple[float, float],
-    colour: str,
-    edge: str = GREY,
-    width: float = 0.6,
-    rounded: bool = True,
-    hatch: str = "",
-) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
-    style = "round,pad=0,rounding_size=0.04" if rounded else "square,pad=0"
-    box = FancyBboxPatch(
-        corner,
-        *size,
-        boxstyle=style,
-        facecolor=colour,
-        edgecolor=edge,
-        linewidth=width,
-        hatch=hatch,
-    )
-    box.set_zorder(3 if colour == "none" or not rounded else 1)
-    axes.add_patch(box)
-
-
-def _arrow(
-    axes: Any, start: tuple[float, float], end: tuple[float, float], colour: str = DARK
-) -> None:
-    style = {"arrowstyle": "-|>", "linewidth": 0.9, "color": colour, "mutation_scale": 7}
-    axes.annotate("", end, start, arrowprops={**style, "shrinkA": 0, "shrinkB": 0}, zorder=5)
+    write(axes, left, HEIGHT - 0.21, text, weight="bold", fontsize=TEXT)

@@ -60,7 +60,8 @@ def gather(sources: Sources) -> Data:
         "rows": rows,
         "note": f"{sources.whose()}; the first held-out picture, seed {TEST_SEED}. Large: the crops"
         " put together; small: the thumbnail of the whole picture. Every bright square is a token"
-        " that enters the decoder; dimmed ones are dropped before it.",
+        " that enters the decoder; dimmed ones are dropped before it. Counted: tokens of the crops,"
+        " plus those of the thumbnail.",
     }
 
 

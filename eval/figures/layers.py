@@ -17,6 +17,7 @@ from eval.figures.style import (
     VERMILION,
     letter,
     new_figure,
+    some,
 )
 from llava_todre.generate import Request, answer
 from llava_todre.mini import held_out
@@ -25,6 +26,7 @@ from llava_todre.pruners.todre import Todre
 
 PICTURES = 12
 RATIO = 0.10
+_TRAINED_IN = " In this model the fall of text to visual was trained in."
 SHOWN = {
     "after_image to visual": ("text after the image to visual", ORANGE, "o", "-"),
     "all to visual": ("all text to visual", VERMILION, "s", "--"),
@@ -67,8 +69,8 @@ def gather(sources: Sources) -> Data:
         "probe_layers": list(todre.probe_layers(model.config.num_hidden_layers)),
         "note": held_out_note(sources, pictures, questions)
         + " Mean over heads, tokens and questions; bands: 10th to 90th percentile of questions."
-        " Visual tokens cannot see text after them: that share is 0. In this model the fall of"
-        " text to visual was trained in.",
+        " Visual tokens cannot see text after them: that share is 0."
+        + (_TRAINED_IN if sources.model is None else ""),
     }
 
 
@@ -84,11 +86,16 @@ def draw(data: Data) -> Any:
             axes.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(layers, mean, line, color=colour, marker=marker, label=label)
         axes.axhline(data["tau"], color=BLACK, linewidth=0.7, dashes=(4, 2))
-        axes.text(6.25, data["tau"] + 0.03, rf"$\tau$ = {data['tau']:.2f}", fontsize=SMALL)
+        axes.text(
+            0.69 * len(layers) - 0.65,
+            data["tau"] + 0.03,
+            rf"$\tau$ = {data['tau']:.2f}",
+            fontsize=SMALL,
+        )
         for probe in data["probe_layers"]:
             axes.axvspan(probe - 0.3, probe + 0.3, color=PALE, zorder=0, linewidth=0)
             axes.text(probe, 0.97, "probe", fontsize=SMALL, ha="center", va="top")
-        axes.set(ylabel="share of attention", ylim=(-0.03, 1.0), xticks=list(layers))
+        axes.set(ylabel="share of attention", ylim=(-0.03, 1.0), xticks=some(layers))
     panels[-1].set_xlabel("decoder layer")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, columnspacing=1.2)

@@ -6,6 +6,7 @@ their seed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -119,7 +120,12 @@ def simplified(image: Image.Image) -> Image.Image:
 
     Its noise is not what a figure shows, and would make a megabyte of an SVG.
     """
-    smooth = image.filter(ImageFilter.MedianFilter(3))
+    return _simplified(image.size, image.tobytes())
+
+
+@functools.lru_cache(maxsize=32)
+def _simplified(size: tuple[int, int], pixels: bytes) -> Image.Image:
+    smooth = Image.frombytes("RGB", size, pixels).filter(ImageFilter.MedianFilter(3))
     return few_colours(smooth, _COLOURS).convert("RGB")
 
 

@@ -17,14 +17,14 @@ PUBLISHED = "llava_next_7b"
 LINES = {
     "random": ":",
     "fastv": "--",
-    "sparsevlm": "-.",
-    "fastervlm": ":",
-    "globalcom2": "--",
+    "sparsevlm": ":",
+    "fastervlm": "-.",
+    "globalcom2": "-.",
     "divprune": "-.",
     "todre_v1": "--",
     "todre": "-",
 }
-"""The methods drawn, in the order of the legend."""
+"""The methods drawn, in the order of the legend; line and marker tell them apart in grey print."""
 
 
 def gather(sources: Sources) -> Data:

@@ -37,12 +37,14 @@ class Sources:
     bench: Path = RESULTS / "bench_cpu.json"
     """Result of the bench."""
 
+    def __post_init__(self) -> None:
+        """Check the number of pictures."""
+        if self.samples is not None and self.samples < 1:
+            raise TodreError(f"samples {self.samples} is out of range; allowed: 1 or more.")
+
     def pictures(self, default: int) -> int:
         """Return how many held-out pictures a live run looks at."""
-        count = default if self.samples is None else self.samples
-        if count < 1:
-            raise TodreError(f"samples {count} is out of range; allowed: 1 or more.")
-        return count
+        return self.samples or default
 
     def demo(self) -> Data:
         """Return the results of a demo.
@@ -85,8 +87,8 @@ def opened(model: str | None) -> tuple[Any, LlavaLlamaForCausalLM]:
 def held_out_note(sources: Sources, pictures: int, questions: int) -> str:
     """Return what a live run looked at."""
     return (
-        f"{sources.whose()}, {questions} held-out questions on {pictures} pictures, seed"
-        f" {TEST_SEED}."
+        f"{sources.whose()}, {questions} held-out questions on {pictures}"
+        f" picture{'s' if pictures > 1 else ''}, seed {TEST_SEED}."
     )
 
 

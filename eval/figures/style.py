@@ -85,6 +85,7 @@ _SETTINGS = {
     "hatch.linewidth": 0.5,
     "svg.hashsalt": "llava_todre",  # else the ids of an SVG change from run to run
     "svg.fonttype": "none",  # text that can be searched, and a third of the size
+    "image.composite_image": False,  # else an SVG has one picture, over everything between them
     "figure.dpi": 200,
 }
 
@@ -144,6 +145,11 @@ def look_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     strangers = [method for method in methods if method not in METHODS]
     given = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(strangers)}
     return {method: METHODS.get(method) or given[method] for method in methods}
+
+
+def some(layers: Sequence[int]) -> list[int]:
+    """Return the layers to name on an axis: all of a dozen, every fourth or so of more."""
+    return list(layers[:: max(1, round(len(layers) / 9))])
 
 
 def letter(axes: Any, text: str) -> None:
