@@ -143,9 +143,11 @@ def _scores() -> str:
             differ += sum(a != b for a, b in zip(mark["items"], others, strict=True))
     asked = sum(mark["num_samples"] for mark in pairs[0][0]["benchmarks"].values())
     return textwrap.fill(
-        f"Its mean accuracy in % over the nine tasks of the mini suite, through lmms-eval: "
+        f"The converted bundled model's mean accuracy in % over all nine tasks of the mini suite, "
+        f"through lmms-eval with `backend=transformers`: "
         f"{'; '.join(told)}. Of {len(pairs)} x {asked} questions {differ} were scored differently.",
         104,
+        break_on_hyphens=False,
     )
 
 

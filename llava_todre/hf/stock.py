@@ -134,15 +134,21 @@ class StockModel:
             shown |= {} if times is None else {"video_metadata": times}
         begin = getattr(self.processor.tokenizer, "bos_token", None)
         written = isinstance(begin, str) and all(text.startswith(begin) for text in texts)
-        return self.processor(
-            text=texts,
-            images=images or None,
-            **shown,
-            **({"add_special_tokens": False} if written else {}),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
+        try:
+            return self.processor(
+                text=texts,
+                images=images or None,
+                **shown,
+                **({"add_special_tokens": False} if written else {}),
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+        except ValueError as error:  # such as videos of different lengths in one batch
+            raise TodreError(
+                f"{type(self.processor).__name__} does not take this batch of {len(requests)}: "
+                f"{first_line(error)}"
+            ) from error
 
     def _prompt(self, request: Request, num_images: int) -> str:
         """Return the prompt; images stand where the question says, or in front."""

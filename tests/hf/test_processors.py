@@ -140,6 +140,17 @@ def test_a_batch_with_a_video_is_answered_as_each_is_alone(family, backend_of):
     assert 0 < stats.kept_tokens < stats.visual_tokens and stats.withdrawn_from is not None
 
 
+@pytest.mark.parametrize(
+    ("family", "clips"), [("llava_onevision", (4, 2)), ("internvl", (4, 2)), ("qwen3_vl", (1,))]
+)
+def test_what_a_processor_does_not_take_is_told_in_one_line(family, clips, backend_of):
+    """Several clips of unequal length, or a single frame."""
+    batch = [Request("What?", frames()[:count], True, SECONDS[:count]) for count in clips]
+    with pytest.raises(TodreError, match=f"does not take this batch of {len(clips)}: ") as told:
+        backend_of(family).answer(batch, None, {"max_new_tokens": 1})
+    assert "\n" not in str(told.value)
+
+
 def test_qwen3_writes_the_times_of_the_frames_that_were_sampled(backend_of, monkeypatch):
     model = backend_of("qwen3_vl").model
     seen = told(model, monkeypatch)
