@@ -43,10 +43,11 @@ def headline(result: Result) -> str:
     """Return what was measured where."""
     versions = result["versions"]
     dirty = ", with local changes" if result["git_dirty"] else ""
+    threads = f"{result['torch_threads']} thread" + "s" * (result["torch_threads"] != 1)
     return (
         f"{result['checkpoint'] or 'size ' + result['size']}, {result['dtype']},"
-        f" {result['attention']} attention; {result['device']}, {result['torch_threads']}"
-        f" threads; torch {versions['torch']}, transformers {versions['transformers']}; commit"
+        f" {result['attention']} attention; {result['device']}, {threads};"
+        f" torch {versions['torch']}, transformers {versions['transformers']}; commit"
         f" {(result['git_commit'] or 'none')[:10]}{dirty}; {result['repeats']} turns."
     )
 
