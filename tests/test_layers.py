@@ -23,6 +23,7 @@ FLOORS = [
     ["generate"],
     ["mini", "hf", "viz"],
     ["demo", "lmms_plugin"],
+    ["ui"],
     ["cli"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

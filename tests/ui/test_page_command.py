@@ -1,0 +1,82 @@
+"""``todre demo --ui``: options, address, port, and the end by Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from browser import need
+
+from llava_todre.cli import main
+from llava_todre.ui import serve
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ui", "--num-images", "3"], "num_images 3 is for the comparison"),
+        (["--ui", "--methods", "todre"], "methods ['todre'] is for the comparison"),
+        (["--port", "8000"], "port 8000 is for the page; add --ui"),
+        (["--host", "0.0.0.0"], "host '0.0.0.0' is for the page; add --ui"),
+        (["--ui", "--model", "no/such/folder"], "no/such/folder"),
+        (["--ui", "--backend", "lava"], "Did you mean 'llava'?"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    need("gradio")
+    assert main(["demo", *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_without_gradio_one_line_says_how_to_get_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(["demo", "--ui"]) == 1
+    assert "pip install 'llava-todre[demo]'" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need("gradio")
+    with socket.socket() as taken:
+        taken.bind((serve.LOCAL, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["demo", "--ui", "--port", str(port)]) == 1
+    assert f"port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
+
+
+def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c() -> None:
+    need("gradio")
+    with socket.socket() as probe:
+        probe.bind((serve.LOCAL, 0))
+        port = probe.getsockname()[1]
+    # A shell that starts the tests in the background makes them deaf to Ctrl-C.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from llava_todre.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "demo", "--ui", "--port", str(port)]
+    process: Any = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(f"http://127.0.0.1:{port} shows the page, to this machine"), line
+        socket.create_connection((serve.LOCAL, port), timeout=5).close()
+        with pytest.raises(OSError):  # of this machine as well, but not the one that was named
+            socket.create_connection(("127.0.0.2", port), timeout=5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
