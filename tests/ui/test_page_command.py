@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import signal
 import socket
-import subprocess
 import sys
-from typing import Any
+import urllib.request
 
 import pytest
 from browser import need
@@ -54,29 +52,28 @@ def test_a_taken_port_is_named(
     assert f"port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
 
 
-def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c() -> None:
+def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     need("gradio")
     with socket.socket() as probe:
         probe.bind((serve.LOCAL, 0))
         port = probe.getsockname()[1]
-    # A shell that starts the tests in the background makes them deaf to Ctrl-C.
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "from llava_todre.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "demo", "--ui", "--port", str(port)]
-    process: Any = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        line = process.stdout.readline()
-        assert line.startswith(f"http://127.0.0.1:{port} shows the page, to this machine"), line
-        socket.create_connection((serve.LOCAL, port), timeout=5).close()
-        with pytest.raises(OSError):  # of this machine as well, but not the one that was named
-            socket.create_connection(("127.0.0.2", port), timeout=5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
-        assert "Traceback" not in process.stderr.read()
-    finally:
-        process.kill()
-        process.communicate()
+    seen = []
+
+    class Visit:
+        """Stands where the command waits for Ctrl-C."""
+
+        def wait(self) -> None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as page:
+                seen.append(b"llava_todre" in page.read())
+            with pytest.raises(OSError):  # of this machine as well, but not the one that was named
+                socket.create_connection(("127.0.0.2", port), timeout=5)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "Event", Visit)
+    assert main(["demo", "--ui", "--port", str(port)]) == 0
+    assert seen == [True]
+    assert f"http://127.0.0.1:{port} shows the page, to this machine" in capsys.readouterr().out
+    with pytest.raises(OSError):
+        socket.create_connection((serve.LOCAL, port), timeout=5)
