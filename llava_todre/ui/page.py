@@ -11,11 +11,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from llava_todre.catalogue import COMBINATION
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.ui import report
 from llava_todre.ui.drawing import preview
-from llava_todre.ui.studio import Studio
+from llava_todre.ui.studio import Studio, has_budget
 from llava_todre.ui.uploads import read_upload
 from llava_todre.ui.visit import RESULTS, SIDES, Settings, part, reason, visit
 
@@ -124,6 +125,9 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
             picture = preview(read_upload(place, 1))
             return {chosen: place, shown: picture, text: suggested, status: "", file: None}
 
+        def budget(method: str) -> Any:
+            return gr.update(interactive=has_budget(method))
+
         def begin() -> dict[Any, Any]:
             return {
                 **dict.fromkeys(parts.values()),
@@ -149,6 +153,8 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         for uploaded in (file.upload, file.clear):
             uploaded(look, [file, frames], [chosen, shown, example, status, file], **quiet)
+        for method, share in zip(wanted[::2], wanted[1::2], strict=True):
+            method.change(budget, method, share, queue=False, **quiet)
         example.input(pick, example, [chosen, shown, text, status, file], **quiet)
         outputs = [*parts.values(), ask, stop]
         asked = gr.on(
@@ -167,6 +173,7 @@ def _choice(gr: Any, methods: list[str], side: str, method: str, ratio: float) -
             methods,
             value=method,
             label=f"{side}: method",
+            info=COMBINATION,
             allow_custom_value=True,  # for A+B
             min_width=140,
             elem_id=part(side, "method"),
@@ -177,6 +184,7 @@ def _choice(gr: Any, methods: list[str], side: str, method: str, ratio: float) -
             ratio,
             step=0.01,
             label=f"{side}: share kept",
+            interactive=has_budget(method),
             min_width=160,
             elem_id=part(side, "ratio"),
         )

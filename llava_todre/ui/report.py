@@ -31,6 +31,7 @@ def facts(outcome: Outcome, shape: DecoderShape) -> str:
     spent = decoder_prefill_flops(shape, stats.prompt_tokens_per_layer)
     share = f" ({stats.kept_tokens / stats.visual_tokens:.1%})" if stats.visual_tokens else ""
     rows = [
+        ("Method", outcome.name),
         ("Visual tokens kept", f"{stats.kept_tokens} of {stats.visual_tokens}{share}"),
         ("Visual tokens per layer", f"{stats.mean_visual_tokens:.1f}, newlines included"),
         ("Prefill FLOPs", f"{spent / unpruned:.1%} of unpruned"),

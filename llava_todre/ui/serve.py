@@ -65,6 +65,8 @@ def open_page(
     """
     gr = _gradio()
     page = build_page(gr, studio, name, note)
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     try:
         page.queue(max_size=_WAITING, api_open=False).launch(
             server_name=host,
@@ -78,7 +80,7 @@ def open_page(
             enable_monitoring=False,
             mcp_server=False,
             footer_links=[],
-            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            theme=theme,
             css=CSS,
         )
     except OSError:

@@ -49,6 +49,8 @@ class Outcome:
     """An answer and how it came about."""
 
     text: str
+    name: str
+    """The method, and the share of tokens it was given to keep, if any."""
     pruner: Pruner
     stats: PruneStats
     new_tokens: int
@@ -155,9 +157,9 @@ class Studio:
         tell: Tell,
         say: Callable[[str], None],
     ) -> Outcome:
-        # The unpruned model has no budget, not even one that keeps everything.
-        knobs = {} if method.partition("+")[0] == "vanilla" else {"retain_ratio": ratio}
-        pruner = create_pruner(method, **knobs)
+        budget = has_budget(method)
+        pruner = create_pruner(method, **({"retain_ratio": ratio} if budget else {}))
+        name = f"{method} {ratio:.0%}" if budget else method
         ratios: tuple[Probe, ...] = ()
         reason = "" if question.every_layer else "not asked for"
         if question.every_layer:  # first, so that the times of the answer are those of a warm model
@@ -176,7 +178,7 @@ class Studio:
         }
         stopped = stop.is_set()
         return Outcome(
-            given.text, pruner, given.stats, len(words.ids), times, stopped, ratios, reason
+            given.text, name, pruner, given.stats, len(words.ids), times, stopped, ratios, reason
         )
 
     def _ratios(
@@ -216,3 +218,8 @@ class Studio:
         with watching(self.module, self.decoder_layers, words, tell, stop):
             (given,) = self.backend.answer([request], None, settings)
         return given, words
+
+
+def has_budget(method: str) -> bool:
+    """Return whether a method takes a share; the unpruned model takes none, not even all."""
+    return method.partition("+")[0] != "vanilla"

@@ -80,7 +80,9 @@ def read_upload(path: str | Path, num_frames: int, limits: Limits = LIMITS) -> U
         return Upload([_read_image(path, limits)])
     _check_video(path, limits)
     try:
-        return Upload(read_frames(str(path), num_frames, size), is_video=True)
+        # Not the copy that is kept for later: visitors' videos are large, and come once or twice.
+        frames = read_frames.__wrapped__(str(path), num_frames)
+        return Upload(frames, is_video=True)
     except TodreError as error:
         raise TodreError(str(error).replace(str(path), path.name)) from None
 

@@ -109,6 +109,7 @@ def test_a_question_is_answered_on_both_sides(visitor: Visitor, tmp_path: Path) 
     visitor.says("Done.")
     assert (visitor.answer("left"), visitor.answer("right")) == ("3 4 4", "3 4 4")
     left, right = (visitor.find(f"#{side}-facts").text for side in ("left", "right"))
+    assert "Method vanilla\n" in left and "Method todre 10%\n" in right
     assert "320 of 320 (100.0%)" in left and "Withdrawn never" in left
     assert "32 of 320 (10.0%)" in right and "Withdrawn from layer 9 on" in right
     for facts in (left, right):
@@ -147,6 +148,17 @@ def test_every_control_has_a_name(visitor: Visitor) -> None:
         || each.closest('label')?.textContent.trim()))
       .map(each => each.outerHTML)"""
     assert visitor.browser.execute_script(script) == []
+
+
+def test_a_method_without_a_budget_takes_none(visitor: Visitor) -> None:
+    def share(side: str) -> Any:
+        return visitor.find(f"#{side}-ratio input[type=number]")
+
+    assert not share("left").is_enabled() and share("right").is_enabled()
+    method = visitor.find("#left-method input")
+    method.clear()
+    method.send_keys("todre\n")
+    visitor.until(lambda: share("left").is_enabled(), "a share can be chosen for todre")
 
 
 def test_broken_uploads_are_named_and_the_page_goes_on(visitor: Visitor, tmp_path: Path) -> None:

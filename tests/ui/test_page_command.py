@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -11,6 +12,7 @@ from browser import need
 
 from llava_todre.cli import main
 from llava_todre.ui import serve
+from llava_todre.ui.uploads import Limits
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,14 @@ def test_a_taken_port_is_named(
     assert f"port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
 
 
+def upload(port: int, content: bytes) -> urllib.request.Request:
+    """Return a browser's request that sends a file."""
+    head = 'Content-Disposition: form-data; name="files"; filename="a.mp4"'
+    body = f"--cut\r\n{head}\r\n\r\n".encode() + content + b"\r\n--cut--\r\n"
+    form = {"Content-Type": "multipart/form-data; boundary=cut"}
+    return urllib.request.Request(f"http://127.0.0.1:{port}/gradio_api/upload", body, form)
+
+
 def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,8 +79,12 @@ def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c(
                 seen.append(b"llava_todre" in page.read())
             with pytest.raises(OSError):  # of this machine as well, but not the one that was named
                 socket.create_connection(("127.0.0.2", port), timeout=5)
+            with pytest.raises(urllib.error.HTTPError, match="413"):  # too large: not even stored
+                urllib.request.urlopen(upload(port, bytes(2000)), timeout=10)
+            urllib.request.urlopen(upload(port, bytes(500)), timeout=10).close()
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(serve, "LIMITS", Limits(video_bytes=1000))
     monkeypatch.setattr(serve, "Event", Visit)
     assert main(["demo", "--ui", "--port", str(port)]) == 0
     assert seen == [True]
