@@ -88,9 +88,9 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
                 text = gr.Textbox(
                     question, label="Question", lines=2, max_lines=6, elem_id="question"
                 )
-                wanted = []
+                wanted, methods = [], studio.methods()
                 for side, start in zip(SIDES, _START, strict=True):
-                    wanted += _choice(gr, studio.methods(), side, *start)
+                    wanted += _choice(gr, methods, side, *start)
                 with gr.Accordion("More settings", open=False):
                     most = gr.Slider(
                         1, _MOST_TOKENS, _TOKENS, step=1, label="Longest answer, in tokens"
@@ -125,10 +125,12 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
             picture = preview(read_upload(place, 1))
             return {chosen: place, shown: picture, text: suggested, status: "", file: None}
 
-        def budget(method: str) -> Any:
-            return gr.update(interactive=has_budget(method))
+        def budget(method: str | None) -> Any:
+            return gr.update(interactive=has_budget(method or ""))
 
-        def begin() -> dict[Any, Any]:
+        def begin(earlier: Event | None) -> dict[Any, Any]:
+            if earlier is not None:
+                earlier.set()  # asked twice at once: the later one counts
             return {
                 **dict.fromkeys(parts.values()),
                 status: report.progress("Waits for its turn."),
@@ -139,8 +141,11 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
 
         def run(event: Event, *given: Any) -> Iterator[dict[Any, Any]]:
             sent, words, longest, num_frames, measured, *pairs = given
-            methods = list(zip(pairs[::2], pairs[1::2], strict=True))
-            settings = Settings(sent, words, int(longest), int(num_frames), bool(measured), methods)
+            names = [method or "" for method in pairs[::2]]
+            chosen_methods = list(zip(names, pairs[1::2], strict=True))
+            settings = Settings(
+                sent, words, int(longest), int(num_frames), bool(measured), chosen_methods
+            )
             for news in visit(studio, settings, event):
                 yield {parts[key]: value for key, value in news.items()}
             yield {ask: gr.update(interactive=True), stop: gr.update(interactive=False)}
@@ -158,7 +163,7 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
         example.input(pick, example, [chosen, shown, text, status, file], **quiet)
         outputs = [*parts.values(), ask, stop]
         asked = gr.on(
-            [ask.click, text.submit], begin, None, [stopper, *outputs], queue=False, **quiet
+            [ask.click, text.submit], begin, stopper, [stopper, *outputs], queue=False, **quiet
         )
         inputs = [stopper, chosen, text, most, frames, every, *wanted]
         asked.then(run, inputs, outputs, concurrency_limit=1, **quiet)  # one model, one question

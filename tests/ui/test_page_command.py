@@ -6,6 +6,7 @@ import socket
 import sys
 import urllib.error
 import urllib.request
+from typing import Any
 
 import pytest
 from browser import need
@@ -69,7 +70,11 @@ def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c(
     with socket.socket() as probe:
         probe.bind((serve.LOCAL, 0))
         port = probe.getsockname()[1]
-    seen = []
+    seen, sought, seek = [], [], socket.getaddrinfo
+
+    def remember(host: str, *rest: Any, **more: Any) -> Any:
+        sought.append(host)
+        return seek(host, *rest, **more)
 
     class Visit:
         """Stands where the command waits for Ctrl-C."""
@@ -84,10 +89,12 @@ def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c(
             urllib.request.urlopen(upload(port, bytes(500)), timeout=10).close()
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(socket, "getaddrinfo", remember)
     monkeypatch.setattr(serve, "LIMITS", Limits(video_bytes=1000))
     monkeypatch.setattr(serve, "Event", Visit)
     assert main(["demo", "--ui", "--port", str(port)]) == 0
     assert seen == [True]
+    assert set(sought) == {"127.0.0.1", "127.0.0.2"}, "the server asks no other one either"
     assert f"http://127.0.0.1:{port} shows the page, to this machine" in capsys.readouterr().out
     with pytest.raises(OSError):
         socket.create_connection((serve.LOCAL, port), timeout=5)
