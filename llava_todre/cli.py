@@ -117,6 +117,11 @@ def _demo_parser() -> ArgumentParser:
     add("--num-images", type=int, default=96, help="held-out pictures, nine questions each")
     add("--out", default="outputs/demo", help="folder for results, table and pictures")
     add("--fresh", action="store_true", help="forget finished runs in that folder")
+    add("--ui", action="store_true", help="open a page on which to ask, instead; any checkpoint")
+    add("--host", default="127.0.0.1", help="of the page: the address to listen on")
+    add("--port", type=int, default=7860, help="of the page")
+    add("--backend", default="auto", help="of the page: llava, transformers, or auto: by model")
+    add("--template", default="vicuna_v1", help="of the page: conversation template, of our class")
     return parser
 
 
@@ -250,6 +255,18 @@ def _as_text(report: dict[str, Any]) -> str:
 
 
 def _demo(options: Namespace) -> None:
+    usual = _demo_parser().get_defaults()
+    for key in _COMPARISON_ONLY if options.ui else _PAGE_ONLY:
+        if options[key] != usual[key]:
+            place = "the comparison; leave it or --ui out" if options.ui else "the page; add --ui"
+            raise TodreError(f"{key} {options[key]!r} is for {place}.")
+    if options.ui:
+        from llava_todre.ui.serve import serve
+
+        serve(
+            options.model, options.backend, options.template, host=options.host, port=options.port
+        )
+        return
     from llava_todre.demo import run_demo
     from llava_todre.table import as_text
 
@@ -288,6 +305,8 @@ _OUR_CLASS_ONLY = {
     "protocol": "native",
     "template": "vicuna_v1",
 }
+_COMPARISON_ONLY = ("methods", "ratios", "num_images", "out", "fresh")
+_PAGE_ONLY = ("host", "port", "backend", "template")
 _COMMANDS = {"generate": _generate, "convert": _convert, "demo": _demo, "list": _list}
 
 

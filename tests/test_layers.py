@@ -16,13 +16,24 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
     ["errors", "version", "selection_triton"],
-    ["selection", "relevance", "flops", "intervals", "spans", "stats", "provenance", "table"],
+    [
+        "selection",
+        "relevance",
+        "flops",
+        "intervals",
+        "spans",
+        "stats",
+        "provenance",
+        "table",
+        "video",
+    ],
     ["pruners"],
     ["withdrawal", "catalogue"],
     ["model"],
     ["generate"],
     ["mini", "hf", "viz"],
     ["demo", "lmms_plugin"],
+    ["ui"],
     ["cli"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

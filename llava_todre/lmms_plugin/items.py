@@ -17,8 +17,8 @@ from typing import Any
 from PIL import Image
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.lmms_plugin.video import read_clip
 from llava_todre.model.images import picture_digest
+from llava_todre.video import read_clip
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 _SEARCH = ("num_beams", "repetition_penalty")

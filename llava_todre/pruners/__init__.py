@@ -27,6 +27,7 @@ from llava_todre.pruners.fastv import FastV
 from llava_todre.pruners.globalcom2 import GlobalCom2
 from llava_todre.pruners.hiprune import HiPrune
 from llava_todre.pruners.holov import HoloV
+from llava_todre.pruners.observed import Observed
 from llava_todre.pruners.pooling import Pooling
 from llava_todre.pruners.prumerge import PruMerge, PruMergePlus
 from llava_todre.pruners.pyramiddrop import PyramidDrop
@@ -77,6 +78,7 @@ __all__ = [
     "LayerView",
     "Merge",
     "Need",
+    "Observed",
     "Pruner",
     "Selection",
     "check_knobs",

@@ -26,10 +26,10 @@ from llava_todre.lmms_plugin.arguments import build_pruner, draws, item_seed, op
 from llava_todre.lmms_plugin.fingerprint import fingerprint
 from llava_todre.lmms_plugin.items import cut, generation, items_of, shown_of
 from llava_todre.lmms_plugin.log import AnswerLog, read_answers
-from llava_todre.lmms_plugin.video import read_clip, read_frames
 from llava_todre.mini import held_out
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, create_pruner
+from llava_todre.video import read_clip
 from tests.conftest import visual_tokens
 
 pytest.importorskip("accelerate")
@@ -204,7 +204,9 @@ def test_answers_are_those_of_the_library_in_the_order_of_the_requests(documents
         visuals = documents[doc_id]["visuals"]()
         is_video = visuals == [clip]
         asked = Request(
-            documents[doc_id]["question"], read_frames(clip, 4) if is_video else visuals, is_video
+            documents[doc_id]["question"],
+            read_clip(clip, 4).frames if is_video else visuals,
+            is_video,
         )
         assert text == answer(lm.model, lm._backend.tokenizer, [asked], max_new_tokens=8)[0].text
 
@@ -405,8 +407,8 @@ def test_strange_visuals_are_an_error_that_names_the_document(documents):
     ("count", "expected"), [(1, [0]), (4, [0, 3, 6, 9]), (5, [0, 2, 4, 6, 9]), (99, range(10))]
 )
 def test_frames_are_spaced_evenly_over_the_clip(clip, count, expected, monkeypatch):
-    monkeypatch.setattr("llava_todre.lmms_plugin.video._by_number", None)  # not for such a file
-    frames = read_frames(clip, count)
+    monkeypatch.setattr("llava_todre.video._by_number", None)  # not for such a file
+    frames = read_clip(clip, count).frames
     grey = [float(np.asarray(frame).mean()) / 25 for frame in frames]
     assert [round(value) for value in grey] == list(expected)
     assert all(frame.size == (96, 64) for frame in frames)
@@ -422,7 +424,7 @@ def test_a_clip_whose_times_mislead_is_decoded_from_the_start(tmp_path):
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         container.mux(stream.encode())
-    grey = [round(float(np.asarray(frame).mean()) / 25) for frame in read_frames(str(path), 4)]
+    grey = [round(float(np.asarray(frame).mean()) / 25) for frame in read_clip(str(path), 4).frames]
     assert grey == [0, 3, 6, 9]
     assert read_clip(str(path), 4).seconds == pytest.approx([number / 25 for number in grey])
 

@@ -58,11 +58,6 @@ def read_clip(path: str, count: int, version: object = None) -> Clip:
     return clip
 
 
-def read_frames(path: str, count: int, version: object = None) -> tuple[Image.Image, ...]:
-    """Return the frames of :func:`read_clip`."""
-    return read_clip(path, count, version).frames
-
-
 def spaced(total: int, count: int) -> list[int]:
     """Return ``count`` of the numbers 0 to ``total - 1``, evenly spaced; all if not more."""
     steps = min(count, total) - 1

@@ -1,0 +1,70 @@
+"""A method as it is, and the two ratios of ToDRE Eq. 7 after every decoder layer besides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
+from llava_todre.spans import Kind, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed(Pruner):
+    """Does what ``method`` does, and measures where it would not look.
+
+    The text of the ratios is the text behind the first visual token. A layer that holds no visual
+    token any more is not measured. Answers are those of ``method``; times are not.
+    """
+
+    about: ClassVar[About] = About(paper="-", budget="that of the method")
+
+    method: Pruner
+    """Whose decisions are carried out."""
+    retain_ratio: float = field(init=False, default=1.0, repr=False)
+    retain_tokens: int | None = field(init=False, default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Nothing to check: the method has checked itself."""
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """What the method needs."""
+        return self.method.needs
+
+    @property
+    def selects(self) -> bool:  # type: ignore[override]
+        """Whether the method selects before the decoder."""
+        return self.method.selects
+
+    def will_select(self, num_tokens: int) -> bool:
+        """Ask the method."""
+        return self.method.will_select(num_tokens)
+
+    def budget(self, num_tokens: int) -> int:
+        """Return the budget of the method."""
+        return self.method.budget(num_tokens)
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        """Let the method select."""
+        return self.method.select(tokens, budget)
+
+    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+        """Let the method select."""
+        return self.method.select_all(images, budgets)
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return all layers."""
+        return tuple(range(num_layers))
+
+    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+        """Let the method decide where it looks; measure everywhere."""
+        decides = view.layer in self.method.probe_layers(view.num_layers)
+        decision = self.method.at_layer(view) if decides else None
+        if bool(view.visual.any()):
+            # Last, so that every layer is measured with the same text.
+            view.attention_ratios(view.kinds == Kind.TEXT)
+        return decision

@@ -1,0 +1,160 @@
+"""What a visitor may send: one image, or one short video; everything else gets a clear answer.
+
+A file is what its first bytes say, never what its name says. That also keeps the decoders off
+formats that make them open other files, or addresses, on the visitor's behalf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from llava_todre.errors import TodreError
+from llava_todre.model.images import to_rgb
+from llava_todre.video import read_clip
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+VIDEO_FORMATS = ("MP4", "MOV", "WebM", "MKV", "AVI")
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest upload that is read."""
+
+    image_bytes: int = 20 * _MIB
+    video_bytes: int = 100 * _MIB
+    pixels: int = 64_000_000
+    """Of an image."""
+    frame_pixels: int = 4096 * 2304
+    """Of each frame of a video."""
+    seconds: float = 120.0
+    frames: int = 7_500
+    """Stored in a video; fewer are shown to the model."""
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One image, or the frames of one video."""
+
+    images: Sequence[Image.Image]
+    """RGB; frames in order."""
+    is_video: bool = False
+    seconds: Sequence[float] = ()
+    """When each frame is seen; empty where not known."""
+
+
+def read_upload(path: str | Path, num_frames: int, limits: Limits = LIMITS) -> Upload:
+    """Return what a file holds.
+
+    Args:
+        path: the file; messages give its last part only.
+        num_frames: how many frames of a video, evenly spaced; all if there are not more.
+        limits: what is refused.
+
+    Raises:
+        TodreError: too large, of another kind, damaged or empty.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise TodreError(f"file {path.name!r} cannot be read: {error.strerror}.") from None
+    if size == 0:
+        raise TodreError(f"file {path.name!r} is empty; allowed: {_ALLOWED}.")
+    is_video = _is_video(start)
+    most = limits.video_bytes if is_video else limits.image_bytes
+    if size > most:
+        kind = "a video" if is_video else "an image"
+        raise TodreError(
+            f"file {path.name!r} has {size / _MIB:.1f} MiB; allowed for {kind}: up to "
+            f"{most / _MIB:g} MiB."
+        )
+    if not is_video:
+        return Upload([_read_image(path, limits)])
+    _check_video(path, limits)
+    try:
+        # Not the copy that is kept for later: visitors' videos are large, and come once or twice.
+        clip = read_clip.__wrapped__(str(path), num_frames)
+        return Upload(clip.frames, is_video=True, seconds=clip.seconds)
+    except TodreError as error:
+        raise TodreError(str(error).replace(str(path), path.name)) from None
+
+
+_ALLOWED = f"an image ({', '.join(IMAGE_FORMATS)}) or a short video ({', '.join(VIDEO_FORMATS)})"
+
+
+def _is_video(start: bytes) -> bool:
+    """Return whether a file that begins so is in one of the :data:`VIDEO_FORMATS`."""
+    if start[:4] == b"RIFF":
+        return start[8:12] == b"AVI "
+    old_quicktime = start[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip")
+    return start[4:8] == b"ftyp" or old_quicktime or start[:4] == b"\x1a\x45\xdf\xa3"
+
+
+def _read_image(path: Path, limits: Limits) -> Image.Image:
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if width * height > limits.pixels:
+                raise TodreError(
+                    f"image {path.name!r} has {width} x {height} pixels; allowed: up to "
+                    f"{limits.pixels / 1e6:g} million."
+                )
+            # Upright, as its owner sees it.
+            return to_rgb(ImageOps.exif_transpose(image))
+    except TodreError:
+        raise
+    except Image.UnidentifiedImageError:
+        raise TodreError(f"file {path.name!r} is neither of what is allowed: {_ALLOWED}.") from None
+    except Image.DecompressionBombError:
+        raise TodreError(
+            f"image {path.name!r} has too many pixels; allowed: up to "
+            f"{limits.pixels / 1e6:g} million."
+        ) from None
+    except Exception as error:  # Pillow's decoders raise whatever wrong bytes lead them to
+        reason = " ".join(str(error).split()).replace(str(path), path.name)
+        raise TodreError(f"image {path.name!r} is damaged: {reason}.") from None
+
+
+def _check_video(path: Path, limits: Limits) -> None:
+    """Look at the packets of a video without decoding any."""
+    try:
+        import av
+    except ImportError:
+        raise TodreError("a video needs PyAV: pip install 'llava-todre[video]'.") from None
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise TodreError(f"video {path.name!r} has no pictures, only sound or text.")
+            stream = container.streams.video[0]
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > limits.frame_pixels:
+                raise TodreError(
+                    f"video {path.name!r} has frames of {width} x {height} pixels; allowed: up to "
+                    f"{limits.frame_pixels / 1e6:.1f} million."
+                )
+            count, first, last = 0, None, 0.0
+            for packet in container.demux(stream):
+                count += packet.size > 0
+                if packet.pts is not None:
+                    time = float(packet.pts * packet.time_base)
+                    first, last = time if first is None else first, max(time, last)
+                if count > limits.frames or last - (first or 0.0) > limits.seconds:
+                    raise TodreError(
+                        f"video {path.name!r} is too long; allowed: up to {limits.seconds:g} "
+                        f"seconds and {limits.frames} frames."
+                    )
+            if count == 0:
+                raise TodreError(f"video {path.name!r} holds no frame; give a video with pictures.")
+    except (av.FFmpegError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TodreError(f"video {path.name!r} is damaged: {reason}.") from None
