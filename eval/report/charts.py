@@ -19,7 +19,7 @@ def of_demo(results: Path) -> list[Html]:
 
 def of_runs(folder: Path) -> list[Html]:
     """Return the figures of a folder of runs; of one that lacks runs, what is missing."""
-    return _charts(["radar", "sweep_tau", "sweep_layers"], Sources(runs=folder))
+    return _charts(["sweep_tau", "sweep_layers"], Sources(runs=folder))
 
 
 def _charts(names: Iterable[str], sources: Sources) -> list[Html]:
