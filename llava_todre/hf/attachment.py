@@ -46,7 +46,6 @@ _REFUSED = (
     "past_key_values",
     "custom_generate",
 )
-_REFUSED_INSIDE = ("cache_implementation",)  # together with a method inside the decoder
 
 
 class _Streamer:
@@ -151,7 +150,13 @@ class Attachment:
         """
         if self.model.training:
             raise TodreError("a model in training mode is not pruned; call model.eval() first.")
-        self._refuse((*_REFUSED, *(_REFUSED_INSIDE if inside else ())), kwargs)
+        self._refuse(_REFUSED, kwargs)
+        cache = self._setting("cache_implementation", kwargs)
+        if inside and cache not in (None, "dynamic"):
+            raise TodreError(
+                f"cache_implementation {cache!r} cannot drop tokens per layer; allowed: dynamic, "
+                "or a method that only selects."
+            )
         if inside and self._setting("use_cache", kwargs) is False:
             raise TodreError(
                 "use_cache False is not supported with pruning inside the decoder; allowed: True, "
@@ -200,6 +205,8 @@ class Attachment:
             cache = DynamicCache(config=decoder.config)
             cache.withdrawal = withdrawal
             short["past_key_values"] = cache
+            if self._setting("cache_implementation", kwargs) is not None:
+                settings["cache_implementation"] = None  # it is that cache
         if kwargs.get("streamer") is not None:
             settings["streamer"] = _Streamer(kwargs["streamer"], ids)
         removed = ids.shape[1] - short["input_ids"].shape[1]
@@ -210,6 +217,8 @@ class Attachment:
         with ExitStack() as stack:
             if withdrawal.probe_layers:
                 stack.enter_context(withdrawing(decoder))
+                # Layers of changing lengths: what was compiled would be compiled again and again.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if captured.deepstack is not None:
                 kept = kept_deep_features(captured, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))

@@ -17,6 +17,11 @@ FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, *QWEN, INTERNV
 
 def family_of(model: Any) -> Family:
     """Return the family of a model, or raise a TodreError that names those there are."""
+    if hasattr(model, "_orig_mod"):
+        raise TodreError(
+            "a model wrapped by torch.compile is not supported, and its generate does not run "
+            "compiled; allowed: the model itself, and torch.compile on its forward."
+        )
     names = {base.__name__ for base in type(model).__mro__}
     for family in FAMILIES:
         if names & set(family.models):
