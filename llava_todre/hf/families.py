@@ -22,9 +22,20 @@ def family_of(model: Any) -> Family:
             "a model wrapped by torch.compile is not supported, and its generate does not run "
             "compiled; allowed: the model itself, and torch.compile on its forward."
         )
-    names = {base.__name__ for base in type(model).__mro__}
+    return family_named(*(base.__name__ for base in type(model).__mro__))
+
+
+def family_named(*names: str) -> Family:
+    """Return the family of the first class that has one.
+
+    Args:
+        names: a class and those it derives from.
+
+    Raises:
+        TodreError: none has; the error names the families there are.
+    """
     for family in FAMILIES:
-        if names & set(family.models):
+        if set(names) & set(family.models):
             return family
     known = ", ".join(name for family in FAMILIES for name in family.models)
-    raise TodreError(f"model {type(model).__name__} is not supported; allowed: {known}.")
+    raise TodreError(f"model {names[0]} is not supported; allowed: {known}.")
