@@ -216,7 +216,7 @@ class Attachment:
                 settings[key] = max(1, length - removed)
         with ExitStack() as stack:
             if withdrawal.probe_layers:
-                stack.enter_context(withdrawing(decoder))
+                stack.enter_context(withdrawing(decoder, withdrawal))
                 # Layers of changing lengths: what was compiled would be compiled again and again.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if captured.deepstack is not None:

@@ -234,6 +234,25 @@ def test_a_copy_of_an_attached_model_is_its_own(model, inputs):
     assert "generate" not in vars(other)
 
 
+@pytest.mark.parametrize("family", USUAL_DECODER)
+def test_probes_hear_the_queries_that_layers_make_anyway(family):
+    model = build(family, USUAL_DECODER[family])
+    calls = [0] * 8
+
+    def count(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.self_attn.q_proj.register_forward_hook(count(index))
+    with hf.prune(model, "todre", retain_ratio=0.25, probe_depths=(1 / 8, 5 / 8), tau=0.0):
+        answer(model, inputs_for(model, BATCH), max_new_tokens=1)
+        assert [len(stats.probes) for stats in hf.last_stats(model)] == [2, 2, 0]
+    assert calls == [1] * 8
+
+
 # ---------------------------------------------------------------- what is said
 
 
