@@ -30,7 +30,8 @@ $(STAMP): requirements.txt pyproject.toml
 	@sed -nE 's/^([A-Za-z_-]+)==.*/\1/p' requirements.txt | uniq | xargs | fold -s -w 96 | sed 's/^/  /'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps lmms_eval==0.7.3
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
+	  lmms_eval==0.7.3 llava-torch==1.2.2.post1
 	@rm -f $(UNFINISHED) && touch $@
 
 demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMAGES, OUT)

@@ -7,10 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 import llava_todre.hf.stock
 from llava_todre.errors import TodreError
+from llava_todre.hf import attach
 from llava_todre.hf.stock import load_stock_model
+
+
+def test_our_own_class_says_how_it_prunes(tiny_llava: Any) -> None:
+    with pytest.raises(TodreError, match="call its set_pruner"):
+        attach(tiny_llava())
+
+
+def test_a_class_of_the_same_name_from_elsewhere_is_refused() -> None:
+    class LlavaLlamaForCausalLM(nn.Module):
+        pass
+
+    with pytest.raises(TodreError, match=r"ForCausalLM is not supported; .* llava\.LlavaLlamaFor"):
+        attach(LlavaLlamaForCausalLM())
 
 
 @pytest.mark.parametrize(
