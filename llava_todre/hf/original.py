@@ -40,7 +40,7 @@ def _layouts(model: Any, inputs: Inputs) -> Layouts:
     merge = getattr(config, "mm_patch_merge_type", "flat") if in_views else "flat"
     layouts = []
     for index, image in enumerate(images):
-        num_views = len(image) if in_views and image.ndim == 4 else 1
+        num_views = len(image) if image.ndim == 4 else 1
         size, grid = None, (1, 1)
         if num_views > 1 and merge != "flat":
             if sizes is None:

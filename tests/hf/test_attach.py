@@ -134,6 +134,18 @@ def test_nothing_is_left_after_an_exception(model, inputs, method):
     assert_same(before, snapshot(model))
 
 
+def test_nothing_is_left_when_a_layer_fails_that_is_listened_to(model, inputs):
+    def fail(*_: Any) -> None:
+        raise KeyError("mlp")
+
+    before = snapshot(model)
+    broken = model.model.language_model.layers[3].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyError), hf.prune(model, METHOD):
+        answer(model, inputs)
+    broken.remove()
+    assert_same(before, snapshot(model))
+
+
 def test_nothing_is_left_when_the_tower_fails(model, inputs):
     before = snapshot(model)
     broken = inputs | {"image_sizes": inputs["image_sizes"][:1]}

@@ -141,6 +141,36 @@ def test_a_method_that_drops_nothing_leaves_the_call_alone(anyres, batch):
     assert vars(other) == before
 
 
+def test_images_stacked_as_single_views_have_no_newlines(anyres, batch):
+    _, other = anyres
+    given = batch | {"images": batch["images"][:, 0]}
+    untouched = other.generate(**given, **NEW)
+    with hf.prune(other, "todre", retain_ratio=1.0, tau=0.0):
+        assert torch.equal(other.generate(**given, **NEW), untouched)
+        assert [stats.visual_tokens for stats in hf.last_stats(other)] == [16, 16]
+
+
+def test_without_a_mask_every_token_is_real(anyres, batch):
+    _, other = anyres
+    alone = {"images": batch["images"][:1], "image_sizes": SIZES[:1]}
+    with hf.prune(other, "divprune", retain_ratio=0.25):
+        other.generate(torch.tensor([[1, 0, 5, IMAGE, 7]]), **alone, **NEW)
+        assert hf.last_stats(other)[0].text_tokens == 4
+
+
+def test_nothing_is_left_when_generate_fails(tiny_llava, batch):
+    other = original(tiny_llava("sdpa"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("generate")
+
+    other.generate = fail
+    before = dict(vars(other))
+    with pytest.raises(KeyError), hf.prune(other, "todre"):
+        other.generate(**batch, **NEW)
+    assert vars(other) == before
+
+
 def test_a_prompt_without_an_image_uses_one_up_as_in_the_original(anyres, batch):
     model, other = anyres
     images = batch["images"]
