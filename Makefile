@@ -30,6 +30,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@sed -nE 's/^([A-Za-z_-]+)==.*/\1/p' requirements.txt | uniq | xargs | fold -s -w 96 | sed 's/^/  /'
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
+# Without what they pin, which would replace half of this; the original LLaVA is for the tests.
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
 	  lmms_eval==0.7.3 llava-torch==1.2.2.post1
 	@rm -f $(UNFINISHED) && touch $@

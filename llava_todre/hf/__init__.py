@@ -33,7 +33,8 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
     the later one is detached.
 
     Args:
-        model: a vision-language model of transformers, e.g. ``LlavaNextForConditionalGeneration``.
+        model: a vision-language model of transformers, e.g. ``LlavaNextForConditionalGeneration``,
+            or of the original ``llava`` package.
         method: a name from ``todre list``, A+B, or a method object.
         knobs: options of the method.
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checks import GREEDY, Strides
-from tiny import BATCH, ONE, SMALL, USUAL_DECODER, build, inputs_for, model_of
+from tiny import BATCH, FAMILIES, ONE, SMALL, USUAL_DECODER, build, inputs_for, model_of
 from torch import Tensor, nn
 
 import llava_todre.hf.attachment
@@ -246,9 +246,9 @@ def test_a_copy_of_an_attached_model_is_its_own(model, inputs):
     assert "generate" not in vars(other)
 
 
-@pytest.mark.parametrize("family", USUAL_DECODER)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_probes_hear_the_queries_that_layers_make_anyway(family):
-    model = build(family, USUAL_DECODER[family])
+    model = build(family)
     calls = [0] * 8
 
     def count(index: int) -> Any:
@@ -259,7 +259,7 @@ def test_probes_hear_the_queries_that_layers_make_anyway(family):
 
     for index, layer in enumerate(model.model.language_model.layers):
         layer.self_attn.q_proj.register_forward_hook(count(index))
-    with hf.prune(model, "todre", retain_ratio=0.25, probe_depths=(1 / 8, 5 / 8), tau=0.0):
+    with hf.prune(model, "todre", retain_ratio=0.25, probe_depths=(3 / 8, 5 / 8), tau=0.0):
         answer(model, inputs_for(model, BATCH), max_new_tokens=1)
         assert [len(stats.probes) for stats in hf.last_stats(model)] == [2, 2, 0]
     assert calls == [1] * 8
