@@ -18,6 +18,7 @@ from llava_todre.hf.decoder import withdrawing
 from llava_todre.hf.deepstack import adding
 from llava_todre.hf.families import family_of
 from llava_todre.hf.family import STATES, Family
+from llava_todre.hf.output import Streamer, with_whole_prompt
 from llava_todre.hf.prompts import (
     Visual,
     find_visuals,
@@ -49,20 +50,6 @@ _REFUSED = (
 
 
 Read = tuple[Tensor, Tensor, list[list[Visual]]]
-
-
-class _Streamer:
-    """Passes on what is generated, behind the prompt as it was given."""
-
-    def __init__(self, streamer: Any, prompt: Tensor) -> None:
-        self.streamer = streamer
-        self.ahead = [prompt.cpu()]
-
-    def put(self, value: Tensor) -> None:
-        self.streamer.put(self.ahead.pop() if self.ahead else value)
-
-    def end(self) -> None:
-        self.streamer.end()
 
 
 class Attachment:
@@ -265,23 +252,11 @@ class Attachment:
             settings: all others.
         """
         if settings.get("streamer") is not None:
-            settings["streamer"] = _Streamer(settings["streamer"], given["input_ids"])
+            settings["streamer"] = Streamer(settings["streamer"], given["input_ids"])
         output = self.own(**short, **settings)
-        return _with_whole_prompt(output, given["input_ids"], short["input_ids"].shape[1])
+        return with_whole_prompt(output, given["input_ids"], short["input_ids"].shape[1])
 
     def _pad_id(self, kwargs: Mapping[str, Any]) -> int:
         pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
         pad = eos if pad is None else pad
         return int(pad[0] if isinstance(pad, list) else pad or 0)
-
-
-def _with_whole_prompt(output: Any, ids: Tensor, short: int) -> Any:
-    """Put the original prompt in front of what was generated, as ``generate`` returns it."""
-    is_tensor = isinstance(output, Tensor)
-    sequences = output if is_tensor else output.sequences
-    prompt = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
-    whole = torch.cat([prompt.to(sequences), sequences[:, short:]], dim=1)
-    if is_tensor:
-        return whole
-    output.sequences = whole
-    return output

@@ -204,6 +204,9 @@ def test_the_call_keeps_its_form(anyres, batch):
         whole = other.generate(
             ids, **alone, **NEW, return_dict_in_generate=True, output_scores=True, streamer=Ear()
         )
+        limit = hf.last_stats(other)[0].unpruned_prompt_tokens + 5
+        shorter = {"max_length": limit, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(other.generate(ids, **alone, **shorter), expected[:, :5])
         beams = other.generate(ids, **alone, **NEW, num_beams=3)
         text = other.generate(torch.tensor([[1, 5, 7]]), **NEW)
         assert hf.last_stats(other)[0].images == ()
