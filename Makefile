@@ -31,7 +31,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
-	  lmms_eval==0.7.3 gradio==6.31.0
+	  lmms_eval==0.7.3 gradio==6.31.0 llava-torch==1.2.2.post1
 	@rm -f $(UNFINISHED) && touch $@
 
 demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMAGES, OUT)

@@ -17,6 +17,9 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.attachment import Attachment
+from llava_todre.hf.families import family_of
+from llava_todre.hf.original import ORIGINAL
+from llava_todre.hf.original_attachment import OriginalAttachment
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.stats import PruneStats
 
@@ -30,7 +33,8 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
     the later one is detached.
 
     Args:
-        model: a vision-language model of transformers, e.g. ``LlavaNextForConditionalGeneration``.
+        model: a vision-language model of transformers, e.g. ``LlavaNextForConditionalGeneration``,
+            or of the original ``llava`` package.
         method: a name from ``todre list``, A+B, or a method object.
         knobs: options of the method.
 
@@ -44,9 +48,8 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
         )
     pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
     stack = model.__dict__.get(_STACK, [])
-    attachment = Attachment(
-        model, pruner, stack[0].own if stack else getattr(model, "generate", None)
-    )
+    kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
+    attachment = kind(model, pruner, stack[0].own if stack else getattr(model, "generate", None))
     model.__dict__[_STACK] = [*stack, attachment]
     model.__dict__["generate"] = attachment.generate
     return pruner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
-from llava_todre.hf.capture import capture, decoder_of
+from llava_todre.hf.capture import Captured, Need, capture, decoder_of
 from llava_todre.hf.decoder import withdrawing
 from llava_todre.hf.deepstack import adding
 from llava_todre.hf.families import family_of
 from llava_todre.hf.family import STATES, Family
+from llava_todre.hf.output import Streamer, with_whole_prompt
 from llava_todre.hf.prompts import (
     Visual,
     find_visuals,
@@ -36,7 +37,7 @@ _PLACEHOLDERS = {
     "image": ("image_token_id", "image_token_index"),
     "video": ("video_token_id", "video_token_index"),
 }
-_MANY = 10**9  # visual tokens: more than any image has
+MANY = 10**9  # visual tokens: more than any image has
 _REFUSED = (
     "assistant_model",
     "assistant_early_exit",
@@ -46,21 +47,9 @@ _REFUSED = (
     "past_key_values",
     "custom_generate",
 )
-_REFUSED_INSIDE = ("cache_implementation",)  # together with a method inside the decoder
 
 
-class _Streamer:
-    """Passes on what is generated, behind the prompt as it was given."""
-
-    def __init__(self, streamer: Any, prompt: Tensor) -> None:
-        self.streamer = streamer
-        self.ahead = [prompt.cpu()]
-
-    def put(self, value: Tensor) -> None:
-        self.streamer.put(self.ahead.pop() if self.ahead else value)
-
-    def end(self) -> None:
-        self.streamer.end()
+Read = tuple[Tensor, Tensor, list[list[Visual]]]
 
 
 class Attachment:
@@ -114,14 +103,15 @@ class Attachment:
         mask = kwargs.get("attention_mask")
         real = self._real(ids, kwargs) if mask is None else mask.bool()
         if all(kwargs.get(key) is None for key in self.family.inputs):
-            if probes or self.pruner.will_select(_MANY):
+            if probes or self.pruner.will_select(MANY):
                 self._refuse(("past_key_values",), kwargs)  # it may be that of a pruned call
             self.last_stats = untouched(real, [[] for _ in ids], layers)
             return self.own(inputs, **kwargs)
         if not probes and not self._selects(ids):
             shown = {**kwargs, "input_ids": ids, "attention_mask": real.long()}
             try:
-                self.last_stats = untouched(real, self._visuals(ids, real, shown), layers)
+                _, real, visuals = self._read(ids, real, shown)
+                self.last_stats = untouched(real, visuals, layers)
             except TodreError:  # nothing is pruned, so nothing is refused either
                 self.last_stats = ()
             return self.own(inputs, **kwargs)
@@ -151,7 +141,13 @@ class Attachment:
         """
         if self.model.training:
             raise TodreError("a model in training mode is not pruned; call model.eval() first.")
-        self._refuse((*_REFUSED, *(_REFUSED_INSIDE if inside else ())), kwargs)
+        self._refuse(_REFUSED, kwargs)
+        cache = self._setting("cache_implementation", kwargs)
+        if inside and cache not in (None, "dynamic"):
+            raise TodreError(
+                f"cache_implementation {cache!r} cannot drop tokens per layer; allowed: dynamic, "
+                "or a method that only selects."
+            )
         if inside and self._setting("use_cache", kwargs) is False:
             raise TodreError(
                 "use_cache False is not supported with pruning inside the decoder; allowed: True, "
@@ -183,8 +179,8 @@ class Attachment:
             assert self.family.feature_layer is not None, "checked when it was attached"
             needs.append((STATES, self.family.feature_layer(self.model)))
         given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
-        visuals = self._visuals(ids, real, given)
-        captured = capture(self.model, self.family, given, needs)
+        ids, real, visuals = self._read(ids, real, given)
+        captured = self._captured(given, needs, ids.shape[1])
         project = partial(self.family.project, self.model)
         prompts = [
             prune_prompt(self.pruner, captured, row, real[row], of_row, project)
@@ -200,8 +196,8 @@ class Attachment:
             cache = DynamicCache(config=decoder.config)
             cache.withdrawal = withdrawal
             short["past_key_values"] = cache
-        if kwargs.get("streamer") is not None:
-            settings["streamer"] = _Streamer(kwargs["streamer"], ids)
+            if self._setting("cache_implementation", kwargs) is not None:
+                settings["cache_implementation"] = None  # it is that cache
         removed = ids.shape[1] - short["input_ids"].shape[1]
         for key, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             length = self._setting(key, kwargs)
@@ -209,13 +205,15 @@ class Attachment:
                 settings[key] = max(1, length - removed)
         with ExitStack() as stack:
             if withdrawal.probe_layers:
-                stack.enter_context(withdrawing(decoder))
+                stack.enter_context(withdrawing(decoder, withdrawal))
+                # Layers of changing lengths: what was compiled would be compiled again and again.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if captured.deepstack is not None:
                 kept = kept_deep_features(captured, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
-            output = self.own(**short, **settings)
+            output = self._call(given, short, settings)
         self.last_stats = withdrawal.stats([prompt.images for prompt in prompts])
-        return _with_whole_prompt(output, ids, short["input_ids"].shape[1])
+        return output
 
     @property
     def _consumed(self) -> set[str]:
@@ -231,23 +229,34 @@ class Attachment:
                 found[modality] = known[0]
         return found
 
-    def _visuals(self, ids: Tensor, real: Tensor, inputs: Mapping[str, Any]) -> list[list[Visual]]:
+    # ------------------------------------------------------------------ dialect
+
+    def _read(self, ids: Tensor, real: Tensor, inputs: Mapping[str, Any]) -> Read:
+        """Return the prompts with a place for every token, which of them count, and the images."""
         layouts = self.family.layouts(self.model, inputs)
-        return find_visuals(ids, real, self._placeholders, layouts)
+        return ids, real, find_visuals(ids, real, self._placeholders, layouts)
+
+    def _captured(self, given: Mapping[str, Any], needs: Sequence[Need], length: int) -> Captured:
+        """Return the prompts as the decoder would have read them, ``length`` tokens each."""
+        del length
+        return capture(self.model, self.family, given, needs)
+
+    def _call(
+        self, given: Mapping[str, Any], short: dict[str, Any], settings: dict[str, Any]
+    ) -> Any:
+        """Return what ``generate`` is to return.
+
+        Args:
+            given: its arguments as they came.
+            short: those that describe the pruned prompts.
+            settings: all others.
+        """
+        if settings.get("streamer") is not None:
+            settings["streamer"] = Streamer(settings["streamer"], given["input_ids"])
+        output = self.own(**short, **settings)
+        return with_whole_prompt(output, given["input_ids"], short["input_ids"].shape[1])
 
     def _pad_id(self, kwargs: Mapping[str, Any]) -> int:
         pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
         pad = eos if pad is None else pad
         return int(pad[0] if isinstance(pad, list) else pad or 0)
-
-
-def _with_whole_prompt(output: Any, ids: Tensor, short: int) -> Any:
-    """Put the original prompt in front of what was generated, as ``generate`` returns it."""
-    is_tensor = isinstance(output, Tensor)
-    sequences = output if is_tensor else output.sequences
-    prompt = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
-    whole = torch.cat([prompt.to(sequences), sequences[:, short:]], dim=1)
-    if is_tensor:
-        return whole
-    output.sequences = whole
-    return output

@@ -19,6 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import STATES, Family
 
+Need = tuple[str, int | float]
+"""A quantity, and the layer of the tower: see :data:`llava_todre.pruners.base.VISION_NEEDS`."""
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -32,18 +35,18 @@ class Captured:
     """Features added behind the first decoder layers: (visual tokens of the batch, D) each."""
     deepstack_at: Tensor | None
     """(B, L) bool, the positions they are added to."""
-    measured: dict[tuple[str, int | float], Tensor]
+    measured: dict[Need, Tensor]
     """(patches of all images, then of all videos, ...) for each (quantity, layer) asked for."""
 
 
 def decoder_of(model: Any) -> Any:
     """Return the decoder of a model: what has ``layers``, ``norm`` and ``rotary_emb``."""
-    return model.model.language_model
+    return getattr(model.model, "language_model", model.model)
 
 
 @torch.no_grad()
 def capture(
-    model: Any, family: Family, inputs: Mapping[str, Any], needs: Iterable[tuple[str, int | float]]
+    model: Any, family: Family, inputs: Mapping[str, Any], needs: Iterable[Need]
 ) -> Captured:
     """Run everything but the decoder.
 
@@ -59,11 +62,7 @@ def capture(
     """
     known = inspect.signature(model.model.forward).parameters
     given = {key: value for key, value in inputs.items() if key in known and value is not None}
-    measured: dict[tuple[str, int | float], list[Tensor]] = {need: [] for need in needs}
-    with ExitStack() as stack:
-        taken = stack.enter_context(_recorded(decoder_of(model)))
-        for need, found in measured.items():
-            stack.enter_context(_measured(family, model, need, found))
+    with _recorded(decoder_of(model)) as taken, measuring(family, model, needs) as measured:
         model.model(**(given | {"use_cache": False}))
     positions = taken.get("position_ids")
     return Captured(
@@ -71,8 +70,26 @@ def capture(
         positions if positions is not None and positions.ndim == 3 else None,
         taken.get("deepstack_visual_embeds"),
         taken.get("visual_pos_masks"),
-        {need: torch.cat(found) for need, found in measured.items() if found},
+        measured,
     )
+
+
+@contextmanager
+def measuring(family: Family, model: Any, needs: Iterable[Need]) -> Iterator[dict[Need, Tensor]]:
+    """Measure in the tower while the block runs; the dictionary is full behind it.
+
+    Args:
+        family: the model's.
+        model: the model.
+        needs: see :func:`capture`.
+    """
+    parts: dict[Need, list[Tensor]] = {need: [] for need in needs}
+    measured: dict[Need, Tensor] = {}
+    with ExitStack() as stack:
+        for need, found in parts.items():
+            stack.enter_context(_measured(family, model, need, found))
+        yield measured
+    measured |= {need: torch.cat(found) for need, found in parts.items() if found}
 
 
 @contextmanager
@@ -97,9 +114,7 @@ def _recorded(decoder: Any) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _measured(
-    family: Family, model: Any, need: tuple[str, int | float], found: list[Tensor]
-) -> Iterator[None]:
+def _measured(family: Family, model: Any, need: Need, found: list[Tensor]) -> Iterator[None]:
     """Measure one quantity, or its proxy, whenever a layer of the tower is about to run."""
     quantity, depth = need
     layers = family.tower_layers(model)

@@ -16,8 +16,13 @@ from llava_todre.withdrawal import LayerInputs, Withdrawal
 
 
 @contextmanager
-def withdrawing(decoder: Any) -> Iterator[None]:
-    """Let every layer of a decoder enter and leave through the controller on its cache."""
+def withdrawing(decoder: Any, withdrawal: Withdrawal) -> Iterator[None]:
+    """Let every layer of a decoder enter and leave through the controller on its cache.
+
+    Args:
+        decoder: the decoder.
+        withdrawal: the controller of the call that is about to be made.
+    """
     flash = "flash" in (decoder.config._attn_implementation or "")
     handles = []
     for index, layer in enumerate(decoder.layers):
@@ -28,6 +33,7 @@ def withdrawing(decoder: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        withdrawal.stop_listening()
         for handle in handles:
             handle.remove()
 
@@ -47,7 +53,6 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs:
 
 def _enter(index: int, flash: bool) -> Any:
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        del layer
         controller = _controller(kwargs)
         if controller is None:
             return None
@@ -55,7 +60,7 @@ def _enter(index: int, flash: bool) -> Any:
         inputs = _inputs(args, kwargs)
         if index == 0:
             controller.begin(inputs.hidden_states, cache)
-        inputs = controller.enter(index, inputs, cache, flash)
+        inputs = controller.enter(index, inputs, cache, flash, layer)
         kwargs = kwargs | {
             "attention_mask": inputs.attention_mask,
             "position_embeddings": inputs.position_embeddings,

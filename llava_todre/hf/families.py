@@ -10,6 +10,7 @@ from llava_todre.hf.internvl import INTERNVL
 from llava_todre.hf.llava import LLAVA, LLAVA_NEXT
 from llava_todre.hf.llava_video import LLAVA_NEXT_VIDEO
 from llava_todre.hf.onevision import LLAVA_ONEVISION
+from llava_todre.hf.original import ORIGINAL
 from llava_todre.hf.qwen import QWEN
 
 FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, *QWEN, INTERNVL)
@@ -17,9 +18,30 @@ FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION, *QWEN, INTERNV
 
 def family_of(model: Any) -> Family:
     """Return the family of a model, or raise a TodreError that names those there are."""
-    names = {base.__name__ for base in type(model).__mro__}
-    for family in FAMILIES:
-        if names & set(family.models):
+    if hasattr(model, "_orig_mod"):
+        raise TodreError(
+            "a model wrapped by torch.compile is not supported, and its generate does not run "
+            "compiled; allowed: the model itself, and torch.compile on its forward."
+        )
+    if hasattr(model, "set_pruner"):
+        raise TodreError("this model prunes by itself; call its set_pruner instead.")
+    names = []
+    for base in type(model).__mro__:
+        names += [base.__name__, f"{base.__module__.split('.')[0]}.{base.__name__}"]
+    return family_named(*names)
+
+
+def family_named(*names: str) -> Family:
+    """Return the family of the first class that has one.
+
+    Args:
+        names: a class and those it derives from.
+
+    Raises:
+        TodreError: none has; the error names the families there are.
+    """
+    for family in (*FAMILIES, ORIGINAL):
+        if set(names) & set(family.models):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.models)
-    raise TodreError(f"model {type(model).__name__} is not supported; allowed: {known}.")
+    known = ", ".join(name for family in (*FAMILIES, ORIGINAL) for name in family.models)
+    raise TodreError(f"model {names[0]} is not supported; allowed: {known}.")

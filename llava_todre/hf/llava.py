@@ -24,7 +24,11 @@ def clip_measure(quantity: str, layer: nn.Module, hidden: Tensor, called: Inputs
 
 def tower_layers(model: Any) -> Sequence[nn.Module]:
     """Return the encoder layers of a CLIP or SigLIP tower."""
-    tower = model.model.vision_tower
+    return encoder_layers(model.model.vision_tower)
+
+
+def encoder_layers(tower: Any) -> Sequence[nn.Module]:
+    """Return the encoder layers of a vision model of transformers."""
     layers: Sequence[nn.Module] = getattr(tower, "vision_model", tower).encoder.layers
     return layers
 

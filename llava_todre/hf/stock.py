@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from llava_todre.flops import DecoderShape
 from llava_todre.generate import Answer, Request
 from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
-from llava_todre.hf.families import FAMILIES, family_of
+from llava_todre.hf.families import FAMILIES, family_named, family_of
 from llava_todre.hf.times import metadata_of
 from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import load_image
@@ -201,6 +201,8 @@ def load_stock_model(
     check_attention(attn_implementation, target)
     wanted = parse_dtype(dtype) or (torch.float32 if target.type == "cpu" else "auto")
     try:
+        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        family_named(_stock_class(raw))  # before gigabytes are loaded
         model = AutoModelForImageTextToText.from_pretrained(
             path,
             revision=revision,
@@ -221,6 +223,12 @@ def load_stock_model(
     else:
         model.to(target)
     return StockModel(model.eval(), processor)
+
+
+def _stock_class(config: Mapping[str, Any]) -> str:
+    """Return the class of transformers that a checkpoint goes to, or what it says it is."""
+    kind = str(config.get("model_type"))
+    return str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind, kind))
 
 
 def uses_stock(backend: str, path: str, revision: str | None = None) -> bool:
@@ -248,7 +256,6 @@ def runs_as_stock(path: str, revision: str | None = None) -> bool:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     except (OSError, ValueError):
         return False  # ours says what is wrong
-    stock = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(raw.get("model_type", ""))
     decoder = raw.get("text_config", {}).get("model_type", "llama")
     is_ours = raw.get("model_type") in ("llava", "llava_next") and decoder in ("llama", "mistral")
-    return not is_ours and any(stock in family.models for family in FAMILIES)
+    return not is_ours and any(_stock_class(raw) in family.models for family in FAMILIES)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checks import GREEDY, Strides
-from tiny import BATCH, ONE, SMALL, USUAL_DECODER, build, inputs_for, model_of
+from tiny import BATCH, FAMILIES, ONE, SMALL, USUAL_DECODER, build, inputs_for, model_of
 from torch import Tensor, nn
 
 import llava_todre.hf.attachment
@@ -134,6 +134,18 @@ def test_nothing_is_left_after_an_exception(model, inputs, method):
     assert_same(before, snapshot(model))
 
 
+def test_nothing_is_left_when_a_layer_fails_that_is_listened_to(model, inputs):
+    def fail(*_: Any) -> None:
+        raise KeyError("mlp")
+
+    before = snapshot(model)
+    broken = model.model.language_model.layers[3].mlp.register_forward_hook(fail)
+    with pytest.raises(KeyError), hf.prune(model, METHOD):
+        answer(model, inputs)
+    broken.remove()
+    assert_same(before, snapshot(model))
+
+
 def test_nothing_is_left_when_the_tower_fails(model, inputs):
     before = snapshot(model)
     broken = inputs | {"image_sizes": inputs["image_sizes"][:1]}
@@ -232,6 +244,25 @@ def test_a_copy_of_an_attached_model_is_its_own(model, inputs):
         assert torch.equal(answer(model, inputs), expected)
     hf.detach(other)
     assert "generate" not in vars(other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probes_hear_the_queries_that_layers_make_anyway(family):
+    model = build(family)
+    calls = [0] * 8
+
+    def count(index: int) -> Any:
+        def hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.self_attn.q_proj.register_forward_hook(count(index))
+    with hf.prune(model, "todre", retain_ratio=0.25, probe_depths=(3 / 8, 5 / 8), tau=0.0):
+        answer(model, inputs_for(model, BATCH), max_new_tokens=1)
+        assert [len(stats.probes) for stats in hf.last_stats(model)] == [2, 2, 0]
+    assert calls == [1] * 8
 
 
 # ---------------------------------------------------------------- what is said

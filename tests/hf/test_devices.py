@@ -16,6 +16,9 @@ from llava_todre import hf
 from llava_todre.stats import PruneStats
 
 accelerate = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The following device_map keys", "ignore:You are calling .generate"
+)
 
 PLAN = Strides(retain_ratio=0.25, plan=((9, 3, 0), (8, 5, 2), (6, 4, 2)))
 METHODS = {

@@ -1,0 +1,134 @@
+"""One method on a model of the original ``llava`` package.
+
+Its prompts hold one placeholder per image, and its ``generate`` lets
+``prepare_inputs_labels_for_multimodal`` make embeddings of them. That is done ahead here, the
+embeddings are pruned, and ``generate`` is handed what is left.
+
+Symbols: B batch, T prompt length with one placeholder per image, L with all visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llava_todre.errors import TodreError
+from llava_todre.hf.attachment import MANY, Attachment, Read
+from llava_todre.hf.capture import Captured, Need, measuring
+from llava_todre.hf.layout import Layout
+from llava_todre.hf.prompts import Visual
+from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
+
+_PREPARE = "prepare_inputs_labels_for_multimodal"
+
+
+class OriginalAttachment(Attachment):
+    """A method at work on a model of the original package."""
+
+    def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return (B, T) bool: without a mask, the original takes everything for real."""
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    def _selects(self, ids: Tensor) -> bool:
+        return self.pruner.will_select(MANY)  # placeholders do not tell how many tokens there are
+
+    def _read(self, ids: Tensor, real: Tensor, inputs: Mapping[str, Any]) -> Read:
+        """Put as many placeholders as an image has tokens, and pad as the original does."""
+        layouts = self.family.layouts(self.model, inputs)["image"]
+        side = getattr(self.model.config, "tokenizer_padding_side", "right")
+        return expanded(ids, real, layouts, side)
+
+    def _captured(self, given: Mapping[str, Any], needs: Sequence[Need], length: int) -> Captured:
+        with measuring(self.family, self.model, needs) as measured:
+            prepared = getattr(self.model, _PREPARE)(
+                given["input_ids"],
+                None,
+                given["attention_mask"],
+                None,
+                None,
+                given["images"],
+                image_sizes=given.get("image_sizes"),
+            )
+        embeds = prepared[4]
+        if embeds.shape[1] != length:
+            raise TodreError(
+                f"the prompts have {embeds.shape[1]} tokens, {length} expected; allowed: "
+                "prompts within tokenizer_model_max_length, and the layouts of llava-torch 1.2.2."
+            )
+        return Captured(embeds, None, None, None, measured)
+
+    def _call(
+        self, given: Mapping[str, Any], short: dict[str, Any], settings: dict[str, Any]
+    ) -> Any:
+        """Let the original's ``generate`` find the pruned prompts prepared."""
+        own = vars(self.model).get(_PREPARE)
+
+        def restore() -> None:
+            self.model.__dict__.pop(_PREPARE, None)
+            if own is not None:
+                self.model.__dict__[_PREPARE] = own
+
+        def prepared(*_: Any, **__: Any) -> tuple[Any, ...]:
+            restore()  # steps after the prompt are prepared as ever
+            return None, None, short["attention_mask"], None, short["inputs_embeds"], None
+
+        if "past_key_values" in short:
+            settings["past_key_values"] = short["past_key_values"]
+        self.model.__dict__[_PREPARE] = prepared
+        try:
+            return self.own(given["input_ids"], images=given["images"], **settings)
+        finally:
+            restore()
+
+
+def expanded(ids: Tensor, real: Tensor, layouts: list[Layout], side: str) -> Read:
+    """Return the prompts with a placeholder for every visual token.
+
+    Args:
+        ids: (B, T).
+        real: (B, T) bool, False for padding.
+        layouts: of the images in order of appearance; the original lets a prompt without any image
+            use one up.
+        side: where the prompts are padded.
+
+    Returns:
+        (B, L) ids, (B, L) bool which are not padding, and the images of each sample.
+    """
+    starts = torch.tensor([0, *(layout.num_patches for layout in layouts)]).cumsum(0).tolist()
+    rows, ends, shown, used = [], [], [], 0
+    for row, keep in zip(ids.cpu(), real.cpu(), strict=True):
+        row = row[keep]
+        is_image = row == IMAGE_TOKEN_INDEX
+        numbers = range(used, used + int(is_image.sum()))
+        used += max(1, len(numbers))
+        if numbers and numbers[-1] >= len(layouts):
+            raise TodreError(
+                f"prompts have {numbers[-1] + 1} or more '<image>' placeholders, but "
+                f"{len(layouts)} images were given; they must agree."
+            )
+        lengths = torch.ones_like(row)
+        lengths[is_image] = torch.tensor([len(layouts[number]) for number in numbers]).to(lengths)
+        rows.append(row.repeat_interleave(lengths))
+        ends.append(lengths.cumsum(0)[is_image].tolist())
+        shown.append(numbers)
+    padded = pad_sequence(rows, True, 0, padding_side=side)
+    counts = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    visuals = []
+    for row, of_row, numbers in zip(rows, ends, shown, strict=True):
+        first = padded.shape[1] - len(row) if side == "left" else 0
+        visuals.append(
+            [
+                Visual(
+                    layouts[number],
+                    first + torch.arange(end - len(layouts[number]), end),
+                    slice(starts[number], starts[number + 1]),
+                )
+                for number, end in zip(numbers, of_row, strict=True)
+            ]
+        )
+    valid = pad_sequence(counts, True, False, padding_side=side)
+    return padded.to(ids.device), valid.to(ids.device), visuals
