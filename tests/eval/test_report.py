@@ -163,6 +163,25 @@ def test_a_folder_without_results_is_one_line(prepare, message: str, tmp_path: P
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda results: results.pop("versions"), "holds no results"),
+        (lambda results: results["rows"].clear(), "holds no results"),
+        (lambda results: results["runs"][0]["run"].update(old=1), "of another version"),
+    ],
+)
+def test_results_of_another_version_are_one_line(
+    change, message: str, demo: Path, tmp_path: Path
+) -> None:
+    results = json.loads((demo / "results.json").read_text())
+    change(results)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(TodreError, match=message) as caught:
+        report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_text_is_escaped_once() -> None:
     assert page.text("<b>") == "&lt;b&gt;" == page.text(page.text("<b>"))
     cell = page.table(["a"], [["x < y"]])
