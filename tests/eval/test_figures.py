@@ -243,6 +243,12 @@ def test_the_sweep_over_layers_has_our_runs_and_both_versions() -> None:
     assert {p["at"]: p["minutes"] for p in data["published"]["v2"]}["4/8"] == 64 + 19 / 60
 
 
+def test_a_sweep_says_what_was_held_the_same_in_each_version() -> None:
+    held = {"5": "ours and v2 7/8; v1 4/8, 5/8, 6/8, 7/8.", "6": "ours and v2 0.10; v1 0.03."}
+    for table, text in held.items():
+        assert sweeps.gather(Sources(), table)["note"].endswith(text)
+
+
 def test_numbers_are_cut_to_what_can_be_seen() -> None:
     assert rounded({"a": [0.123456789, 1], "b": "x", "c": (1e-9,)}) == {
         "a": [0.12346, 1],
