@@ -52,12 +52,13 @@ def gather(sources: Sources, table: str) -> Data:
 
 
 def _held(table: str) -> str:
-    """Return what stays the same along a sweep: by version, as both differ in more than a rule."""
+    """Return what stays the same along a sweep, and is not the same in both versions."""
     parts = []
     for version, method in (("ours and v2", Todre()), ("v1", TodreV1())):
         depths = ", ".join(f"{8 * depth:g}/8" for depth in method.probe_depths)
         parts.append(f"{version} {depths}" if table == "5" else f"{version} {method.tau:.2f}")
-    return f"{'Probe layers' if table == '5' else 'Threshold tau'}: {'; '.join(parts)}."
+    knob = "Probe layers" if table == "5" else "Threshold tau"
+    return f"{knob}, by default of each version: {'; '.join(parts)}."
 
 
 def _setting(row: RowSpec) -> float | str:
