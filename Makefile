@@ -87,7 +87,7 @@ figures: $(STAMP) ## draw all figures again into docs/figures (minutes)
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/train_mini.sh
 
-docs: $(STAMP) ## write docs/methods.md and performance.md again from the stored results
+docs: $(STAMP) ## write docs/methods.md, performance.md and models.md again
 	@$(PY) -m eval docs
 
 readme: $(STAMP) ## write the README's table and list of methods again

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.figures.files import store, stored, write_index
-from eval.figures.registry import FIGURES, spec_of
+from eval.figures.registry import FIGURES, gathered, spec_of
 from eval.figures.sources import Sources
 from eval.figures.style import matplotlib
 
@@ -46,7 +46,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     wanted = [name for each in options.names for name in (FIGURES if each == "all" else [each])]
-    specs = {name: spec_of(name) for name in wanted}
+    for name in wanted:
+        spec_of(name)
     matplotlib()  # if it is missing, say so before a model runs
     sources = Sources(
         model=options.model,
@@ -55,9 +56,9 @@ def run(options: argparse.Namespace) -> int:
         runs=options.runs,
         bench=options.bench,
     )
-    for name, spec in specs.items():
+    for name in dict.fromkeys(wanted):
         start = time.perf_counter()
-        data = stored(name, options.out) if options.redraw else spec.gather(sources)
+        data = stored(name, options.out) if options.redraw else gathered(name, sources)
         for file in store(name, data, options.out):
             print(file)
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -96,12 +97,19 @@ def store(name: str, data: Data, out: Path) -> list[Path]:
         out / f"{name}.svg": svg(figure, digest(text)).encode(),
     }
     for file, content in made.items():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-        except OSError as error:
-            raise TodreError(f"out {str(out)!r} cannot be written: {error.strerror}.") from None
+        _write(file, content)
     return list(made)[1:]
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    draft = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
+        os.replace(draft, file)
+    except OSError as error:
+        raise TodreError(f"out {str(file)!r} cannot be written: {error.strerror}.") from None
 
 
 def write_index(out: Path) -> Path:
@@ -115,7 +123,7 @@ def write_index(out: Path) -> Path:
             lines += ["", f"## {name}: {spec.shows}", "", f"![{spec.shows}]({name}.png)", ""]
             lines.append(f"[{name}.svg]({name}.svg), [data](data/{name}.json)")
     page = out / "README.md"
-    page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write(page, ("\n".join(lines) + "\n").encode())
     return page
 
 

@@ -83,7 +83,8 @@ def draw(data: Data) -> Any:
 def _stretch(panels: Any, points: Sequence[Data]) -> None:
     """Stretch the axis of accuracy towards its upper end, where methods differ by little."""
     values = [point["accuracy"] for point in points]
-    top, lowest = max(100.0, *values) + 1, min(values) - 4
+    lows, highs = zip(*(point["interval"] for point in points), strict=True)
+    top, lowest = max(100.0, *values, *highs) + 1, min(*values, *lows) - 4
 
     def upwards(value: Any) -> Any:
         return -np.log10(np.maximum(top - np.asarray(value, dtype=float), 1e-3))

@@ -21,7 +21,7 @@ from eval.figures import (
 )
 from eval.figures.sources import Data, Sources
 from eval.figures.style import styled
-from llava_todre.errors import unknown
+from llava_todre.errors import TodreError, unknown
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,24 @@ def spec_of(name: str) -> FigureSpec:
     if name not in FIGURES:
         raise unknown("figure", name, [*FIGURES, "all"])
     return FIGURES[name]
+
+
+def gathered(name: str, sources: Sources) -> Data:
+    """Return what a figure shows.
+
+    Raises:
+        TodreError: a stored result is missing, or lacks what the figure shows.
+    """
+    spec = spec_of(name)
+    try:
+        return spec.gather(sources)
+    except (KeyError, IndexError, TypeError) as error:
+        if spec.live:
+            raise
+        raise TodreError(
+            f"figure {name!r} cannot be made of the stored results ({type(error).__name__}:"
+            f" {error}); allowed: whole ones of this version."
+        ) from None
 
 
 def drawn(name: str, data: Data) -> Any:

@@ -13,6 +13,7 @@ from eval.matching import Run, load_runs
 from eval.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
 from eval.tables import sheets
 from llava_todre.errors import TodreError
+from llava_todre.pruners.todre import Todre, TodreV1
 
 SUITE = "mini"
 OURS = "v2"
@@ -45,8 +46,19 @@ def gather(sources: Sources, table: str) -> Data:
         " questions, 95% interval (bootstrap over items, paired with the unpruned run);"
         f" {made_by(dict(full))} (c) with the share of questions on which tokens were withdrawn."
         " (b, d) published, not a result of this project: LLaVA-NeXT-7B,"
-        f" four benchmarks, four RTX 3090; v1 {VERSIONS['v1']}, v2 {VERSIONS['v2']}.",
+        f" four benchmarks, four RTX 3090; v1 {VERSIONS['v1']}, v2 {VERSIONS['v2']}."
+        f" {_held(table)}",
     }
+
+
+def _held(table: str) -> str:
+    """Return what stays the same along a sweep, and is not the same in both versions."""
+    parts = []
+    for version, method in (("ours and v2", Todre()), ("v1", TodreV1())):
+        depths = ", ".join(f"{8 * depth:g}/8" for depth in method.probe_depths)
+        parts.append(f"{version} {depths}" if table == "5" else f"{version} {method.tau:.2f}")
+    knob = "Probe layers" if table == "5" else "Threshold tau"
+    return f"{knob}, by default of each version: {'; '.join(parts)}."
 
 
 def _setting(row: RowSpec) -> float | str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from eval.figures.files import svg
-from eval.figures.registry import drawn, spec_of
+from eval.figures.registry import drawn, gathered, spec_of
 from eval.figures.sources import Sources
 from eval.report.page import Html, drawing, grid, paragraph
 from llava_todre.errors import TodreError
@@ -27,7 +27,7 @@ def _charts(names: Iterable[str], sources: Sources) -> list[Html]:
     for name in names:
         spec = spec_of(name)
         try:
-            data = spec.gather(sources)
+            data = gathered(name, sources)
         except TodreError as error:
             missing.append(paragraph(f"Not drawn: {spec.shows}. {error}", "note"))
             continue

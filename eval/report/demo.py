@@ -9,6 +9,7 @@ from eval.report.origin import origin
 from eval.report.page import Html, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, with_pictures
 from llava_todre.demo import Run
+from llava_todre.errors import TodreError
 from llava_todre.mini import held_out
 from llava_todre.pruners import Pruner
 from llava_todre.table import LEGEND, cells
@@ -16,7 +17,10 @@ from llava_todre.table import LEGEND, cells
 
 def is_demo(results: Any) -> bool:
     """Return whether a JSON value is what ``todre demo`` stores."""
-    return isinstance(results, dict) and {"rows", "runs", "tasks", "seed"} <= set(results)
+    return isinstance(results, dict) and set(results) >= _PARTS and bool(results["rows"])
+
+
+_PARTS = {"rows", "runs", "tasks", "seed", "questions", "num_images", "versions", "time_utc"}
 
 
 def report(results: dict[str, Any], model: Any, tokenizer: Any, charts: list[Html]) -> str:
@@ -27,8 +31,16 @@ def report(results: dict[str, Any], model: Any, tokenizer: Any, charts: list[Htm
         model: that was used.
         tokenizer: of the model.
         charts: drawn from the results.
+
+    Raises:
+        TodreError: the results are of another version of the demo.
     """
-    stored = [(Run(**each["run"]), each) for each in results["runs"]]
+    try:
+        stored = [(Run(**each["run"]), each) for each in results["runs"]]
+    except (KeyError, TypeError) as error:
+        raise TodreError(
+            f"results of the demo are damaged or of another version ({error}); run it again."
+        ) from None
     shown = {_label(run): (run, each) for run, each in stored if run.draw == 0}
     samples = held_out(min(NUM_SCENES, results["num_images"]), results["seed"])
     runs = {label: each for label, (_, each) in shown.items()}

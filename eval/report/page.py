@@ -30,9 +30,10 @@ th:first-child { background: #f6f8fa; }
 .note { color: #57606a; font-size: .9rem; }
 .right::before { content: "\\2713\\00a0"; color: #00644b; font-weight: bold; }
 .wrong { color: #a03800; } .wrong::before { content: "\\2717\\00a0"; font-weight: bold; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem; }
-.charts img { width: 100%; max-width: 58rem; }
-.charts { display: grid; gap: 1.5rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: 1rem;
+  margin-bottom: 1rem; }
+.charts img { width: 100%; min-width: 46rem; max-width: 58rem; }
+.charts { display: grid; gap: 1.5rem; grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; } figcaption { font-size: .9rem; color: #57606a; }
 img { max-width: 100%; height: auto; display: block; }
 """
@@ -102,16 +103,16 @@ def picture(image: Image.Image, caption: object, alt: str) -> Html:
 
 
 def drawing(svg: bytes, caption: object, alt: str) -> Html:
-    """Return a drawing in SVG with its caption."""
-    return _figure("image/svg+xml", svg, caption, alt)
+    """Return a drawing in SVG with its caption; where it is wider than the screen it scrolls."""
+    return _figure("image/svg+xml", svg, caption, alt, "wide")
 
 
-def _figure(kind: str, content: bytes, caption: object, alt: str) -> Html:
+def _figure(kind: str, content: bytes, caption: object, alt: str, box: str = "") -> Html:
     source = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    return Html(
-        f'<figure><img src="{source}" alt="{escape(alt)}"><figcaption>{text(caption)}</figcaption>'
-        "</figure>"
-    )
+    image = f'<img src="{source}" alt="{escape(alt)}">'
+    if box:
+        image = f'<div class="{box}">{image}</div>'
+    return Html(f"<figure>{image}<figcaption>{text(caption)}</figcaption></figure>")
 
 
 def grid(parts: Sequence[Html], kind: str) -> Html:

@@ -15,6 +15,7 @@ from eval.report.page import Html, heading, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, answers, with_pictures
 from eval.tables import sheets
 from llava_todre.errors import TodreError
+from llava_todre.lmms_plugin.arguments import draws, item_seed, with_seed
 from llava_todre.mini import held_out
 from llava_todre.pruners import Pruner, create_pruner
 
@@ -111,17 +112,23 @@ def _examples(runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any) -> 
     mini = {label: run for label, run in plain.items() if _is_mini(run)}
     if not mini:
         return [part for asked in of_runs(plain, folder, NUM_SCENES) for part in answers(asked)]
-    pruners = {label: _pruner(run) for label, run in mini.items()}
+
+    def pruners(index: int) -> dict[str, Pruner]:
+        return {label: pruner_of(run, index) for label, run in mini.items()}
+
     asked = of_runs(mini, folder, NUM_SCENES)
-    return with_pictures(model, tokenizer, held_out(NUM_SCENES), lambda _: pruners, asked)
+    return with_pictures(model, tokenizer, held_out(NUM_SCENES), pruners, asked)
 
 
 def _is_mini(run: Run) -> bool:
     return model_key(run) == _MINI and run["config"]["suite"] == _MINI
 
 
-def _pruner(run: Run) -> Pruner:
-    return create_pruner(run["config"]["method"], **run["config"]["options"])
+def pruner_of(run: Run, doc_id: int) -> Pruner:
+    """Return the method as the run asked about one item: random draws belong to the item."""
+    pruner = create_pruner(run["config"]["method"], **run["config"]["options"])
+    seed = item_seed(run["config"]["seed"], doc_id)
+    return with_seed(pruner, seed) if draws(pruner) else pruner
 
 
 def _label(run: Run) -> str:

@@ -29,15 +29,15 @@ def ratio_chart(
     """
     to_visual = [(probe.layer, probe.text_to_visual or 0.0) for probe in ratios]
     to_text = [(probe.layer, probe.visual_to_text or 0.0) for probe in ratios]
-    top = _ceiling(max([value for _, value in to_visual + to_text] + [tau or 0.0]))
 
     def x(layer: float) -> float:
         return _LEFT + (layer + 0.5) / num_layers * (_WIDTH - _LEFT - _RIGHT)
 
     def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - value / top * (_HEIGHT - _TOP - _BOTTOM)
+        # Always up to 1, so that both sides of the page can be compared.
+        return _HEIGHT - _BOTTOM - value * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_grid(num_layers, top, x, y)]
+    parts = [_grid(num_layers, x, y)]
     if withdrawn_from is not None:
         edge = x(withdrawn_from - 0.5)
         parts += [
@@ -67,15 +67,10 @@ def threshold(pruner: Pruner) -> float | None:
     return getattr(inside, "tau", None)
 
 
-def _ceiling(value: float) -> float:
-    """Return a round number above ``value``, at most 1."""
-    return next((top for top in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8) if top >= value * 1.1), 1.0)
-
-
-def _grid(num_layers: int, top: float, x: _Scale, y: _Scale) -> str:
+def _grid(num_layers: int, x: _Scale, y: _Scale) -> str:
     lines = []
     for tick in range(_TICKS + 1):
-        value = top * tick / _TICKS
+        value = tick / _TICKS
         lines.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
             'stroke="currentColor" opacity="0.2"/>'

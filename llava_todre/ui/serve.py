@@ -38,13 +38,16 @@ def serve(
     Raises:
         TodreError: gradio is missing, the checkpoint cannot be loaded, or the port is taken.
     """
+    if not 1 <= port <= 65535:
+        raise TodreError(f"port {port} is out of range; allowed: 1 to 65535.")
     _gradio()  # before minutes of loading
     studio = Studio(model_path or str(bundled_checkpoint()), backend, template)
     note = _BUNDLED_NOTE if model_path is None else ""
     if not studio.draws_pictures:
         note += " What part of a picture each token sees is not known here, so nothing is drawn."
     page = open_page(studio, model_path or "bundled mini model", note, host, port)
-    reach = "this machine" if host == LOCAL else "whoever can reach this machine"
+    is_local = host in (LOCAL, "localhost", "::1")
+    reach = "this machine" if is_local else "whoever can reach this machine"
     try:
         print(f"http://{host}:{port} shows the page, to {reach}; Ctrl-C ends it.", flush=True)
         Event().wait()
@@ -84,7 +87,10 @@ def open_page(
             css=CSS,
         )
     except OSError:
-        raise TodreError(f"port {port} of {host} cannot be used; allowed: a free one.") from None
+        raise TodreError(
+            f"port {port} of {host} cannot be used; allowed: a free port of an address that this "
+            "machine has."
+        ) from None
     return page
 
 

@@ -219,6 +219,13 @@ def test_a_point_of_the_pareto_plot_is_a_row_of_the_results() -> None:
         assert point["interval"][0] <= point["accuracy"] <= point["interval"][1] + 1e-9
 
 
+def test_no_interval_of_the_pareto_plot_is_cut() -> None:
+    data = stored("pareto", COMMITTED)
+    data["points"][1]["interval"] = [2.0, 108.0]
+    low, high = drawn("pareto", data).axes[0].get_ylim()
+    assert low < 2.0 and high > 108.0
+
+
 def test_the_radar_shows_shares_of_the_unpruned_score() -> None:
     data = radar.gather(Sources())
     assert data["ratio"] == 0.10 and set(data["ours"]) == set(radar.LINES)
@@ -234,6 +241,12 @@ def test_the_sweep_over_layers_has_our_runs_and_both_versions() -> None:
     assert ours["8/8"]["accuracy"] == 100 and ours["8/8"]["withdrawn"] == 0
     assert ours["4/8"]["interval"][0] < ours["4/8"]["accuracy"] < ours["4/8"]["interval"][1]
     assert {p["at"]: p["minutes"] for p in data["published"]["v2"]}["4/8"] == 64 + 19 / 60
+
+
+def test_a_sweep_says_what_was_held_the_same_in_each_version() -> None:
+    held = {"5": "ours and v2 7/8; v1 4/8, 5/8, 6/8, 7/8.", "6": "ours and v2 0.10; v1 0.03."}
+    for table, text in held.items():
+        assert sweeps.gather(Sources(), table)["note"].endswith(text)
 
 
 def test_numbers_are_cut_to_what_can_be_seen() -> None:
@@ -260,10 +273,36 @@ def test_the_command_writes_three_files_and_redraws_them(
     assert {f.name: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == made
 
 
+def test_a_write_that_ends_early_leaves_the_whole_file_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    redraw = ["figure", "time", "--out", str(tmp_path)]
+    assert main(redraw) == 0
+    before = (tmp_path / "time.png").read_bytes()
+
+    def killed(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(redraw)
+    assert (tmp_path / "time.png").read_bytes() == before
+    json.loads((tmp_path / "data" / "time.json").read_text())
+
+
 def _wrong(tmp_path: Path) -> Iterator[tuple[list[str], str]]:
     damaged, other = tmp_path / "damaged.json", tmp_path / "other.json"
     damaged.write_text("{")
     other.write_text("{}")
+    empty, old = tmp_path / "empty.json", tmp_path / "old.json"
+    empty.write_text('{"rows": [], "tasks": []}')
+    results = Sources().demo()
+    del results["rows"][0]["first_token_speedup"]
+    old.write_text(json.dumps(results))
+    yield ["radar", "--methods", str(empty)], "'radar' cannot be made of the stored results"
+    yield ["pareto", "--methods", str(old)], "results (KeyError: 'first_token_speedup')"
     yield ["paretto"], "figure 'paretto' is unknown. Did you mean 'pareto'? Allowed: all, decoding,"
     yield ["layers", "--samples", "0"], "samples 0 is out of range"
     yield ["pareto", "--methods", str(tmp_path / "no.json")], "no.json' cannot be read"

@@ -15,8 +15,12 @@ from eval.readme import REPRODUCED
 from eval.report import page
 from eval.report.answers import of_runs
 from eval.report.command import report
-from llava_todre.demo import run_demo
+from eval.report.runs import pruner_of
+from llava_todre.demo import bundled_checkpoint, run_demo
 from llava_todre.errors import TodreError
+from llava_todre.generate import Request, answer
+from llava_todre.mini import held_out
+from llava_todre.model.load import load_pretrained_model
 
 
 class Reader(HTMLParser):
@@ -107,6 +111,19 @@ def test_results_that_were_passed_on_have_a_report_without_answers() -> None:
     assert any(alt.startswith("Visual tokens kept by divprune 25%") for alt in found.alts)
 
 
+def test_pictures_of_runs_show_the_tokens_that_led_to_the_answers() -> None:
+    """Of a random method as well, whose draw belongs to the item."""
+    run = json.loads(next(REPRODUCED.glob("mini-mini-random-0.1-*.json")).read_text())
+    tokenizer, model, _, _ = load_pretrained_model(bundled_checkpoint())
+    for doc_id, sample in enumerate(held_out(2)):
+        model.set_pruner(pruner_of(run, doc_id))
+        requests = [Request(question.text, [sample.image]) for question in sample.questions]
+        given = answer(model, tokenizer, requests, max_new_tokens=8)
+        for question, said in zip(sample.questions, given, strict=True):
+            score = dict(run["benchmarks"][question.task]["items"])[doc_id]
+            assert (said.text.strip().lower() == question.answer.lower()) == bool(score)
+
+
 def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
     name = "mini-mini-todre-0.1-c13855e2"
     run = json.loads((REPRODUCED / f"{name}.json").read_text())
@@ -160,6 +177,25 @@ def test_a_folder_without_results_is_one_line(prepare, message: str, tmp_path: P
     prepare(folder)
     with pytest.raises(TodreError, match=message) as caught:
         report(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda results: results.pop("versions"), "holds no results"),
+        (lambda results: results["rows"].clear(), "holds no results"),
+        (lambda results: results["runs"][0]["run"].update(old=1), "of another version"),
+    ],
+)
+def test_results_of_another_version_are_one_line(
+    change, message: str, demo: Path, tmp_path: Path
+) -> None:
+    results = json.loads((demo / "results.json").read_text())
+    change(results)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(TodreError, match=message) as caught:
+        report(tmp_path)
     assert "\n" not in str(caught.value)
 
 

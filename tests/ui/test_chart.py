@@ -31,6 +31,16 @@ def test_higher_is_more_and_equal_shares_stand_equally_high() -> None:
     assert float(dotted.get("y1")) == to_text[0]
 
 
+def test_the_two_sides_of_the_page_have_one_scale() -> None:
+    few = [Probe(layer, 0, 0.3, 0.0) for layer in range(4)]
+    many = [Probe(0, 0, 0.9, 0.0), *few[1:]]
+    one, other = (
+        heights(ElementTree.fromstring(ratio_chart(each, 4, None, None)), TO_VISUAL)
+        for each in (few, many)
+    )
+    assert one[1:] == other[1:]
+
+
 @pytest.mark.parametrize("num_layers", [2, 10, 32, 80])
 def test_everything_stays_inside_and_layers_are_named_without_crowding(num_layers: int) -> None:
     picture = drawn(num_layers - 1, num_layers, withdrawn_from=num_layers - 1, tau=0.1)

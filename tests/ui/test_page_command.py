@@ -23,6 +23,8 @@ from llava_todre.ui.uploads import Limits
         (["--ui", "--methods", "todre"], "methods ['todre'] is for the comparison"),
         (["--port", "8000"], "port 8000 is for the page; add --ui"),
         (["--host", "0.0.0.0"], "host '0.0.0.0' is for the page; add --ui"),
+        (["--ui", "--port", "99999"], "port 99999 is out of range; allowed: 1 to 65535"),
+        (["--ui", "--port", "0"], "port 0 is out of range"),
         (["--ui", "--model", "no/such/folder"], "no/such/folder"),
         (["--ui", "--backend", "lava"], "Did you mean 'llava'?"),
     ],

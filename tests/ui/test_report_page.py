@@ -69,3 +69,5 @@ def test_a_phone_shows_it_without_scrolling_the_page_sideways(opened: Any) -> No
     assert opened.execute_script("return document.documentElement.scrollWidth") <= 390
     size = opened.execute_script("return getComputedStyle(document.body).fontSize")
     assert size == "16px"
+    drawings = opened.find_elements("css selector", ".charts img")
+    assert drawings and all(each.size["width"] > 700 for each in drawings), "text of 6 points"
