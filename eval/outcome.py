@@ -7,7 +7,6 @@ complete when its results are there, hold every metric, and stand on all the ite
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from eval.compare import is_run, require_sound
 from eval.runs import Run
 from eval.suites import scores
 from llava_todre.errors import TodreError
+from llava_todre.files import write_whole
 from llava_todre.lmms_plugin.log import read_answers
 from llava_todre.provenance import provenance
 
@@ -119,12 +119,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
     """Write a run so that it is there whole or not at all, even after a power cut."""
-    draft = file.with_name(f"{file.name}.{os.getpid()}.part")
-    with draft.open("w") as stream:
-        stream.write(_indented(record))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, file)
+    write_whole(file, _indented(record))
 
 
 def _indented(record: Mapping[str, Any]) -> str:

@@ -269,7 +269,7 @@ class Sheet:
                 f" second, on the device below.{theirs}"
             )
         if "time" in self.columns:
-            theirs = "; the paper's on four RTX 3090" if versions else ""
+            theirs = "; the papers' on theirs (v1: four RTX 3090)" if versions else ""
             notes.append(f"time: minutes:seconds; ours on the device below{theirs}.")
         if any(cell.interval for _, cells, _ in self.rows for cell in cells.values()):
             notes.append(

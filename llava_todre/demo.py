@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import resource
 import statistics
@@ -25,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_todre.errors import TodreError
+from llava_todre.files import write_whole
 from llava_todre.flops import decoder_prefill_flops
 from llava_todre.generate import Answer, Request, answer
 from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
@@ -34,7 +34,7 @@ from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.table import as_markdown
-from llava_todre.viz import contact_sheet, draw_kept, token_boxes
+from llava_todre.viz import contact_sheet, kept_picture
 
 RANDOM_DRAWS = 3
 TIMED_PROMPTS = 24
@@ -148,7 +148,7 @@ def run_demo(
             if result is None:
                 result = {"version": version, "run": asdict(run)}
                 result |= _evaluate(run, samples, ask, model, progress)
-                _write(file, json.dumps(result))
+                write_whole(file, json.dumps(result))
             else:
                 progress.update(num_images)
             scored.append(result)
@@ -166,8 +166,8 @@ def run_demo(
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         **provenance(),
     }
-    _write(out / "results.json", json.dumps(results, indent=1))
-    _write(out / "table.md", as_markdown(results))
+    write_whole(out / "results.json", json.dumps(results, indent=1))
+    write_whole(out / "table.md", as_markdown(results))
     _draw(runs, samples, ask, model, out)
     return results
 
@@ -304,7 +304,6 @@ def _draw(
 
     With more methods than fit into a row, each ratio gets a sheet of its own.
     """
-    tile = model.get_vision_tower().config.image_size
     ratios = sorted({run.retain_ratio for run in runs if run.method != "vanilla"}, reverse=True)
     for scene, sample in enumerate(samples[:PICTURED_SCENES]):
         question = sample.questions[scene % len(sample.questions)]
@@ -317,9 +316,8 @@ def _draw(
                     continue
                 given = ask(sample, place, run.pruner(scene), max_new_tokens=_MAX_NEW_TOKENS)[0]
                 stats = given.stats.images[0]
-                boxes = token_boxes(stats, sample.image.size, model.config, tile)
                 tokens = f"{len(stats.keep_idx)} in, {given.stats.mean_visual_tokens:.0f} per layer"
-                picture = draw_kept(sample.image, boxes, stats, _PICTURE_SCALE)
+                picture = kept_picture(sample.image, stats, model, _PICTURE_SCALE)
                 rows[-1].append((f"{run.method}, {tokens}: {given.text}", picture))
         caption = f"{question.text}  ({question.answer})"
         if max(map(len, rows)) <= _ONE_SHEET:
@@ -356,10 +354,3 @@ def _finished(file: Path, version: str, run: Run) -> dict[str, Any] | None:
         return None
     same = result.get("version") == version and result.get("run") == asdict(run)
     return result if same else None
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    draft = file.with_name(file.name + ".part")
-    draft.write_text(text)
-    os.replace(draft, file)

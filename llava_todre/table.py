@@ -19,21 +19,21 @@ LEGEND = (
 def cells(results: dict[str, Any], per_task: bool) -> list[list[str]]:
     """Return header and rows of a demo's results; ``per_task`` adds a column for every task."""
     tasks = results["tasks"] if per_task else []
-    header = ["method", "tokens", "per layer", *tasks, "mean", "relative"]
-    table = [[*header, "FLOPs", "prefill", "TTFT"]]
+    header = ["method", "tokens", "per layer", "mean", "relative", "FLOPs", "prefill", "TTFT"]
+    table = [[*header, *tasks]]
     for row in results["rows"]:
         draws = f" (mean of {row['draws']})" if row["draws"] > 1 else ""
-        scores = [row["accuracy"][task] for task in tasks]
         table.append(
             [
                 f"{row['method']} {row['retain_ratio']:.0%}{draws}",
                 f"{row['kept_tokens']:.0f}",
                 f"{row['mean_visual_tokens_per_layer']:.0f}",
-                *(f"{100 * score:.1f}" for score in [*scores, row["average"]]),
+                f"{100 * row['average']:.1f}",
                 with_interval(row["relative_average"], row.get("relative_interval")),
                 f"{row['flops_share']:.0%}",
                 f"{row['prefill_speedup']['median']:.1f}x",
                 f"{row['first_token_speedup']['median']:.1f}x",
+                *(f"{100 * row['accuracy'][task]:.1f}" for task in tasks),
             ]
         )
     return table

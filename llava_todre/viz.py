@@ -111,6 +111,25 @@ def draw_kept(
     return result
 
 
+def kept_picture(
+    image: Image.Image, stats: ImageStats, model: Any, scale: float | None = None
+) -> Image.Image:
+    """Return one image of a prompt with dropped tokens dimmed.
+
+    Args:
+        image: RGB, as given to the model.
+        stats: of that image.
+        model: of our class, for its config and the size of its views.
+        scale: size of the result relative to the image; about 448 pixels when None, and never more
+            than :data:`MAX_SIDE`.
+    """
+    tile = model.get_vision_tower().config.image_size
+    longest = max(image.size)
+    if scale is None:
+        scale = max(1, round(448 / longest)) if longest < MAX_SIDE else MAX_SIDE / longest
+    return draw_kept(image, token_boxes(stats, image.size, model.config, tile), stats, scale)
+
+
 def picture_of(images: Sequence[Image.Image], stats: PruneStats, model: Any) -> Image.Image:
     """Return what a model saw of the images of one prompt, side by side.
 
@@ -119,14 +138,10 @@ def picture_of(images: Sequence[Image.Image], stats: PruneStats, model: Any) -> 
         stats: of that prompt.
         model: for its config and the size of its views.
     """
-    tile = model.get_vision_tower().config.image_size
     cells = []
     for image, kept in zip(images, stats.images, strict=True):
-        boxes = token_boxes(kept, image.size, model.config, tile)
-        longest = max(image.size)
-        scale = max(1, round(448 / longest)) if longest < MAX_SIDE else MAX_SIDE / longest
         title = f"{len(kept.keep_idx)} of {kept.num_tokens} tokens"
-        cells.append((title, draw_kept(image.convert("RGB"), boxes, kept, scale)))
+        cells.append((title, kept_picture(image.convert("RGB"), kept, model)))
     return contact_sheet([cells], "Visual tokens kept before the decoder")
 
 

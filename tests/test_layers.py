@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
-    ["errors", "version", "selection_triton"],
+    ["errors", "version", "files", "selection_triton"],
     [
         "selection",
         "relevance",

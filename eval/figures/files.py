@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from eval.figures.registry import FIGURES, drawn
 from eval.figures.sources import Data, rounded
 from eval.figures.style import few_colours, styled
 from llava_todre.errors import TodreError
+from llava_todre.files import write_whole
 
 DPI = 200
 _COLOURS = 192
@@ -102,12 +102,9 @@ def store(name: str, data: Data, out: Path) -> list[Path]:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    draft = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_bytes(content)
-        os.replace(draft, file)
+        write_whole(file, content)
     except OSError as error:
         raise TodreError(f"out {str(file)!r} cannot be written: {error.strerror}.") from None
 

@@ -57,7 +57,7 @@ def gather(sources: Sources) -> Data:
 def _published() -> dict[str, dict[str, float]]:
     benchmarks = numbers()["image_benchmarks"]
     table = {
-        row.method: next(iter(row.published.values()))
+        row.method: row.published["v2" if "v2" in row.published else "v1"]
         for row in rows("1", model=PUBLISHED)
         if row.options.get("retain_ratio", PUBLISHED_RATIO) == PUBLISHED_RATIO
     }

@@ -104,5 +104,11 @@ def gathered(name: str, sources: Sources) -> Data:
 
 def drawn(name: str, data: Data) -> Any:
     """Return the matplotlib Figure of gathered data, in the style of the project."""
-    with styled():
-        return spec_of(name).draw(data)
+    try:
+        with styled():
+            return spec_of(name).draw(data)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise TodreError(
+            f"figure {name!r} cannot be drawn from this data ({type(error).__name__}: {error}); "
+            f"make it again with `python -m eval figure {name}`."
+        ) from error

@@ -46,7 +46,7 @@ def gather(sources: Sources, table: str) -> Data:
         " questions, 95% interval (bootstrap over items, paired with the unpruned run);"
         f" {made_by(dict(full))} (c) with the share of questions on which tokens were withdrawn."
         " (b, d) published, not a result of this project: LLaVA-NeXT-7B,"
-        f" four benchmarks, four RTX 3090; v1 {VERSIONS['v1']}, v2 {VERSIONS['v2']}."
+        f" four benchmarks, v1 on four RTX 3090; v1 {VERSIONS['v1']}, v2 {VERSIONS['v2']}."
         f" {_held(table)}",
     }
 

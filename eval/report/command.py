@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from eval.compare import read_json
 from eval.report import charts, demo, runs
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
+from llava_todre.files import write_whole
 from llava_todre.model.load import load_pretrained_model
 
 NAME = "report.html"
@@ -30,10 +30,8 @@ def run(options: argparse.Namespace) -> int:
     """Write the report; returns the exit status."""
     out = options.out or options.folder / NAME
     text = report(options.folder, options.model)
-    draft = out.with_name(out.name + ".part")
     try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, out)
+        write_whole(out, text)
     except OSError as error:
         raise TodreError(f"out {str(out)!r} cannot be written: {error.strerror}.") from None
     print(f"{out}: {len(text) / 2**20:.1f} MiB, opens in any browser, offline")

@@ -98,17 +98,20 @@ def _tables(runs: Sequence[Run]) -> list[Html]:
 
 
 def _as_html(filled: Table) -> list[Html]:
-    notes = [paragraph(note, "note") for note in filled.notes]
-    return [
-        heading(filled.title),
-        table(filled.header, filled.rows, filled.left, wraps=False),
-        *notes,
-    ]
+    """Return a table with its last column, the average, in front: phones show it first."""
+    left = filled.left
+    header, *rows = ([*row[:left], row[-1], *row[left:-1]] for row in [filled.header, *filled.rows])
+    drawn = table(header, rows, left, wraps=False)
+    return [heading(filled.title), drawn, *(paragraph(note, "note") for note in filled.notes)]
 
 
 def _examples(runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any) -> list[Html]:
     """Return the first items of the runs that differ in method and ratio only."""
-    plain = {_label(run): run for run in runs if set(run["config"]["options"]) <= {"retain_ratio"}}
+    plain = {
+        _label(run): run
+        for run in sorted(runs, key=_place)
+        if set(run["config"]["options"]) <= {"retain_ratio"}
+    }
     mini = {label: run for label, run in plain.items() if _is_mini(run)}
     if not mini:
         return [part for asked in of_runs(plain, folder, NUM_SCENES) for part in answers(asked)]
@@ -118,6 +121,11 @@ def _examples(runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any) -> 
 
     asked = of_runs(mini, folder, NUM_SCENES)
     return with_pictures(model, tokenizer, held_out(NUM_SCENES), pruners, asked)
+
+
+def _place(run: Run) -> tuple[bool, float]:
+    """Return where a run stands: the unpruned one, then by falling ratio."""
+    return run["config"]["method"] != "vanilla", -_ratio(run)
 
 
 def _is_mini(run: Run) -> bool:
@@ -132,5 +140,8 @@ def pruner_of(run: Run, doc_id: int) -> Pruner:
 
 
 def _label(run: Run) -> str:
-    ratio = run["config"]["options"].get("retain_ratio", 1.0)
-    return f"{run['config']['method']} {ratio:.0%}"
+    return f"{run['config']['method']} {_ratio(run):.0%}"
+
+
+def _ratio(run: Run) -> float:
+    return float(run["config"]["options"].get("retain_ratio", 1.0))

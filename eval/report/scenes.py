@@ -15,7 +15,7 @@ from eval.report.page import Html, grid, heading, mark, paragraph, picture, tabl
 from llava_todre.generate import Request, answer
 from llava_todre.mini import Sample
 from llava_todre.pruners import Pruner
-from llava_todre.viz import draw_kept, token_boxes
+from llava_todre.viz import kept_picture
 
 NUM_SCENES = 3
 _WIDTH = 320
@@ -71,15 +71,14 @@ def _kept(
     model: Any, tokenizer: Any, image: Image.Image, question: str, pruners: Mapping[str, Pruner]
 ) -> list[Html]:
     """Return one picture per method; the model has its own method again afterwards."""
-    before, tile = model.pruner, model.get_vision_tower().config.image_size
+    before = model.pruner
     cards = []
     try:
         for label, pruner in pruners.items():
             model.set_pruner(pruner)
             (given,) = answer(model, tokenizer, [Request(question, [image])], max_new_tokens=8)
             stats = given.stats.images[0]
-            boxes = token_boxes(stats, image.size, model.config, tile)
-            drawn = draw_kept(image, boxes, stats, max(1.0, _WIDTH / image.width))
+            drawn = kept_picture(image, stats, model, max(1.0, _WIDTH / image.width))
             entered = f"{len(stats.keep_idx)} of {stats.num_tokens} tokens enter the decoder"
             layers = f"{given.stats.mean_visual_tokens:.0f} per layer"
             caption = Html(f"<b>{text(label)}</b><br>{entered}, {layers}")

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_todre.errors import TodreError
+from llava_todre.files import write_whole
 
 Line = dict[str, Any]
 Place = tuple[str, int, int]
@@ -54,8 +55,8 @@ class AnswerLog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
-                _write(self._folder / "settings.json", json.dumps(settings, indent=1))
-                _write(log_dir / "current", fingerprint)
+                write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
+                write_whole(log_dir / "current", fingerprint)
         except OSError as error:
             reason = error.strerror
             raise TodreError(f"log_dir {str(log_dir)!r} cannot be used: {reason}.") from None
@@ -114,10 +115,3 @@ def _lines(file: Path) -> Iterator[Line]:
 
 def _stem(task: str, split: str) -> str:
     return ".".join(re.sub(r"[^\w-]", "-", part) for part in (task, split))
-
-
-def _write(file: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    draft = file.with_name(file.name + ".part")
-    draft.write_text(text)
-    os.replace(draft, file)

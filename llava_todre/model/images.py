@@ -87,6 +87,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode == "F" and np.asarray(image).max() <= 1:
+        raise TodreError(
+            "image of mode 'F' has no value above 1 and would be black; allowed: 0 to 255."
+        )
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         deep = image.mode != "I" or values.max() > 255

@@ -9,9 +9,10 @@ from PIL import Image
 
 from llava_todre.stats import ImageStats, PruneStats
 from llava_todre.ui.uploads import Upload
-from llava_todre.viz import MAX_SIDE, contact_sheet, draw_kept, token_boxes
+from llava_todre.viz import contact_sheet, draw_kept, token_boxes
+from llava_todre.viz import kept_picture as kept_of_image
 
-_IMAGE_PIXELS, _FRAME_PIXELS = 448, 224
+_FRAME_PIXELS = 224
 """Longest side of a small image, and of one frame, when drawn."""
 _COLUMNS = 4
 # A frame is resized and cropped to one view, as in llava_todre.generate.
@@ -39,10 +40,7 @@ def kept_picture(upload: Upload, stats: PruneStats, model: Any) -> Image.Image:
     tile = model.get_vision_tower().config.image_size
     if not upload.is_video:
         (image,) = upload.images
-        boxes = token_boxes(stats.images[0], image.size, model.config, tile)
-        longest = max(image.size)
-        scale = max(1, round(_IMAGE_PIXELS / longest)) if longest < MAX_SIDE else MAX_SIDE / longest
-        return draw_kept(image, boxes, stats.images[0], scale)
+        return kept_of_image(image, stats.images[0], model)
     cells = []
     for index, frame in enumerate(upload.images):
         of_frame = frame_stats(stats.images[0], index)

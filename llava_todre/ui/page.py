@@ -14,7 +14,7 @@ from typing import Any
 from llava_todre.catalogue import COMBINATION
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
-from llava_todre.ui import report
+from llava_todre.ui import facts
 from llava_todre.ui.drawing import preview
 from llava_todre.ui.studio import Studio, has_budget
 from llava_todre.ui.uploads import read_upload
@@ -116,7 +116,7 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
             try:
                 picture = preview(read_upload(sent, int(num_frames)))
             except Exception as error:
-                problem = report.alert(reason(error))
+                problem = facts.alert(reason(error))
                 return {chosen: None, shown: None, example: None, status: problem, file: None}
             return {chosen: sent, shown: picture, example: None, status: ""}
 
@@ -133,7 +133,7 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
                 earlier.set()  # asked twice at once: the later one counts
             return {
                 **dict.fromkeys(parts.values()),
-                status: report.progress("Waits for its turn."),
+                status: facts.progress("Waits for its turn."),
                 stopper: Event(),
                 ask: gr.update(interactive=False),
                 stop: gr.update(interactive=True),

@@ -13,7 +13,7 @@ from threading import Event
 from typing import Any
 
 from llava_todre.errors import TodreError
-from llava_todre.ui import report
+from llava_todre.ui import facts
 from llava_todre.ui.drawing import kept_picture
 from llava_todre.ui.studio import Outcome, Question, Step, Studio
 from llava_todre.ui.uploads import Upload, read_upload
@@ -53,7 +53,7 @@ def visit(studio: Studio, settings: Settings, stop: Event) -> Iterator[News]:
     Nothing is raised: what goes wrong is news, too.
     """
     try:
-        yield {"status": report.progress("Reads the file.")}
+        yield {"status": facts.progress("Reads the file.")}
         if settings.path is None:
             raise TodreError("There is nothing to look at: upload a file, or pick an example.")
         upload = read_upload(settings.path, settings.num_frames)
@@ -67,11 +67,11 @@ def visit(studio: Studio, settings: Settings, stop: Event) -> Iterator[News]:
                     if isinstance(news, Step)
                     else _outcome(studio, side, upload, news)
                 )
-        yield {"status": report.progress("Stopped." if stop.is_set() else "Done.")}
+        yield {"status": facts.progress("Stopped." if stop.is_set() else "Done.")}
     except Stopped:
-        yield {"status": report.progress("Stopped.")}
+        yield {"status": facts.progress("Stopped.")}
     except Exception as error:
-        yield {"status": report.alert(reason(error))}
+        yield {"status": facts.alert(reason(error))}
 
 
 def reason(error: Exception) -> str:
@@ -83,7 +83,7 @@ def reason(error: Exception) -> str:
 
 
 def _step(side: str, method: str, step: Step) -> News:
-    line = report.progress(f"{side}, {method}: {step.line}.")
+    line = facts.progress(f"{side}, {method}: {step.line}.")
     return {"status": line, part(side, "answer"): step.text}
 
 
@@ -93,7 +93,7 @@ def _outcome(studio: Studio, side: str, upload: Upload, outcome: Outcome) -> New
     shown = {
         "answer": outcome.text,
         "kept": kept_picture(upload, outcome.stats, studio.model) if drawn else None,
-        "facts": report.facts(outcome, shape),
-        "chart": report.chart(outcome, shape.layers),
+        "facts": facts.facts(outcome, shape),
+        "chart": facts.chart(outcome, shape.layers),
     }
     return {part(side, name): value for name, value in shown.items()}

@@ -280,12 +280,11 @@ def test_a_write_that_ends_early_leaves_the_whole_file_of_before(
     assert main(redraw) == 0
     before = (tmp_path / "time.png").read_bytes()
 
-    def killed(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[: len(content) // 2])
+    def killed(descriptor: int) -> None:
+        os.ftruncate(descriptor, 10)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_bytes", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         main(redraw)
     assert (tmp_path / "time.png").read_bytes() == before

@@ -140,6 +140,11 @@ def test_every_mode_becomes_rgb(mode, value, rgb):
     assert (image.mode, image.size, image.getpixel((1, 1))) == ("RGB", (3, 2), rgb)
 
 
+def test_float_pixels_from_0_to_1_are_refused_instead_of_shown_as_black():
+    with pytest.raises(TodreError, match="no value above 1"):
+        to_rgb(Image.new("F", (3, 2), 0.9))
+
+
 def test_palette_with_transparency(tmp_path):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
