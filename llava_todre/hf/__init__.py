@@ -42,13 +42,15 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
         TodreError: a model that is not supported, a wrong option, or a method that needs something
             this family of models does not compute.
     """
+    kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
+    if not isinstance(method, (str, Pruner)):
+        raise TodreError(f"method {method!r} is neither a name nor a method object; allowed: both.")
     if isinstance(method, Pruner) and knobs:
         raise TodreError(
             f"options {', '.join(knobs)} beside a method object; allowed: set them on the object."
         )
     pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
     stack = model.__dict__.get(_STACK, [])
-    kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
     attachment = kind(model, pruner, stack[0].own if stack else getattr(model, "generate", None))
     model.__dict__[_STACK] = [*stack, attachment]
     model.__dict__["generate"] = attachment.generate
@@ -61,23 +63,21 @@ def detach(model: Any) -> None:
     Raises:
         TodreError: nothing is attached.
     """
-    *earlier, last = _stack(model)
-    if earlier:
-        model.__dict__.update({_STACK: earlier, "generate": earlier[-1].generate})
-        return
-    del model.__dict__["generate"], model.__dict__[_STACK]
-    if model.generate != last.own:  # someone else had replaced it
-        model.__dict__["generate"] = last.own
+    _remove(model, _stack(model)[-1])
 
 
 @contextmanager
 def prune(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Iterator[Any]:
-    """Prune while the block runs; see :func:`attach` for the arguments."""
+    """Prune while the block runs; see :func:`attach` for the arguments.
+
+    What is attached or detached within the block stays so.
+    """
     attach(model, method, **knobs)
+    own = _stack(model)[-1]
     try:
         yield model
     finally:
-        detach(model)
+        _remove(model, own)
 
 
 def last_stats(model: Any) -> tuple[PruneStats, ...]:
@@ -89,9 +89,23 @@ def last_stats(model: Any) -> tuple[PruneStats, ...]:
     return _stack(model)[-1].last_stats
 
 
+def _remove(model: Any, attachment: Attachment) -> None:
+    """Take one of the attachments away, if it is still there."""
+    stack = model.__dict__.get(_STACK, [])
+    rest = [other for other in stack if other is not attachment]
+    if len(rest) == len(stack):
+        return
+    if rest:
+        model.__dict__.update({_STACK: rest, "generate": rest[-1].generate})
+        return
+    del model.__dict__["generate"], model.__dict__[_STACK]
+    if model.generate != attachment.own:  # someone else had replaced it
+        model.__dict__["generate"] = attachment.own
+
+
 def _stack(model: Any) -> list[Attachment]:
     """Return what is attached, the latest last."""
-    stack: list[Attachment] = model.__dict__.get(_STACK, [])
+    stack: list[Attachment] = getattr(model, "__dict__", {}).get(_STACK, [])
     if not stack:
         raise TodreError(f"nothing is attached to this {type(model).__name__}.")
     return stack

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.capture import Captured, Need, capture, decoder_of
-from llava_todre.hf.decoder import withdrawing
+from llava_todre.hf.decoder import require_readable, withdrawing
 from llava_todre.hf.deepstack import adding
 from llava_todre.hf.families import family_of
 from llava_todre.hf.family import STATES, Family
@@ -28,6 +28,7 @@ from llava_todre.hf.prompts import (
     prune_prompt,
     untouched,
 )
+from llava_todre.hf.turns import turn, uncompiled
 from llava_todre.pruners import Pruner
 from llava_todre.spans import is_visual
 from llava_todre.stats import PruneStats
@@ -46,6 +47,7 @@ _REFUSED = (
     "prefill_chunk_size",
     "past_key_values",
     "custom_generate",
+    "position_ids",
 )
 
 
@@ -78,6 +80,8 @@ class Attachment:
                 )
         deep = self.family.deep_layers(model)
         probes = pruner.probe_layers(decoder_of(model).config.num_hidden_layers)
+        if probes:
+            require_readable(decoder_of(model))
         if probes and min(probes) < deep:
             raise TodreError(
                 f"{type(pruner).__name__} drops tokens after decoder layer {min(probes)}, but the "
@@ -94,17 +98,23 @@ class Attachment:
         if args:
             given = inspect.signature(self.own).bind_partial(inputs, *args).arguments
             kwargs |= {key: value for key, value in given.items() if key != "inputs"}
+        with turn(self.model):
+            return self._in_turn(inputs, kwargs)
+
+    def _in_turn(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
         self.last_stats = ()
         ids = kwargs.get("input_ids") if inputs is None else inputs
         layers = decoder_of(self.model).config.num_hidden_layers
         probes = self.pruner.probe_layers(layers)
+        shows = any(kwargs.get(key) is not None for key in self.family.inputs)
+        if probes or self.pruner.will_select(MANY):
+            # The cache may be that of a pruned call, and in embeddings no image can be found.
+            self._refuse(("past_key_values", *(("inputs_embeds",) if shows else ())), kwargs)
         if ids is None or kwargs.get("inputs_embeds") is not None:
             return self.own(inputs, **kwargs)
         mask = kwargs.get("attention_mask")
         real = self._real(ids, kwargs) if mask is None else mask.bool()
-        if all(kwargs.get(key) is None for key in self.family.inputs):
-            if probes or self.pruner.will_select(MANY):
-                self._refuse(("past_key_values",), kwargs)  # it may be that of a pruned call
+        if not shows:
             self.last_stats = untouched(real, [[] for _ in ids], layers)
             return self.own(inputs, **kwargs)
         if not probes and not self._selects(ids):
@@ -129,7 +139,8 @@ class Attachment:
 
     def _refuse(self, keys: Iterable[str], kwargs: Mapping[str, Any]) -> None:
         for key in keys:
-            if self._setting(key, kwargs) not in (None, False):
+            given = self._setting(key, kwargs)
+            if given is not None and given is not False:
                 raise TodreError(f"{key} is not supported together with pruning; leave it out.")
 
     def _check(self, kwargs: Mapping[str, Any], inside: bool) -> None:
@@ -152,6 +163,11 @@ class Attachment:
             raise TodreError(
                 "use_cache False is not supported with pruning inside the decoder; allowed: True, "
                 "or a method that only selects."
+            )
+        if inside and decoder_of(self.model).config._attn_implementation == "flex_attention":
+            raise TodreError(
+                "attn_implementation flex_attention cannot drop tokens per layer; allowed: eager, "
+                "sdpa, flash_attention_2, or a method that only selects."
             )
         if inside and any(DynamicCache(config=decoder_of(self.model).config).is_sliding):
             raise TodreError(
@@ -207,7 +223,7 @@ class Attachment:
             if withdrawal.probe_layers:
                 stack.enter_context(withdrawing(decoder, withdrawal))
                 # Layers of changing lengths: what was compiled would be compiled again and again.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(uncompiled())
             if captured.deepstack is not None:
                 kept = kept_deep_features(captured, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
@@ -217,7 +233,7 @@ class Attachment:
 
     @property
     def _consumed(self) -> set[str]:
-        return {*self.family.inputs, "mm_token_type_ids", "position_ids"}
+        return {*self.family.inputs, "mm_token_type_ids"}
 
     @property
     def _placeholders(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Stage 2 in a stock decoder: hooks around its layers let the withdrawal controller work.
 
 The hooks are there while ``generate`` runs, and look for the controller on the KV cache of the call
-they are in. So nothing is left behind, and calls cannot mix.
+they are in. So nothing is left behind, and calls cannot mix, not even one inside the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,34 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_todre.errors import TodreError
 from llava_todre.withdrawal import LayerInputs, Withdrawal
+
+READABLE = {
+    "LlamaAttention",
+    "MistralAttention",
+    "MixtralAttention",
+    "Qwen2Attention",
+    "Qwen2MoeAttention",
+    "Qwen2VLAttention",
+    "Qwen2_5_VLAttention",
+    "Qwen3Attention",
+    "Qwen3MoeAttention",
+    "Qwen3VLTextAttention",
+}
+"""What :mod:`llava_todre.withdrawal.look` can read: projections and halves rotated as in Llama."""
+
+
+def require_readable(decoder: Any) -> None:
+    """Raise a TodreError unless what layers attend to can be told."""
+    layers = getattr(decoder, "layers", ())
+    names = {type(getattr(layer, "self_attn", layer)).__name__ for layer in layers}
+    other = sorted(names - READABLE) or ([] if names else [type(decoder).__name__])
+    if other:
+        raise TodreError(
+            f"decoder with {', '.join(other)} is not supported by methods that drop tokens inside "
+            f"it; allowed: {', '.join(sorted(READABLE))}, or a method that only selects."
+        )
 
 
 @contextmanager
@@ -27,9 +54,12 @@ def withdrawing(decoder: Any, withdrawal: Withdrawal) -> Iterator[None]:
     handles = []
     for index, layer in enumerate(decoder.layers):
         handles.append(
-            layer.register_forward_pre_hook(_enter(index, flash), with_kwargs=True, prepend=True)
+            layer.register_forward_pre_hook(
+                _enter(withdrawal, index, flash), with_kwargs=True, prepend=True
+            )
         )
-        handles.append(layer.register_forward_hook(_leave(index, decoder), with_kwargs=True))
+        leave = _leave(withdrawal, index, decoder)
+        handles.append(layer.register_forward_hook(leave, with_kwargs=True))
     try:
         yield
     finally:
@@ -38,8 +68,8 @@ def withdrawing(decoder: Any, withdrawal: Withdrawal) -> Iterator[None]:
             handle.remove()
 
 
-def _controller(kwargs: dict[str, Any]) -> Withdrawal | None:
-    return getattr(kwargs.get("past_key_values"), "withdrawal", None)
+def _is_at_work(controller: Withdrawal, kwargs: dict[str, Any]) -> bool:
+    return getattr(kwargs.get("past_key_values"), "withdrawal", None) is controller
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs:
@@ -51,10 +81,9 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs:
     )
 
 
-def _enter(index: int, flash: bool) -> Any:
+def _enter(controller: Withdrawal, index: int, flash: bool) -> Any:
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        controller = _controller(kwargs)
-        if controller is None:
+        if not _is_at_work(controller, kwargs):
             return None
         cache = kwargs["past_key_values"]
         inputs = _inputs(args, kwargs)
@@ -73,11 +102,10 @@ def _enter(index: int, flash: bool) -> Any:
     return hook
 
 
-def _leave(index: int, decoder: Any) -> Any:
+def _leave(controller: Withdrawal, index: int, decoder: Any) -> Any:
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del layer
-        controller = _controller(kwargs)
-        if controller is not None:
+        if _is_at_work(controller, kwargs):
             states: Tensor = output[0] if isinstance(output, tuple) else output
             inputs = _inputs(args, kwargs)
             controller.leave(index, decoder, inputs, states, kwargs["past_key_values"])

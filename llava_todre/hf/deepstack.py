@@ -24,12 +24,14 @@ def adding(decoder: Any, visual: Tensor, features: list[Tensor]) -> Iterator[Non
             merged tokens, those are still the features of the place that stayed.
     """
     counts = visual.sum(dim=1).tolist()
+    is_behind = False
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal is_behind
         del module
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            return None  # behind the prompt there is nothing visual
+        if is_behind:
+            return None  # there is nothing visual behind the prompt
+        is_behind = True
         copies = len(kwargs["inputs_embeds"]) // len(visual)  # beam search repeats every sample
         repeated = [
             torch.cat([part for part in each.split(counts) for _ in range(copies)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -144,7 +145,7 @@ class StockModel:
                 padding_side="left",
                 return_tensors="pt",
             )
-        except ValueError as error:  # such as videos of different lengths in one batch
+        except (ValueError, TypeError) as error:  # such as videos of different lengths in one batch
             raise TodreError(
                 f"{type(self.processor).__name__} does not take this batch of {len(requests)}: "
                 f"{first_line(error)}"
@@ -166,7 +167,12 @@ class StockModel:
             elif piece.strip():
                 parts.append({"type": "text", "text": piece if given == 0 else piece.strip()})
         conversation = [{"role": "user", "content": parts}]
-        return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True))
+        try:
+            return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True))
+        except ValueError as error:  # such as a processor without one
+            raise TodreError(
+                f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
+            ) from error
 
     @staticmethod
     def _picture(picture: Any) -> Any:
@@ -203,21 +209,27 @@ def load_stock_model(
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
         family_named(_stock_class(raw))  # before gigabytes are loaded
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, told = AutoModelForImageTextToText.from_pretrained(
             path,
             revision=revision,
             dtype=wanted,
             device_map=device_map if spreads(device_map) else None,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
         processor = AutoProcessor.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if "requires the Torchvision library" in str(error):
             raise TodreError(
                 f"pretrained {path!r} has a processor that needs torchvision, also for images; "
                 f"install the release that fits torch {torch.__version__}."
             ) from error
         raise TodreError(f"pretrained {path!r} does not load: {first_line(error)}") from error
+    missing = sorted(told["missing_keys"])
+    if missing:  # transformers draws them at random
+        raise TodreError(
+            f"pretrained {path!r} lacks {len(missing)} tensors of the model, such as {missing[0]}."
+        )
     if spreads(device_map):
         check_spread(getattr(model, "hf_device_map", {}))
     else:

@@ -206,6 +206,23 @@ def test_attaching_twice_needs_detaching_twice(model, inputs):
         hf.detach(model)
 
 
+def test_what_is_attached_within_a_block_outlives_it(model, inputs):
+    with hf.prune(model, "random"):
+        inner = hf.attach(model, METHOD)
+    assert [each.pruner for each in vars(model)["_todre_attachments"]] == [inner]
+    answer(model, inputs)
+    assert len(hf.last_stats(model)) == 3
+    hf.detach(model)
+    assert "generate" not in vars(model)
+
+
+def test_an_error_is_not_hidden_where_a_block_was_detached_before(model):
+    with pytest.raises(KeyError, match="theirs"), hf.prune(model, METHOD):
+        hf.detach(model)
+        raise KeyError("theirs")
+    assert "generate" not in vars(model)
+
+
 def test_two_models_with_two_methods_take_turns(inputs):
     methods: list[tuple[Any, str, dict[str, Any]]] = [
         (model_of("llava_next"), "fastv", {"retain_ratio": 0.5}),
@@ -296,6 +313,10 @@ def test_statistics_are_those_of_the_last_call(model, inputs):
         (lambda model: hf.attach(model, "todr"), "todre"),
         (lambda model: hf.attach(model, METHOD, retain_ratio=0.1), "beside a method object"),
         (lambda model: hf.attach(model, "downsample"), "needs resized, which models of the family"),
+        (lambda model: hf.attach(None), "model NoneType is not supported; allowed: Llava"),
+        (lambda model: hf.attach(model, None), "method None is neither a name nor a method object"),
+        (lambda model: hf.attach(model, type(METHOD)), "neither a name nor a method object"),
+        (lambda model: hf.last_stats(None), "nothing is attached to this NoneType"),
         (lambda model: hf.attach(nn.Linear(1, 1)), "model Linear is not supported; allowed: Llava"),
         (hf.detach, "nothing is attached"),
         (hf.last_stats, "nothing is attached"),
@@ -307,6 +328,26 @@ def test_what_cannot_be_is_said_in_one_line(model, call: Callable[[Any], Any], m
         call(model)
     assert "\n" not in str(caught.value)
     assert_same(before, snapshot(model))
+
+
+def test_what_would_be_left_out_in_silence_is_refused(model, inputs):
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    plain = {key: value for key, value in inputs.items() if key != "input_ids"}
+    with hf.prune(model, METHOD):
+        with pytest.raises(TodreError, match="position_ids is not supported together"):
+            answer(model, inputs, position_ids=inputs["attention_mask"].cumsum(1))
+        with pytest.raises(TodreError, match="inputs_embeds is not supported together"):
+            answer(model, plain, inputs_embeds=embeds)
+    untouched = answer(model, plain, inputs_embeds=embeds)
+    with hf.prune(model, "vanilla"):
+        assert torch.equal(answer(model, plain, inputs_embeds=embeds), untouched)
+
+
+def test_flex_attention_is_refused_inside_the_decoder(model, inputs, monkeypatch):
+    config = model.model.language_model.config
+    monkeypatch.setattr(config, "_attn_implementation_internal", "flex_attention")
+    with hf.prune(model, METHOD), pytest.raises(TodreError, match="flex_attention .* allowed: eag"):
+        answer(model, inputs)
 
 
 @pytest.mark.parametrize(

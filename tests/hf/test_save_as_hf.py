@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from llava_todre import Request, TodreError, answer, load_pretrained_model
@@ -222,6 +224,34 @@ def test_what_cannot_be_saved_is_one_line(ours: tuple[Any, Any], tmp_path: Path)
     (tmp_path / "full" / "file").touch()
     with pytest.raises(TodreError, match="is not empty"):
         save_as_hf(ours[1], tokenizer, tmp_path / "full")
+
+
+def test_what_a_processor_cannot_read_is_one_line(
+    stock: StockModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TodreError, match="LlavaNextProcessor does not take this batch of 1: "):
+        stock.answer([Request("What does the sign say?", [None])])
+    monkeypatch.setattr(stock.processor, "chat_template", None)
+    with pytest.raises(TodreError, match="LlavaNextProcessor cannot write the prompt: .*template"):
+        stock.answer([Request("What does the sign say?", [held_out(1)[0].image])])
+
+
+def test_weights_that_are_damaged_or_missing_are_one_line(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    weights = load_file(copy / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    save_file(
+        {name: weight for name, weight in weights.items() if name != lost},
+        copy / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(TodreError, match=r"lacks 1 tensors .*\.layers\.1\.mlp\.up_proj\.weight"):
+        load_stock_model(str(copy))
+    (copy / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(TodreError, match="does not load: ") as caught:
+        load_stock_model(str(copy))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_that_does_not_load_is_one_line(tmp_path: Path) -> None:
