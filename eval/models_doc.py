@@ -67,6 +67,12 @@ _REFUSED = (
     "training mode",
 )
 FEATURES = (*_WORKS, *_REFUSED)
+_OVERVIEW = (
+    "several images",
+    "video",
+    "pruning before the decoder",
+    "withdrawal inside the decoder",
+)
 _USUAL = dict.fromkeys(_WORKS, YES) | dict.fromkeys(_REFUSED, REFUSED)
 _IMAGES_ONLY = _USUAL | {"video": ABSENT}
 _QWEN3_LAYERS = (36, 3)
@@ -166,18 +172,30 @@ def _features() -> str:
     return "\n".join(markdown_lines(table, left=len(table[0])))
 
 
+def overview() -> str:
+    """Return the README's table: families, and in short what works on them."""
+    table = [["family", "images", "video", "Stage 1", "Stage 2", "methods"]]
+    for family in FAMILIES:
+        cells = [MATRIX[family.name][feature] for feature in _OVERVIEW]
+        fit = sum(_fit(family, method) == YES for method in PRUNERS)
+        table.append([f"`{family.name}`", *cells, f"{fit} of {len(PRUNERS)}"])
+    return "\n".join(markdown_lines(table, left=len(table[0]) - 1)) + "\n"
+
+
 def _methods() -> str:
     table = [["method", *(f"`{family.name}`" for family in FAMILIES)]]
     for method in PRUNERS:
-        cells = []
-        for family in FAMILIES:
-            missing = missing_needs(family, method)
-            word = f"no {', '.join(f'`{name}`' for name in missing)}" if missing else YES
-            if not missing and family.name == "qwen3_vl":
-                word = "later" if drops_too_early(method, *_QWEN3_LAYERS) else YES
-            cells.append(word)
-        table.append([f"`{method}`", *cells])
+        table.append([f"`{method}`", *(_fit(family, method) for family in FAMILIES)])
     return "\n".join(markdown_lines(table, left=len(table[0])))
+
+
+def _fit(family: Family, method: str) -> str:
+    """Return whether a method, as it comes, works on a family, or why not."""
+    missing = missing_needs(family, method)
+    if missing:
+        return f"no {', '.join(f'`{name}`' for name in missing)}"
+    early = family.name == "qwen3_vl" and drops_too_early(method, *_QWEN3_LAYERS)
+    return "later" if early else YES
 
 
 def _proxies() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eval.drawing import name_of, render
 from eval.matching import load_runs
+from eval.models_doc import overview
 from eval.published import AVERAGE
 from eval.tables import sheets
 from llava_todre.pruners import PRUNERS
@@ -21,6 +22,7 @@ TABLE = "<!-- demo table: make readme -->", "<!-- end of demo table -->"
 REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
 TABLES = REPRODUCED / "README.md"
 EVALUATED = "<!-- lmms-eval table: make readme -->", "<!-- end of lmms-eval table -->"
+FAMILIES = "<!-- families: make readme -->", "<!-- end of families -->"
 OTHERS = "<!-- other methods: make readme -->", "<!-- end of other methods -->"
 
 
@@ -31,7 +33,12 @@ def readme() -> str:
     explained = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
     others = [f"`{name}`" for name in PRUNERS if name not in explained]
     line = textwrap.fill(f"Also: {', '.join(others)}.", 100) + "\n" if others else ""
-    for marks, new in ((OTHERS, line), (TABLE, table), (EVALUATED, _evaluated())):
+    for marks, new in (
+        (OTHERS, line),
+        (TABLE, table),
+        (EVALUATED, _evaluated()),
+        (FAMILIES, overview()),
+    ):
         text = _between(*marks, new, text)
     return text
 

@@ -22,7 +22,7 @@ import yaml
 
 from eval.suites import Suite, load_suite
 from llava_todre.errors import TodreError, unknown
-from llava_todre.hf.stock import BACKENDS
+from llava_todre.hf.load import BACKENDS
 from llava_todre.model.convert import PROTOCOLS
 from llava_todre.model.placement import ATTENTION, DTYPES, TP_PLANS, spreads
 from llava_todre.model.prompt import conv_templates

@@ -147,7 +147,7 @@ def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
 def _generate(options: Namespace) -> None:
     from llava_todre.flops import decoder_prefill_flops
     from llava_todre.generate import Request, answer
-    from llava_todre.hf.stock import load_stock_model, uses_stock
+    from llava_todre.hf.load import load_stock_model, uses_stock
     from llava_todre.model.images import load_image
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import create_pruner

@@ -70,4 +70,4 @@ def test_make_demo_passes_on_what_it_is_given() -> None:
 def test_table_and_list_are_current_and_the_page_is_short() -> None:
     assert readme() == README, "run `make readme`"
     assert tables() == TABLES.read_text(), "run `make readme`"
-    assert len(README.splitlines()) < 180
+    assert len(README.splitlines()) < 200

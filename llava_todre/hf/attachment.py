@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
+from llava_todre.hf.arguments import check, pad_id, real_tokens, refuse, setting
 from llava_todre.hf.capture import Captured, Need, capture, decoder_of
 from llava_todre.hf.decoder import require_readable, withdrawing
 from llava_todre.hf.deepstack import adding
@@ -39,16 +40,6 @@ _PLACEHOLDERS = {
     "video": ("video_token_id", "video_token_index"),
 }
 MANY = 10**9  # visual tokens: more than any image has
-_REFUSED = (
-    "assistant_model",
-    "assistant_early_exit",
-    "prompt_lookup_num_tokens",
-    "use_mtp",
-    "prefill_chunk_size",
-    "past_key_values",
-    "custom_generate",
-    "position_ids",
-)
 
 
 Read = tuple[Tensor, Tensor, list[list[Visual]]]
@@ -96,7 +87,9 @@ class Attachment:
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Do what the model's own ``generate`` does, with fewer visual tokens."""
         if args:
-            given = inspect.signature(self.own).bind_partial(inputs, *args).arguments
+            signature = inspect.signature(self.own)
+            signature.bind_partial(inputs, *args, **kwargs)  # raises where one is given twice
+            given = signature.bind_partial(inputs, *args).arguments
             kwargs |= {key: value for key, value in given.items() if key != "inputs"}
         with turn(self.model):
             return self._in_turn(inputs, kwargs)
@@ -109,10 +102,15 @@ class Attachment:
         shows = any(kwargs.get(key) is not None for key in self.family.inputs)
         if probes or self.pruner.will_select(MANY):
             # The cache may be that of a pruned call, and in embeddings no image can be found.
-            self._refuse(("past_key_values", *(("inputs_embeds",) if shows else ())), kwargs)
+            refuse(self.model, ("past_key_values", *(("inputs_embeds",) if shows else ())), kwargs)
         if ids is None or kwargs.get("inputs_embeds") is not None:
             return self.own(inputs, **kwargs)
         mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape != ids.shape:
+            raise TodreError(
+                f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}; "
+                "allowed: one number per token."
+            )
         real = self._real(ids, kwargs) if mask is None else mask.bool()
         if not shows:
             self.last_stats = untouched(real, [[] for _ in ids], layers)
@@ -125,7 +123,7 @@ class Attachment:
             except TodreError:  # nothing is pruned, so nothing is refused either
                 self.last_stats = ()
             return self.own(inputs, **kwargs)
-        self._check(kwargs, inside=bool(probes))
+        check(self.model, decoder_of(self.model), kwargs, inside=bool(probes))
         for key in ("input_ids", "attention_mask"):
             kwargs.pop(key, None)
         with torch.no_grad():
@@ -137,57 +135,9 @@ class Attachment:
         # A budget that keeps the visual tokens of a whole prompt keeps those of each image.
         return any(self.pruner.will_select(int(length)) for length in lengths)
 
-    def _refuse(self, keys: Iterable[str], kwargs: Mapping[str, Any]) -> None:
-        for key in keys:
-            given = self._setting(key, kwargs)
-            if given is not None and given is not False:
-                raise TodreError(f"{key} is not supported together with pruning; leave it out.")
-
-    def _check(self, kwargs: Mapping[str, Any], inside: bool) -> None:
-        """Refuse what would be answered wrongly.
-
-        Args:
-            kwargs: arguments of ``generate``.
-            inside: whether the method works inside the decoder.
-        """
-        if self.model.training:
-            raise TodreError("a model in training mode is not pruned; call model.eval() first.")
-        self._refuse(_REFUSED, kwargs)
-        cache = self._setting("cache_implementation", kwargs)
-        if inside and cache not in (None, "dynamic"):
-            raise TodreError(
-                f"cache_implementation {cache!r} cannot drop tokens per layer; allowed: dynamic, "
-                "or a method that only selects."
-            )
-        if inside and self._setting("use_cache", kwargs) is False:
-            raise TodreError(
-                "use_cache False is not supported with pruning inside the decoder; allowed: True, "
-                "or a method that only selects."
-            )
-        if inside and decoder_of(self.model).config._attn_implementation == "flex_attention":
-            raise TodreError(
-                "attn_implementation flex_attention cannot drop tokens per layer; allowed: eager, "
-                "sdpa, flash_attention_2, or a method that only selects."
-            )
-        if inside and any(DynamicCache(config=decoder_of(self.model).config).is_sliding):
-            raise TodreError(
-                "a decoder with sliding_window cannot drop tokens per layer; allowed: a method "
-                "that only selects."
-            )
-
-    def _setting(self, key: str, kwargs: Mapping[str, Any]) -> Any:
-        """Return what ``generate`` takes for ``key``: its argument, or what configurations say."""
-        for source in (kwargs.get("generation_config"), self.model.generation_config):
-            if kwargs.get(key) is None and getattr(source, key, None) is not None:
-                return getattr(source, key)
-        return kwargs.get(key)
-
     def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return (B, L) bool, which tokens count when no mask is given, as transformers does."""
-        pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
-        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
-            return torch.ones_like(ids, dtype=torch.bool)
-        return ids != pad
+        """Return (B, L) bool, which tokens count when no mask is given."""
+        return real_tokens(self.model, ids, kwargs)
 
     def _generate(self, ids: Tensor, real: Tensor, kwargs: dict[str, Any]) -> Any:
         needs = [need for need in self.pruner.needs if isinstance(need, tuple)]
@@ -203,7 +153,7 @@ class Attachment:
             for row, of_row in enumerate(visuals)
         ]
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
-        short, spans = left_padded(prompts, ids, self._pad_id(kwargs))
+        short, spans = left_padded(prompts, ids, pad_id(self.model, kwargs))
         decoder = decoder_of(self.model)
         withdrawal = Withdrawal(self.pruner, spans, decoder.config.num_hidden_layers)
         if captured.position_ids is not None:
@@ -212,12 +162,12 @@ class Attachment:
             cache = DynamicCache(config=decoder.config)
             cache.withdrawal = withdrawal
             short["past_key_values"] = cache
-            if self._setting("cache_implementation", kwargs) is not None:
+            if setting(self.model, "cache_implementation", kwargs) is not None:
                 settings["cache_implementation"] = None  # it is that cache
         removed = ids.shape[1] - short["input_ids"].shape[1]
         for key, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            length = self._setting(key, kwargs)
-            if length is not None and self._setting(new, kwargs) is None:
+            length = setting(self.model, key, kwargs)
+            if length is not None and setting(self.model, new, kwargs) is None:
                 settings[key] = max(1, length - removed)
         with ExitStack() as stack:
             if withdrawal.probe_layers:
@@ -271,8 +221,3 @@ class Attachment:
             settings["streamer"] = Streamer(settings["streamer"], given["input_ids"])
         output = self.own(**short, **settings)
         return with_whole_prompt(output, given["input_ids"], short["input_ids"].shape[1])
-
-    def _pad_id(self, kwargs: Mapping[str, Any]) -> int:
-        pad, eos = self._setting("pad_token_id", kwargs), self._setting("eos_token_id", kwargs)
-        pad = eos if pad is None else pad
-        return int(pad[0] if isinstance(pad, list) else pad or 0)

@@ -7,7 +7,8 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.generate import Answer, Memory, Request, answer, prepare
-from llava_todre.hf.stock import StockModel, load_stock_model, uses_stock
+from llava_todre.hf.load import load_stock_model, uses_stock
+from llava_todre.hf.stock import StockModel
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 

@@ -390,3 +390,15 @@ def test_a_model_that_accelerate_dispatches(inputs):
     with hf.prune(model, METHOD):
         assert torch.equal(answer(model, inputs), expected)
     assert_same(before, snapshot(model))
+
+
+def test_an_argument_given_twice_or_a_mask_of_another_shape_is_refused():
+    model = model_of("llava_next")
+    inputs = inputs_for(model, ONE)
+    ids = inputs.pop("input_ids")
+    with hf.prune(model, "random", retain_ratio=0.5):
+        with pytest.raises(TypeError, match="generation_config"):
+            model.generate(ids, model.generation_config, generation_config=None, **inputs)
+        inputs["attention_mask"] = torch.ones(1, 1, *ids.shape)
+        with pytest.raises(TodreError, match=r"attention_mask \(1, 1, .* does not fit input_ids"):
+            model.generate(ids, **inputs)

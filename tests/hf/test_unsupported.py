@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-import llava_todre.hf.stock
+import llava_todre.hf.load
 from llava_todre.errors import TodreError
 from llava_todre.hf import attach
-from llava_todre.hf.stock import load_stock_model
+from llava_todre.hf.load import load_stock_model
 
 
 def test_our_own_class_says_how_it_prunes(tiny_llava: Any) -> None:
@@ -41,7 +41,7 @@ def test_the_configuration_is_enough_to_refuse_a_checkpoint(
         def from_pretrained(*args: Any, **options: Any) -> Any:
             raise AssertionError("weights were asked for")
 
-    monkeypatch.setattr(llava_todre.hf.stock, "AutoModelForImageTextToText", Weights)
+    monkeypatch.setattr(llava_todre.hf.load, "AutoModelForImageTextToText", Weights)
     with pytest.raises(
         TodreError, match=f"model {name} is not supported; allowed: Llava"
     ) as caught:
