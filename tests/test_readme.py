@@ -11,6 +11,7 @@ from pathlib import Path
 import pages
 import pytest
 
+from eval.figures.registry import FIGURES
 from eval.readme import TABLES, readme, tables
 from llava_todre.pruners import PRUNERS
 
@@ -71,3 +72,8 @@ def test_table_and_list_are_current_and_the_page_is_short() -> None:
     assert readme() == README, "run `make readme`"
     assert tables() == TABLES.read_text(), "run `make readme`"
     assert len(README.splitlines()) < 200
+
+
+def test_the_first_picture_is_a_figure() -> None:
+    first, *_ = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert first.removeprefix("docs/figures/").removesuffix(".png") in FIGURES

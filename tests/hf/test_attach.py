@@ -9,12 +9,23 @@ from typing import Any
 import pytest
 import torch
 from checks import GREEDY, Strides
-from tiny import BATCH, FAMILIES, ONE, SMALL, USUAL_DECODER, build, inputs_for, model_of
+from tiny import (
+    BATCH,
+    FAMILIES,
+    ONE,
+    SMALL,
+    USUAL_DECODER,
+    VIDEO_BATCH,
+    build,
+    inputs_for,
+    model_of,
+)
 from torch import Tensor, nn
 
 import llava_todre.hf.attachment
 from llava_todre import hf
 from llava_todre.errors import TodreError
+from llava_todre.hf.families import family_of
 from llava_todre.pruners import LayerView, Merge, create_pruner
 
 METHOD = Strides(retain_ratio=0.25, plan=((9, 3, 0), (8, 5, 2)))
@@ -402,3 +413,21 @@ def test_an_argument_given_twice_or_a_mask_of_another_shape_is_refused():
         inputs["attention_mask"] = torch.ones(1, 1, *ids.shape)
         with pytest.raises(TodreError, match=r"attention_mask \(1, 1, .* does not fit input_ids"):
             model.generate(ids, **inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_pruned_is_withheld_from_the_models_own_generate(family):
+    model = build(family, USUAL_DECODER.get(family))
+    reads_video = any("video" in key for key in family_of(model).inputs)
+    inputs = inputs_for(model, VIDEO_BATCH if reads_video else BATCH)
+    seen: dict[str, Any] = {}
+    own = model.generate
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return own(*args, **kwargs)
+
+    model.generate = spy
+    with hf.prune(model, METHOD):
+        answer(model, inputs)
+    assert len(inputs) > 2 and seen.keys() & inputs.keys() == {"input_ids", "attention_mask"}
