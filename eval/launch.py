@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from eval.outcome import (
     complete,
@@ -39,12 +38,12 @@ from eval.outcome import (
     results_files,
     write_record,
 )
+from eval.progress import Progress
 from eval.runs import Run, shown_path
 from eval.suites import prepare
 from llava_todre.errors import TodreError
 
 _POLL_SECONDS = 0.2
-_COUNT_SECONDS = 2.0
 _GRACE_SECONDS = 15.0
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl's number of it, Linux only
@@ -212,7 +211,10 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
         except OSError as error:
             place = str(launch.out / folder)
             raise TodreError(f"out {place!r} cannot be a folder: {error.strerror}.") from None
-    with _Progress([*waiting.values()], launch) as progress, _Crew(launch, slots) as crew:
+    with (
+        Progress([*waiting.values()], launch.out / "logs") as progress,
+        _Crew(launch, slots) as crew,
+    ):
         while waiting or crew.children:
             for run in list(waiting.values()) if crew.free else ():
                 lock = _locked(launch.out / "raw" / f"{run.name}.lock")
@@ -222,7 +224,7 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
                 if record is not None and record != stored[run.name]:  # another command did it
                     os.close(lock)
                     report.add(record)
-                    progress.end(run, report)
+                    progress.end(run, report.failed.get(run.name))
                 else:
                     crew.start(run, lock)
                 del waiting[run.name]
@@ -233,8 +235,8 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
                 write_record(launch.file(child.run), record)
                 os.close(child.lock)
                 report.add(record)
-                progress.end(child.run, report)
-            progress.count(crew.children.values())
+                progress.end(child.run, report.failed.get(child.run.name))
+            progress.count(child.run.name for child in crew.children.values())
             time.sleep(_POLL_SECONDS)
     return report
 
@@ -369,79 +371,3 @@ def _end_with_parent() -> Callable[[], Any] | None:
     if sys.platform != "linux":
         return None
     return partial(ctypes.CDLL(None).prctl, _SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-
-
-class _Progress:
-    """A line with finished and total items, time left, and runs."""
-
-    def __init__(self, runs: Sequence[Run], launch: Launch) -> None:
-        self._launch, self._num_runs, self._ended = launch, len(runs), 0
-        self._sizes = {run.name: sum(run.expected.values()) for run in runs}
-        self._counters = {run.name: _Counter(launch.out / "logs" / run.name) for run in runs}
-        self._counts = {name: self._read(name) for name in self._sizes}
-        self._next = 0.0
-        self._bar = tqdm(
-            desc="eval",
-            total=sum(self._sizes.values()),
-            initial=sum(self._counts.values()),
-            unit="item",
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-            postfix=f"0/{len(runs)} runs",
-        )
-
-    def _read(self, name: str) -> int:
-        return min(self._counters[name].read(), self._sizes[name])
-
-    def count(self, children: Iterable[_Child]) -> None:
-        """Count the answers of the runs at work, now and then."""
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + _COUNT_SECONDS
-        for child in children:
-            self._advance(child.run.name, self._read(child.run.name))
-        self._bar.update(0)
-
-    def end(self, run: Run, report: Report) -> None:
-        """Count a run as ended."""
-        self._ended += 1
-        self._bar.set_postfix_str(f"{self._ended}/{self._num_runs} runs", refresh=False)
-        self._advance(run.name, self._sizes[run.name])
-        reason = report.failed.get(run.name)
-        if reason is not None:
-            tqdm.write(f"failed: {run.name}: {reason}", file=sys.stderr)
-
-    def _advance(self, name: str, count: int) -> None:
-        self._bar.update(count - self._counts[name])
-        self._counts[name] = count
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-
-class _Counter:
-    """Counts the lines of a log that grows, reading each part of it once."""
-
-    def __init__(self, log_dir: Path) -> None:
-        self._log_dir = log_dir
-        self._seen: dict[Path, tuple[int, int]] = {}
-
-    def read(self) -> int:
-        """Return the number of answers so far."""
-        try:
-            folder = self._log_dir / (self._log_dir / "current").read_text()
-        except OSError:
-            return 0
-        total = 0
-        for file in folder.glob("*.jsonl"):
-            place, lines = self._seen.get(file, (0, 0))
-            with file.open("rb") as stream:
-                stream.seek(place)
-                lines += sum(
-                    chunk.count(b"\n") for chunk in iter(partial(stream.read, 1 << 20), b"")
-                )
-                self._seen[file] = stream.tell(), lines
-            total += lines
-        return total

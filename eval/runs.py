@@ -12,16 +12,16 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from eval.config_keys import check_keys
 from eval.suites import Suite, load_suite
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import read_mapping
 from llava_todre.hf.load import BACKENDS
 from llava_todre.model.convert import PROTOCOLS
 from llava_todre.model.placement import ATTENTION, DTYPES, TP_PLANS, spreads
@@ -244,7 +244,10 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
 
 def _known_model(given: Any) -> tuple[str, dict[str, Any]]:
     """Return (key, settings) of a name of configs/models, or of a path."""
-    known = {path.stem: read_yaml(path) for path in sorted((CONFIGS / "models").glob("*.yaml"))}
+    known = {
+        path.stem: read_mapping(path, "config")
+        for path in sorted((CONFIGS / "models").glob("*.yaml"))
+    }
     if isinstance(given, str) and given in known:
         return given, known[given]
     if not (isinstance(given, str) and "/" in given):
@@ -319,66 +322,6 @@ def _as_argument(value: Any) -> str:
         return "".join(f"{part!r};" for part in value) or "[]"
     text = str(value)
     return f"'{text}'" if "," in text else text
-
-
-# ------------------------------------------------------------------------ files and their keys
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise TodreError(f"config {str(path)!r} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        text = " ".join(str(error).split())
-        raise TodreError(f"config {str(path)!r} is not valid YAML: {text}") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise TodreError(f"config {str(path)!r} must hold 'key: value' lines.")
-    return content
-
-
-def check_keys(
-    where: str, config: Mapping[str, Any], allowed: Iterable[str], required: Iterable[str] = ()
-) -> None:
-    """Raise unless a config has only allowed keys and all required ones."""
-    allowed = tuple(allowed)
-    for key in config:
-        if key not in allowed:
-            raise unknown(f"{where}: key", key, allowed)
-    for key in required:
-        if config.get(key) is None:
-            raise TodreError(f"{where}: key {key!r} is missing; allowed: {', '.join(allowed)}.")
-
-
-def with_changes(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """Return the config with ``key=value`` lines applied; dots lead into nested mappings.
-
-    Args:
-        config: as read from a file; not changed.
-        changes: e.g. ``"options.tau=0.05"``; values are YAML.
-    """
-    changed: dict[str, Any] = dict(config)
-    for line in changes:
-        path, equals, text = line.partition("=")
-        if not equals or not path:
-            raise TodreError(f"set {line!r} is not of the form KEY=VALUE.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise TodreError(f"set {line!r} has a value that is not valid YAML.") from None
-        *parents, key = path.split(".")
-        level = changed
-        for parent in parents:
-            inner = level.get(parent)
-            if isinstance(inner, str) and parent == "model":
-                inner = {"key": inner}  # a setting of a named model: keep its others
-            if inner is not None and not isinstance(inner, Mapping):
-                raise TodreError(f"set {line!r}: {parent!r} is {inner!r}, which has no keys.")
-            level[parent] = dict(inner or {})
-            level = level[parent]
-        level[key] = value
-    return changed
 
 
 def _integer(where: str, key: str, value: Any, least: int) -> int:

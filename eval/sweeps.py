@@ -16,9 +16,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from eval.config_keys import check_keys, with_changes
 from eval.published import LAYERS, RowSpec, models, rows, suite_rows
-from eval.runs import RUN_KEYS, Run, check_keys, read_yaml, resolve, with_changes
+from eval.runs import RUN_KEYS, Run, resolve
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import read_mapping
 
 SHORT = {"ratio": "retain_ratio", "layers": "probe_depths"}
 STAGES: dict[str, dict[str, Any]] = {
@@ -44,7 +46,7 @@ def plan(files: Iterable[Path], changes: Sequence[str] = ()) -> list[Run]:
     """
     runs: dict[str, Run] = {}
     for file in files:
-        content = read_yaml(file)
+        content = read_mapping(file, "config")
         for run in _runs(str(file), content, changes):
             runs.setdefault(run.name, run)
     return list(runs.values())

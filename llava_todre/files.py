@@ -1,9 +1,36 @@
-"""Files that are there whole or not at all."""
+"""Files: YAML with keys, and writing that leaves the whole file or none."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llava_todre.errors import TodreError
+
+
+def read_mapping(file: Path, key: str) -> dict[str, Any]:
+    """Return the mapping in a YAML file.
+
+    Args:
+        file: with ``key: value`` lines.
+        key: what messages call it.
+
+    Raises:
+        TodreError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise TodreError(f"{key} {str(file)!r} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise TodreError(f"{key} {str(file)!r} is not valid YAML: {text}") from None
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise TodreError(f"{key} {str(file)!r} must hold 'key: value' lines.")
+    return content
 
 
 def write_whole(file: Path, content: str | bytes) -> None:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
-    ["errors", "version", "files", "selection_triton"],
+    ["errors", "version", "selection_triton"],
     [
         "selection",
         "relevance",
@@ -26,6 +26,7 @@ FLOORS = [
         "provenance",
         "table",
         "video",
+        "files",
     ],
     ["pruners"],
     ["withdrawal", "catalogue"],

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from llava_todre.errors import TodreError
+from llava_todre.files import read_mapping
 
 
 def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
@@ -22,15 +21,7 @@ def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
     """
     if not method.endswith((".yaml", ".yml")):
         return method, {}
-    try:
-        content = yaml.safe_load(Path(method).read_text())
-    except OSError as error:
-        raise TodreError(f"method file {method!r} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise TodreError(f"method file {method!r} is not valid YAML: {problem}") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise TodreError(f"method file {method!r} must hold 'key: value' lines.")
+    content = read_mapping(Path(method), "method file")
     name = content.pop("method", None)
     if not isinstance(name, str):
         raise TodreError(f"method file {method!r} has no key 'method'; allowed: a name.")

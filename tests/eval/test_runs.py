@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from eval import runs
-from eval.runs import resolve, resolve_model, with_changes
+from eval.config_keys import with_changes
+from eval.runs import resolve, resolve_model
 from llava_todre.errors import TodreError
+from llava_todre.files import read_mapping
 from llava_todre.pruners import create_pruner
 
 CONFIG: dict[str, Any] = {"model": "mini", "method": "todre", "suite": "mini"}
@@ -182,7 +184,7 @@ def test_files_that_are_no_mapping_are_named(tmp_path: Path) -> None:
         if text is not None:
             file.write_text(text)
         with pytest.raises(TodreError, match=said) as raised:
-            runs.read_yaml(file)
+            read_mapping(file, "config")
         assert str(file) in str(raised.value)
 
 

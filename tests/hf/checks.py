@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,24 @@ ANY = -1
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 TOLERANCE = {"rtol": 0, "atol": 5e-5}
 PROBES = (3 / 8, 4 / 8, 5 / 8, 6 / 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(Pruner):
+    """Keeps the first tokens, and remembers what it was given."""
+
+    quantity: str
+    """Of the tower, that it asks for."""
+    seen: list[VisualTokens] = field(default_factory=list)
+    layer: int = 0
+
+    @property
+    def needs(self) -> frozenset[Any]:
+        return frozenset({(self.quantity, self.layer)})
+
+    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+        self.seen.append(tokens)
+        return Selection(torch.arange(budget))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checks import Watch
 from PIL import Image
 from tiny import ONE, PATCH, TILE, build, inputs_for, model_of
 from torch import Tensor
@@ -18,29 +18,11 @@ from llava_todre import hf
 from llava_todre.errors import TodreError
 from llava_todre.hf.families import family_of
 from llava_todre.hf.internvl import tiles_layout
-from llava_todre.pruners import Pruner, Selection
-from llava_todre.spans import VisualTokens
 
 SIDE, TOKENS = 4, 16
 
 
 # ---------------------------------------------------------------- where tokens stand
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Watch(Pruner):
-    """Keeps the first tokens, and remembers what it was given."""
-
-    seen: list[VisualTokens] = dataclasses.field(default_factory=list)
-    layer: int = 0
-
-    @property
-    def needs(self) -> Any:
-        return frozenset({("cls_attention", self.layer)})
-
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
-        self.seen.append(tokens)
-        return Selection(torch.arange(budget))
 
 
 def processed(colours: Tensor) -> Tensor:
@@ -66,7 +48,7 @@ def test_a_token_is_where_its_colour_is(monkeypatch):
     colours = (torch.arange(count * 3).view(2 * SIDE, 3 * SIDE, 3) * 255) // (count * 3)
     tiles = processed(colours)
     assert len(tiles) == 7
-    watch = Watch(retain_ratio=0.5)
+    watch = Watch(quantity="cls_attention", retain_ratio=0.5)
     raw = dataclasses.replace(
         family_of(model),
         measure=lambda quantity, layer, hidden, called: hidden[:, 1:].flatten(0, 1),
@@ -115,7 +97,7 @@ def test_cls_attention_is_that_of_the_tower(qk_norm):
     """The maps are those of the tower in eager mode."""
     model = build("internvl", attention="eager", vision={"use_qk_norm": qk_norm})
     inputs = inputs_for(model, ONE)
-    watch = Watch(retain_ratio=0.5, layer=2)
+    watch = Watch(quantity="cls_attention", retain_ratio=0.5, layer=2)
     with hf.prune(model, watch):
         model.generate(**inputs, max_new_tokens=1)
     maps: list[Tensor] = []

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checks import Watch
 from PIL import Image
 from tiny import ONE, PATCH, QWEN, inputs_for, model_of
 from torch import Tensor
@@ -18,8 +19,6 @@ from transformers import Qwen2VLImageProcessorPil
 from llava_todre import hf
 from llava_todre.errors import TodreError
 from llava_todre.hf.families import family_of
-from llava_todre.pruners import Pruner, Selection
-from llava_todre.spans import VisualTokens
 
 STAGE_1 = {"method": "todre", "probe_depths": ()}
 
@@ -43,22 +42,6 @@ def test_layers_also_get_positions_without_gaps(family):
 
 
 # ---------------------------------------------------------------- where tokens stand
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Watch(Pruner):
-    """Keeps the first tokens, and remembers what it was given."""
-
-    seen: list[VisualTokens] = dataclasses.field(default_factory=list)
-    layer: int = 0
-
-    @property
-    def needs(self) -> Any:
-        return frozenset({("received_attention", self.layer)})
-
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
-        self.seen.append(tokens)
-        return Selection(torch.arange(budget))
 
 
 def coloured(views: int, rows: int, columns: int) -> Tensor:
@@ -91,7 +74,7 @@ def test_a_token_is_where_its_colour_is(family, monkeypatch):
     if family == "qwen3_vl":
         model.model.visual.pos_embed.weight.data.zero_()
     image, video = coloured(1, 3, 5), coloured(3, 2, 3)
-    pruner = Watch(retain_ratio=0.5)
+    pruner = Watch(quantity="received_attention", retain_ratio=0.5)
     raw = dataclasses.replace(
         family_of(model), measure=lambda quantity, layer, hidden, called: hidden
     )
@@ -123,7 +106,7 @@ def test_received_attention_is_that_of_the_tower(family, monkeypatch):
     if family == "qwen2_5_vl":  # so that the order of windows is all that differs
         model.model.visual.fullatt_block_indexes = range(4)
     monkeypatch.setattr("llava_todre.hf.qwen._MAX_ENTRIES", 4 * 96 * 5)  # five rows at a time
-    watch = Watch(retain_ratio=0.5, layer=-1)
+    watch = Watch(quantity="received_attention", retain_ratio=0.5, layer=-1)
     with hf.prune(model, watch):
         model.generate(**given, max_new_tokens=1)
     model.set_attn_implementation("eager")
@@ -161,7 +144,7 @@ def test_received_attention_is_that_of_the_tower(family, monkeypatch):
 def test_windowed_layers_of_qwen2_5_pass_the_question_to_the_nearest_that_sees_everything():
     answers, model = [], model_of("qwen2_5_vl")
     for layer in (-2, 3, 1):
-        watch = Watch(retain_ratio=0.5, layer=layer)
+        watch = Watch(quantity="received_attention", retain_ratio=0.5, layer=layer)
         with hf.prune(model, watch):
             model.generate(**inputs_for(model, ONE), max_new_tokens=1)
         answers.append(watch.seen[0].vision["received_attention", layer])
@@ -180,7 +163,7 @@ def test_without_a_cls_token_received_attention_takes_its_place(family):
     with hf.prune(model, "fastervlm", retain_ratio=0.25):
         model.generate(**inputs_for(model, ONE), max_new_tokens=1)
         (image,) = hf.last_stats(model)[0].images
-    watch = Watch(retain_ratio=0.5, layer=-2)
+    watch = Watch(quantity="received_attention", retain_ratio=0.5, layer=-2)
     with hf.prune(model, watch):
         model.generate(**inputs_for(model, ONE), max_new_tokens=1)
     best = watch.seen[0].vision["received_attention", -2].topk(len(image.keep_idx)).indices

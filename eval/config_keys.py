@@ -1,0 +1,53 @@
+"""Keys of config files: which are allowed, and changes from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from llava_todre.errors import TodreError, unknown
+
+
+def check_keys(
+    where: str, config: Mapping[str, Any], allowed: Iterable[str], required: Iterable[str] = ()
+) -> None:
+    """Raise unless a config has only allowed keys and all required ones."""
+    allowed = tuple(allowed)
+    for key in config:
+        if key not in allowed:
+            raise unknown(f"{where}: key", key, allowed)
+    for key in required:
+        if config.get(key) is None:
+            raise TodreError(f"{where}: key {key!r} is missing; allowed: {', '.join(allowed)}.")
+
+
+def with_changes(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """Return the config with ``key=value`` lines applied; dots lead into nested mappings.
+
+    Args:
+        config: as read from a file; not changed.
+        changes: e.g. ``"options.tau=0.05"``; values are YAML.
+    """
+    changed: dict[str, Any] = dict(config)
+    for line in changes:
+        path, equals, text = line.partition("=")
+        if not equals or not path:
+            raise TodreError(f"set {line!r} is not of the form KEY=VALUE.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise TodreError(f"set {line!r} has a value that is not valid YAML.") from None
+        *parents, key = path.split(".")
+        level = changed
+        for parent in parents:
+            inner = level.get(parent)
+            if isinstance(inner, str) and parent == "model":
+                inner = {"key": inner}  # a setting of a named model: keep its others
+            if inner is not None and not isinstance(inner, Mapping):
+                raise TodreError(f"set {line!r}: {parent!r} is {inner!r}, which has no keys.")
+            level[parent] = dict(inner or {})
+            level = level[parent]
+        level[key] = value
+    return changed
