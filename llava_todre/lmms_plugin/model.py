@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,14 +42,12 @@ from llava_todre.lmms_plugin.items import (
     shown_of,
 )
 from llava_todre.lmms_plugin.log import AnswerLog, Line
+from llava_todre.lmms_plugin.processes import join_processes, peak_memory_mib, placement
 from llava_todre.lmms_plugin.team import Team
-from llava_todre.model.placement import spreads
 from llava_todre.model.prompt import conv_templates
 from llava_todre.stats import PruneStats
 
 logger = logging.getLogger(__name__)
-
-_RANKS = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
 class LlavaTodre(lmms):
@@ -122,7 +118,7 @@ class LlavaTodre(lmms):
         self.batch_size = whole("batch_size", batch_size)
         self.max_new_tokens = whole("max_new_tokens", max_new_tokens)
         self.log_dir = text("log_dir", log_dir)
-        self.accelerator = _join_processes()
+        self.accelerator = join_processes()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         places = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
@@ -138,7 +134,7 @@ class LlavaTodre(lmms):
                 revision=text("revision", revision),
                 dtype=dtype,
                 attn_implementation=attn_implementation,
-                **_placement(self.accelerator, **chosen),
+                **placement(self.accelerator, **chosen),
             )
             self.model: Any = self._backend.model
             self.model.set_pruner(self.pruner)
@@ -278,7 +274,7 @@ class LlavaTodre(lmms):
                 "gen_kwargs": dict(item.gen_kwargs),
                 **self._told(result, until),
                 "seconds": seconds,
-                "peak_memory_mib": _peak_memory_mib(self.device),
+                "peak_memory_mib": peak_memory_mib(self.device),
             }
             for item, result in zip(batch.items, given, strict=True)
         ]
@@ -339,55 +335,3 @@ def _named(batch: Batch) -> Iterator[None]:
             documents = [i.doc_id for i in batch.items if (i.task, i.split) == (task, split)]
             logger.error("task %s, split %s, documents %s failed", task, split, documents)
         raise
-
-
-def _join_processes() -> Any:
-    """Return the accelerator: who is who among the processes of this run, and on which device."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    # The processes wait for each other at the end, and the slowest may need hours longer.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    accelerator = Accelerator(kwargs_handlers=[patience])
-    kind = accelerator.distributed_type.value
-    if kind not in _RANKS:
-        raise TodreError(
-            f"processes of type {kind!r} are not supported; allowed: {', '.join(_RANKS)}, where "
-            "each process holds the whole model, or with tp_plan an equal part of it."
-        )
-    return accelerator
-
-
-def _placement(
-    accelerator: Any, device: str | None, device_map: str | None, tp_plan: str | None = None
-) -> dict[str, Any]:
-    """Return where this process's model goes, as ``load_pretrained_model`` takes it."""
-    if tp_plan is not None:
-        return {"device": device or "auto", "device_map": device_map, "tp_plan": tp_plan}
-    if device is not None and device_map is not None:
-        raise TodreError(
-            f"device {device!r} and device_map {device_map!r} were both given; allowed: one."
-        )
-    if accelerator.num_processes == 1:
-        return {"device": device or "auto", "device_map": device_map}
-    if spreads(device_map):
-        raise TodreError(
-            f"device_map {device_map!r} with {accelerator.num_processes} processes: each would "
-            "take all GPUs; allowed: one process, or no device_map."
-        )
-    own = accelerator.device
-    wanted = (device or device_map or "auto").partition(":")[0]
-    if wanted not in ("auto", own.type):
-        raise TodreError(
-            f"device {wanted!r} with {accelerator.num_processes} processes that accelerate put on "
-            f"{own.type!r}; for CPU set ACCELERATE_USE_CPU=true for the launcher."
-        )
-    return {"device": own}
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory this process has used so far, of all GPUs if it uses any."""
-    if device.type == "cuda":
-        gpus = range(torch.cuda.device_count())
-        return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -26,6 +26,7 @@ from llava_todre.lmms_plugin.arguments import build_pruner, draws, item_seed, op
 from llava_todre.lmms_plugin.fingerprint import fingerprint
 from llava_todre.lmms_plugin.items import cut, generation, items_of, shown_of
 from llava_todre.lmms_plugin.log import AnswerLog, read_answers
+from llava_todre.lmms_plugin.processes import join_processes, placement
 from llava_todre.mini import held_out
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, create_pruner
@@ -802,7 +803,7 @@ def processes(count, device):
 
 
 def test_each_of_several_processes_takes_the_device_accelerate_gave_it():
-    place = plugin._placement
+    place = placement
     assert place(processes(1, "cuda"), None, None) == {"device": "auto", "device_map": None}
     assert place(processes(1, "cpu"), None, "auto") == {"device": "auto", "device_map": "auto"}
     for wanted in (None, "auto", "cuda", "cuda:0"):
@@ -819,11 +820,11 @@ def test_a_model_in_pieces_is_refused(monkeypatch, kind):
     fake = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: fake)
     with pytest.raises(TodreError, match=f"processes of type '{kind}' are not supported"):
-        plugin._join_processes()
+        join_processes()
 
 
 @pytest.mark.parametrize("kind", ["NO", "MULTI_CPU", "MULTI_GPU"])
 def test_whole_models_side_by_side_are_accepted(monkeypatch, kind):
     fake = SimpleNamespace(distributed_type=SimpleNamespace(value=kind))
     monkeypatch.setattr("accelerate.Accelerator", lambda **_: fake)
-    assert plugin._join_processes() is fake
+    assert join_processes() is fake
