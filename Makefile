@@ -12,7 +12,7 @@ DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(
   $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-processors check lint types format reproduce-mini bench figures train-mini docs readme clean
+.PHONY: help setup lock demo test test-oldest test-processors check lint types format reproduce-mini bench figures train-mini docs readme clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -20,19 +20,36 @@ help: ## this list
 setup: $(STAMP) ## install the tested versions into .venv
 	@echo "Ready. To use it in this shell: source $(VENV)/bin/activate"
 
-$(STAMP): requirements.txt pyproject.toml
+# Exactly what is locked: nothing is resolved here but what torch itself pins.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+$(STAMP): requirements.txt requirements-torch.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "llava_todre needs Python 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	@if [ -e $(UNFINISHED) ]; then \
 	  echo "The last install did not finish; starting over."; rm -rf $(VENV); fi
 	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
-	@echo "Installing into $(VENV), once; a few minutes and 2 GB (more if torch comes with CUDA):"
-	@sed -nE 's/^([A-Za-z_-]+)==.*/\1/p' requirements.txt | uniq | xargs | fold -s -w 96 | sed 's/^/  /'
+	@echo "Installing requirements.txt into $(VENV), once; a few minutes and 2 GB (more if torch comes" \
+	  "with CUDA)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -e .
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
-	  lmms_eval==0.7.3 gradio==6.31.0 llava-torch==1.2.2.post1
+	@$(PIP) --no-deps --require-hashes -r requirements.txt
+	@$(PIP) -r requirements-torch.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
 	@rm -f $(UNFINISHED) && touch $@
+
+UV := 0.13.9
+UV_AT := $(VENV)/uv-$(UV)
+EXTRAS := eval video demo peft quantised dev
+
+# No setting of this machine has a say: neither pip's nor uv's, nor another index's.
+lock: ## resolve requirements.txt again, from PyPI's metadata alone (OPTIONS=--upgrade: newest versions)
+	@[ -d $(UV_AT) ] || { $(PYTHON) -m venv $(UV_AT).part && $(UV_AT).part/bin/python -m pip install \
+	  --quiet --disable-pip-version-check --target $(UV_AT) uv==$(UV) && rm -rf $(UV_AT).part; }
+	@env $(patsubst %,-u %,$(filter UV_%,$(.VARIABLES))) $(UV_AT)/bin/uv --config-file uv.toml \
+	  pip compile --quiet --universal --python-version 3.10 --generate-hashes \
+	  --default-index https://pypi.org/simple $(addprefix --extra ,$(EXTRAS)) --group tested \
+	  --constraints requirements-torch.txt --no-emit-package torch --custom-compile-command "make lock" \
+	  --output-file requirements.txt pyproject.toml $(OPTIONS)
 
 demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMAGES, OUT)
 	@$(PY) -m llava_todre.cli demo $(DEMO_OPTIONS)

@@ -23,7 +23,7 @@ from eval.fixtures import HF_HOME, NUM_SCENES, make_fixtures
 from eval.suites import ROOT, load_suite, scores
 from llava_todre.demo import bundled_checkpoint
 
-for package in ("lmms_eval", "datasets", "av", "decord", "cv2", "pandas", "openpyxl"):
+for package in ("lmms_eval", "datasets", "av", "cv2", "pandas", "openpyxl"):
     pytest.importorskip(package)
 
 OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
