@@ -33,7 +33,7 @@ $(STAMP): requirements.txt requirements-torch.txt pyproject.toml
 	  "with CUDA)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --no-deps --require-hashes -r requirements.txt
-	@$(PIP) -r requirements-torch.txt
+	@$(PIP) --no-warn-conflicts -r requirements-torch.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@rm -f $(UNFINISHED) && touch $@
 
@@ -93,16 +93,16 @@ format: $(STAMP) ## let ruff rewrite the files
 	@$(PY) -m ruff format .
 
 reproduce-mini: $(STAMP) ## Tables 1, 4, 5, 6 in small, through lmms-eval (a quarter of an hour)
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash scripts/reproduce_mini.sh
+	@PYTHON=$(PY) bash scripts/reproduce_mini.sh
 
 bench: $(STAMP) ## time every stage of an answer, against what FLOPs allow (minutes)
 	@$(PY) -m eval bench
 
 figures: $(STAMP) ## draw all figures again into docs/figures (minutes)
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/figures.sh
+	@PYTHON=$(PY) bash scripts/figures.sh
 
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PYTHON=python bash scripts/train_mini.sh
+	@PYTHON=$(PY) bash scripts/train_mini.sh
 
 docs: $(STAMP) ## write docs/methods.md, performance.md and models.md again
 	@$(PY) -m eval docs

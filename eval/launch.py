@@ -149,6 +149,8 @@ def command(
         environment["OMP_NUM_THREADS"] = str(max(1, cores // (jobs * launch.processes)))
     if launch.processes > 1 and not gpus:
         environment["ACCELERATE_USE_CPU"] = "true"
+    if run.suite.data is not None:
+        environment["HF_DATASETS_OFFLINE"] = "1"  # else it counts every use of the data, outside
     if launch.offline:
         environment |= dict.fromkeys(_OFFLINE, "1")
     torchrun = ["-m", "torch.distributed.run", "--standalone"]

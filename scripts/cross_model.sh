@@ -8,8 +8,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 out="${OUT:-outputs/cross_model}"
 for suite in ${SUITE:-image video}; do
-  "${PYTHON:-python}" -m eval run configs/runs/cross_model.yaml --out "$out" --set "suite=$suite" \
+  "$PYTHON" -m eval run configs/runs/cross_model.yaml --out "$out" --set "suite=$suite" \
     ${GPUS:+--gpus "$GPUS"} ${LIMIT:+--limit "$LIMIT"} ${MODEL:+--set "model=$MODEL"} "$@"
 done
 has_results "$@" || exit 0
-"${PYTHON:-python}" -m eval table cross_model --results "$out"
+"$PYTHON" -m eval table cross_model --results "$out"

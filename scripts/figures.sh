@@ -6,4 +6,4 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # shellcheck disable=SC2086  # several names
-"${PYTHON:-python}" -m eval figure ${NAMES:-all} --out "${OUT:-docs/figures}" "$@"
+"$PYTHON" -m eval figure ${NAMES:-all} --out "${OUT:-docs/figures}" "$@"

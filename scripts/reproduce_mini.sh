@@ -6,11 +6,11 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 out="${OUT:-outputs/reproduce_mini}"
-"${PYTHON:-python}" -m eval sweep configs/sweeps/mini_methods.yaml configs/runs/mini_table4.yaml \
+"$PYTHON" -m eval sweep configs/sweeps/mini_methods.yaml configs/runs/mini_table4.yaml \
   configs/runs/mini_tables56.yaml --out "$out" --offline --jobs 2 ${LIMIT:+--limit "$LIMIT"} "$@"
 has_results "$@" || exit 0
 for table in 1 4 "5 --version v2" "6 --version v2"; do
   # shellcheck disable=SC2086  # a table and its options
-  "${PYTHON:-python}" -m eval table $table --suite mini --results "$out"
+  "$PYTHON" -m eval table $table --suite mini --results "$out"
 done
-"${PYTHON:-python}" -m eval report "$out"
+"$PYTHON" -m eval report "$out"

@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 out="${OUT:-outputs/smoke}"
-"${PYTHON:-python}" -m eval sweep configs/sweeps/smoke.yaml --out "$out" --offline \
+"$PYTHON" -m eval sweep configs/sweeps/smoke.yaml --out "$out" --offline \
   --limit "${LIMIT:-2}" "$@"
 has_results "$@" || exit 0
-"${PYTHON:-python}" -m eval table 1 --suite mini --results "$out"
+"$PYTHON" -m eval table 1 --suite mini --results "$out"

@@ -7,9 +7,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 out="${OUT:-outputs/table3_efficiency}"
 for size in ${SIZE:-7b 13b}; do
-  "${PYTHON:-python}" -m eval bench --table3 --new-tokens 3 --size "$size" \
+  "$PYTHON" -m eval bench --table3 --new-tokens 3 --size "$size" \
     --out "$out/$size.json" "$@"
 done
 if has_results "$@"; then
-  "${PYTHON:-python}" -m eval table 3 --results "$out"
+  "$PYTHON" -m eval table 3 --results "$out"
 fi

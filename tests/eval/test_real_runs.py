@@ -36,6 +36,17 @@ def scores(run: Run, launch: Launch) -> str:
     return json.dumps((read_record(launch.file(run)) or {})["benchmarks"])
 
 
+LISTENING = """
+import runpy, socket, sys
+def hear(event, arguments):
+    is_local = event == "socket.connect" and arguments[0].family == socket.AF_UNIX
+    if event in ("socket.getaddrinfo", "socket.connect", "socket.sendto") and not is_local:
+        print(event, arguments[-1], file=open({heard!r}, "a"))
+sys.addaudithook(hear)
+runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)
+"""
+
+
 def interrupted(run: Run, launch: Launch, is_time: Callable[[], bool]) -> None:
     """Carry out a run in a process of its own and kill that without warning."""
     process = multiprocessing.get_context("fork").Process(target=execute, args=([run], launch))
@@ -51,7 +62,10 @@ def interrupted(run: Run, launch: Launch, is_time: Callable[[], bool]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere children outlive a killed parent")
 def test_a_kill_and_several_processes_leave_the_scores_as_they_are(tmp_path: Path) -> None:
     run = resolve(CONFIG)
-    whole = scores(run, Launch(tmp_path / "whole", offline=True))
+    program, heard = tmp_path / "program.py", tmp_path / "heard"
+    program.write_text(LISTENING.format(heard=str(heard)))
+    whole = scores(run, Launch(tmp_path / "whole", program=(str(program),)))
+    assert not heard.exists(), f"looked up outside: {heard.read_text()}"
     killed, shared = (Launch(tmp_path / name, offline=True) for name in ("killed", "shared"))
 
     def answers() -> int:
