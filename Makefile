@@ -3,11 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# A new lock, or an interrupted install, means a new environment: what is installed is what is locked.
+LOCKED := $(VENV)/.locked
 STAMP := $(VENV)/.installed
-# Exists only while an install runs: what an interrupted one leaves behind cannot be trusted.
-UNFINISHED := $(VENV)/.unfinished
 
-# make demo METHODS=all RATIOS="0.5 0.25" IMAGES=20 OUT=outputs/all; each may be left out.
+# make demo METHODS=all RATIOS="0.5 0.25" IMAGES=96 OUT=outputs/all; each may be left out.
 DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(RATIOS)) \
   $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
 
@@ -20,22 +20,22 @@ help: ## this list
 setup: $(STAMP) ## install the tested versions into .venv
 	@echo "Ready. To use it in this shell: source $(VENV)/bin/activate"
 
-# Exactly what is locked: nothing is resolved here but what torch itself pins.
+# Nothing is resolved here but what torch itself pins.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-$(STAMP): requirements.txt requirements-torch.txt pyproject.toml
+$(LOCKED): requirements.txt requirements-torch.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "llava_todre needs Python 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	@if [ -e $(UNFINISHED) ]; then \
-	  echo "The last install did not finish; starting over."; rm -rf $(VENV); fi
-	@mkdir -p $(VENV) && rm -f $@ && touch $(UNFINISHED)
 	@echo "Installing requirements.txt into $(VENV), once; a few minutes and 2 GB (more if torch comes" \
 	  "with CUDA)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --no-deps --require-hashes -r requirements.txt
 	@$(PIP) --no-warn-conflicts -r requirements-torch.txt
+	@touch $@
+
+$(STAMP): $(LOCKED) pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation -e .
-	@rm -f $(UNFINISHED) && touch $@
+	@touch $@
 
 UV := 0.13.9
 UV_AT := $(VENV)/uv-$(UV)
@@ -43,15 +43,17 @@ EXTRAS := eval video demo peft quantised dev
 
 # No setting of this machine has a say: neither pip's nor uv's, nor another index's.
 lock: ## resolve requirements.txt again, from PyPI's metadata alone (OPTIONS=--upgrade: newest versions)
-	@[ -d $(UV_AT) ] || { $(PYTHON) -m venv $(UV_AT).part && $(UV_AT).part/bin/python -m pip install \
-	  --quiet --disable-pip-version-check --target $(UV_AT) uv==$(UV) && rm -rf $(UV_AT).part; }
+	@[ -d $(UV_AT) ] || { $(PYTHON) -m venv --clear $(UV_AT).part && $(UV_AT).part/bin/python -m pip \
+	  install --quiet --disable-pip-version-check uv==$(UV) && mv $(UV_AT).part $(UV_AT); }
 	@env $(patsubst %,-u %,$(filter UV_%,$(.VARIABLES))) $(UV_AT)/bin/uv --config-file uv.toml \
 	  pip compile --quiet --universal --python-version 3.10 --generate-hashes \
 	  --default-index https://pypi.org/simple $(addprefix --extra ,$(EXTRAS)) --group tested \
 	  --constraints requirements-torch.txt --no-emit-package torch --custom-compile-command "make lock" \
 	  --output-file requirements.txt pyproject.toml $(OPTIONS)
 
-demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMAGES, OUT)
+# Threads that spin while they wait take a busy machine's time from each other: ten times as slow.
+demo: export OMP_WAIT_POLICY ?= PASSIVE
+demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMAGES=96, OUT)
 	@$(PY) -m llava_todre.cli demo $(DEMO_OPTIONS)
 	@$(PY) -m eval report "$(or $(OUT),outputs/demo)"
 

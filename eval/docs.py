@@ -15,6 +15,7 @@ from eval import models_doc, performance
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
 from llava_todre.intervals import difference
+from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS, Need
 from llava_todre.table import markdown_lines, note, with_interval
 
@@ -30,7 +31,7 @@ def render() -> str:
     if not RESULTS.exists():
         raise TodreError(
             f"{RESULTS.relative_to(ROOT)} is missing; make it with `make demo METHODS=all"
-            f" OUT=outputs/methods` and copy outputs/methods/results.json there."
+            f" IMAGES={NUM_IMAGES} OUT=outputs/methods` and copy outputs/methods/results.json there."
         )
     results = json.loads(RESULTS.read_text())
     page = TEMPLATE.read_text()

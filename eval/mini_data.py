@@ -17,10 +17,9 @@ from typing import Any
 
 import llava_todre.mini
 from llava_todre.errors import TodreError
-from llava_todre.mini import TASKS, TEST_SEED, held_out
+from llava_todre.mini import NUM_IMAGES, TASKS, TEST_SEED, held_out
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "tasks" / "mini" / "data"
-NUM_IMAGES = 96
 _SOURCES = ("heldout.py", "questions.py", "render.py", "scenes.py", "shapes.py")
 
 

@@ -107,14 +107,15 @@ def _convert_parser() -> ArgumentParser:
 
 
 def _demo_parser() -> ArgumentParser:
-    parser = _Parser(description="Compare methods on the bundled model; CPU, minutes.")
+    parser = _Parser(description="Compare methods on the bundled model; CPU, a minute or two.")
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", type=str | None, help="checkpoint (default: the bundled one)")
     methods = "names from `todre list`, A+B combinations, or all"
     add("--methods", nargs="+", default=["random", "todre_v1", "todre"], help=methods)
     add("--ratios", nargs="+", type=float, default=[0.25, 0.10], help="shares of tokens kept")
-    add("--num-images", type=int, default=96, help="held-out pictures, nine questions each")
+    pictures = "held-out pictures, nine questions each; stored results have 96"
+    add("--num-images", type=int, default=12, help=pictures)
     add("--out", default="outputs/demo", help="folder for results, table and pictures")
     add("--fresh", action="store_true", help="forget finished runs in that folder")
     add("--ui", action="store_true", help="open a page on which to ask, instead; any checkpoint")
@@ -268,6 +269,7 @@ def _demo(options: Namespace) -> None:
         )
         return
     from llava_todre.demo import run_demo
+    from llava_todre.mini import NUM_IMAGES
     from llava_todre.table import as_text
 
     out = Path(options.out)
@@ -280,6 +282,11 @@ def _demo(options: Namespace) -> None:
         fresh=options.fresh,
     )
     print(as_text(results))
+    if options.num_images < NUM_IMAGES:
+        print(
+            f"\nA first look, at {options.num_images} pictures: make demo IMAGES={NUM_IMAGES}, or"
+            f" --num-images {NUM_IMAGES}, has narrower intervals and takes some minutes."
+        )
     print(f"\nResults, table and pictures are in {out}.")
 
 

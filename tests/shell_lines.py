@@ -67,11 +67,13 @@ def check_mention(span: str) -> None:
     elif program == "python" and rest[:2] == ["-m", "eval"]:
         command = _choices(evaluation.parser()).get(rest[2]) if rest[2:] else None
         assert not rest[2:] or (command and _options(rest) <= _known(command)), span
+    elif program == "python" and rest[:2] == ["-m", "lmms_eval"]:
+        assert _options(rest) <= _lmms_eval_options(), span
     elif program == "python" and rest[0] == "-m":
         assert importlib.util.find_spec(rest[1]), span
     elif program in ("python", "bash"):
         assert (ROOT / rest[0]).is_file(), span
-    elif program in ("lmms_eval", "torchrun"):
+    elif program == "torchrun":
         assert _options(rest) <= _lmms_eval_options() | _TORCHRUN, span
     else:
         PROGRAMS[program](rest, {})
@@ -121,6 +123,8 @@ def _todre(words: Words, settings: Settings) -> None:
 def _python(words: Words, settings: Settings) -> None:
     assert words[0] == "-m", words
     module, *rest = words[1:]
+    if module == "lmms_eval":
+        _lmms_eval(rest, settings)
     if module != "eval":
         assert importlib.util.find_spec(module), module
         return
@@ -215,7 +219,8 @@ def _pip(words: Words, settings: Settings) -> None:
     del settings
     assert words[0] == "install", words
     project = (ROOT / "pyproject.toml").read_text()
-    pins = (ROOT / "requirements.txt").read_text() + (ROOT / "Makefile").read_text()
+    locks = ("requirements.txt", "requirements-torch.txt")
+    pins = "".join((ROOT / name).read_text() for name in locks)
     for word in words[1:]:
         if word.startswith(("-", "https://download.pytorch.org/")) or word == "requirements.txt":
             continue
@@ -224,7 +229,8 @@ def _pip(words: Words, settings: Settings) -> None:
                 assert re.search(rf"^{extra} = \[", project, re.MULTILINE), extra
         else:
             name, equals, version = word.partition("==")
-            assert f"{name}=={version}" in pins if equals else name in project + pins, word
+            locked = re.search(rf"^{name.replace('_', '-')}=={version or ''}", pins, re.MULTILINE)
+            assert locked or not equals and name in project, word
 
 
 def _source(words: Words, settings: Settings) -> None:
@@ -248,7 +254,6 @@ PROGRAMS: dict[str, Callable[[Words, Settings], None]] = {
     "python": _python,
     "bash": _script,
     "make": _make,
-    "lmms_eval": _lmms_eval,
     "torchrun": _torchrun,
     "pip": _pip,
     "source": _source,

@@ -1,9 +1,9 @@
-"""LLaVA with visual-token pruning as a model of lmms-eval: ``lmms_eval --model llava_todre``.
+"""LLaVA with visual-token pruning as a model of lmms-eval: ``--model llava_todre``.
 
 lmms-eval finds :func:`manifest` through the entry point ``lmms_eval.models`` once this package is
 installed. Every option of model and method is a model argument:
 
-    lmms_eval --model llava_todre --tasks pope --batch_size 4 \
+    python -m lmms_eval --model llava_todre --tasks pope --batch_size 4 \
         --model_args pretrained=checkpoints/mini,method=todre,retain_ratio=0.1,log_dir=outputs/log
 
 ``model`` holds the class, ``arguments`` what stands behind ``--model_args``, ``backend`` the kinds

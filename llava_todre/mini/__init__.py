@@ -7,4 +7,7 @@ torch.
 from llava_todre.mini.heldout import TEST_SEED, Sample, held_out
 from llava_todre.mini.questions import TASKS, Question
 
-__all__ = ["TASKS", "TEST_SEED", "Question", "Sample", "held_out"]
+NUM_IMAGES = 96
+"""Test pictures behind every stored result."""
+
+__all__ = ["NUM_IMAGES", "TASKS", "TEST_SEED", "Question", "Sample", "held_out"]

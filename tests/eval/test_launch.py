@@ -256,7 +256,7 @@ def test_the_program_is_lmms_eval_and_python_is_named_shortly_if_it_is_the_one_o
     monkeypatch.setattr(launch.shutil, "which", lambda name: sys.executable)
     environment, arguments = command(run_of(), Launch(tmp_path), (), 1)
     assert arguments[:5] == ["python", "-m", "lmms_eval", "--model", "llava_todre"]
-    assert environment == {}
+    assert environment == {"HF_DATASETS_OFFLINE": "1"}, "the mini suite's data is drawn here"
     monkeypatch.setattr(launch.shutil, "which", lambda name: "/elsewhere/python")
     assert command(run_of(), Launch(tmp_path), (), 1)[1][0] == sys.executable
 
@@ -269,7 +269,7 @@ def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
     )
     assert environment["ACCELERATE_USE_CPU"] == "true"
     environment, _ = command(run_of(), Launch(tmp_path, processes=2), ("4", "5"), 1)
-    assert environment == {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert environment == {"HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "4,5"}
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_model_that_is_split_takes_all_processes_of_its_run(tmp_path: Path) ->
     how = Launch(tmp_path, gpus=tuple("0123"), processes=2)
     assert how.slots([run]) == [("0", "1"), ("2", "3")]
     environment, arguments = command(run, how, ("2", "3"), 2)
-    assert environment == {"CUDA_VISIBLE_DEVICES": "2,3"} and "--nproc_per_node" in arguments
+    assert environment["CUDA_VISIBLE_DEVICES"] == "2,3" and "--nproc_per_node" in arguments
     assert ",tp_plan=auto," in arguments[arguments.index("--model_args") + 1]
 
 
