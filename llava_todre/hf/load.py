@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from llava_todre.errors import TodreError, unknown
 from llava_todre.hf.families import FAMILIES, family_named
 from llava_todre.hf.stock import StockModel
-from llava_todre.model.checkpoint import first_line
+from llava_todre.model.checkpoint import check_shard_names, first_line
 from llava_todre.model.placement import (
     check_attention,
     check_spread,
@@ -48,6 +49,7 @@ def load_stock_model(
     Raises:
         TodreError: one line saying what about the arguments or the checkpoint is wrong.
     """
+    check_shard_names(Path(path).expanduser())
     target = target_device(device, device_map)
     check_attention(attn_implementation, target)
     wanted = parse_dtype(dtype) or (torch.float32 if target.type == "cpu" else "auto")

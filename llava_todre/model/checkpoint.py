@@ -40,6 +40,7 @@ def find_checkpoint(key: str, path: str, revision: str | None = None, weights: b
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        check_shard_names(folder)
         return folder
     if folder.exists():
         raise TodreError(f"{key} {path!r} is a file; give the directory of the checkpoint.")
@@ -152,3 +153,16 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 def first_line(error: BaseException) -> str:
     """Return what went wrong as one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_shard_names(folder: Path) -> None:
+    """Refuse an index that names a file outside its folder: transformers would open it.
+
+    Raises:
+        TodreError: a shard's name is not the plain name of a file.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        weight_map = read_json(index).get("weight_map")
+        for name in weight_map.values() if isinstance(weight_map, dict) else ():
+            if not isinstance(name, str) or not name or Path(name).name != name:
+                raise TodreError(f"{index} names {name!r}; a shard must be a file of its folder.")
