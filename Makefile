@@ -106,8 +106,9 @@ figures: $(STAMP) ## draw all figures again into docs/figures (minutes)
 train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
 	@PYTHON=$(PY) bash scripts/train_mini.sh
 
-docs: $(STAMP) ## write docs/methods.md, performance.md and models.md again
+docs: $(STAMP) ## write docs/methods.md, performance.md, models.md and licences.md again
 	@$(PY) -m eval docs
+	@$(PY) -m eval.licences
 
 readme: $(STAMP) ## write the README's table and list of methods again
 	@$(PY) -m eval readme

@@ -31,7 +31,8 @@ def render() -> str:
     if not RESULTS.exists():
         raise TodreError(
             f"{RESULTS.relative_to(ROOT)} is missing; make it with `make demo METHODS=all"
-            f" IMAGES={NUM_IMAGES} OUT=outputs/methods` and copy outputs/methods/results.json there."
+            f" IMAGES={NUM_IMAGES} OUT=outputs/methods` and copy outputs/methods/results.json"
+            " there."
         )
     results = json.loads(RESULTS.read_text())
     page = TEMPLATE.read_text()

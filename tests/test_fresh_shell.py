@@ -1,8 +1,8 @@
-"""README's commands as a newcomer types them: in order, in one new shell with the system's PATH only.
+"""README's commands as a newcomer types them: in order, in one new shell with the system's PATH.
 
-Two things are not as for a newcomer. ``make`` says what it would do: what it does takes half an hour,
-and this test is part of it. And the hub cannot be asked: lmms-eval comes as far as our plug-in, which
-does not find the 7B checkpoint.
+Two things differ. ``make`` says what it would do: what it does takes half an hour, and this test is
+part of it. And the hub cannot be asked: lmms-eval comes as far as our plug-in, which does not find
+the 7B checkpoint.
 """
 
 from __future__ import annotations

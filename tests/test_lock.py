@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from eval.licences import PAGE, licence, packages
+
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -96,17 +98,22 @@ def asked() -> list[Requirement]:
     return [Requirement(line) for line in lines]
 
 
-@pytest.mark.parametrize("python", PYTHONS)
-@pytest.mark.parametrize(
-    ("system", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
-)
-def test_the_lock_is_what_pyproject_asks_for(python: str, system: str, machine: str) -> None:
-    environment = {
+def machine(python: str, system: str = "linux", processor: str = "x86_64") -> dict[str, str]:
+    """Return what markers ask about a machine."""
+    return {
         **{"python_version": python, "python_full_version": f"{python}.1"},
         **{"sys_platform": system, "platform_system": system.capitalize()},
-        **{"platform_machine": machine, "os_name": "posix", "extra": ""},
+        **{"platform_machine": processor, "os_name": "posix", "extra": ""},
         **{"implementation_name": "cpython", "platform_python_implementation": "CPython"},
     }
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize(
+    ("system", "processor"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
+)
+def test_the_lock_is_what_pyproject_asks_for(python: str, system: str, processor: str) -> None:
+    environment = machine(python, system, processor)
     locked = {**pins(environment), "torch": Version(str(TORCH.specifier).removeprefix("=="))}
     for each in asked():
         if each.marker is None or each.marker.evaluate(environment):
@@ -129,3 +136,20 @@ def test_what_torch_needs_is_locked_before_it_is_installed() -> None:
     stated = {canonicalize_name(Requirement(line).name) for line in lines}
     unstated = set(needs("torch")) - stated
     assert all(name.startswith(("nvidia-", "cuda-")) for name in unstated), unstated
+
+
+def test_every_locked_package_is_in_the_list_of_licences() -> None:
+    listed = {
+        canonicalize_name(name): stated
+        for name, stated in re.findall(
+            r"^\| ([\w.-]+) \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE
+        )
+        if name not in ("package", "---")
+    }
+    assert "not stated" not in listed.values()
+    locked = [{*pins(machine(python)), "torch"} for python in PYTHONS]
+    assert set(listed) in locked, "run `make docs`"
+    expected = pins(default_environment())
+    for name, package in packages().items():
+        if Version(package.version) == expected.get(canonicalize_name(name)):
+            assert listed[canonicalize_name(name)] == licence(package.metadata), name
