@@ -12,7 +12,7 @@ DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(
   $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-oldest test-processors check lint types format reproduce-mini bench figures train-mini docs readme clean
+.PHONY: help setup lock demo test test-oldest test-processors test-torchao check lint types format reproduce-mini bench figures train-mini docs readme clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,13 +60,15 @@ demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMA
 test: $(STAMP) ## run the tests (offline, CPU)
 	@$(PY) -m pytest -q -n auto
 
-# Beside the tested version: the oldest that is supported, for everything that hooks into it.
+# Beside the tested version: the oldest that is supported, for everything that hooks into it, and the
+# oldest hub package; the others of the environment suit them.
 OLDEST := 5.17.0
+OLDEST_HUB := 1.31.0
 OLDEST_AT := $(VENV)/transformers-$(OLDEST)
 
 test-oldest: $(STAMP) ## models and decoders again, with the oldest supported transformers
-	@[ -d $(OLDEST_AT) ] || { $(PY) -m pip install --quiet --disable-pip-version-check \
-	  --target $(OLDEST_AT).part transformers==$(OLDEST) && mv $(OLDEST_AT).part $(OLDEST_AT); }
+	@[ -d $(OLDEST_AT) ] || { $(PIP) --no-deps --target $(OLDEST_AT).part transformers==$(OLDEST) \
+	  huggingface_hub==$(OLDEST_HUB) && mv $(OLDEST_AT).part $(OLDEST_AT); }
 	@PYTHONPATH=$(OLDEST_AT) $(PY) -m pytest -q -n auto tests/hf tests/model \
 	  tests/test_in_decoder.py tests/test_withdrawal.py
 
@@ -75,11 +77,19 @@ TORCHVISION := 0.28.0
 TORCHVISION_AT := $(VENV)/torchvision-$(TORCHVISION)
 
 test-processors: $(STAMP) ## stock models through processors that need torchvision, with PyPI's
-	@[ -d $(TORCHVISION_AT) ] || { $(PY) -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --target $(TORCHVISION_AT).part torchvision==$(TORCHVISION) \
-	  && mv $(TORCHVISION_AT).part $(TORCHVISION_AT); }
+	@[ -d $(TORCHVISION_AT) ] || { $(PIP) --no-deps --target $(TORCHVISION_AT).part \
+	  torchvision==$(TORCHVISION) && mv $(TORCHVISION_AT).part $(TORCHVISION_AT); }
 	@PYTHONPATH=$(TORCHVISION_AT):tests/hf $(PY) -m pytest -q -p torchvision_operators \
 	  tests/hf/test_processors.py
+
+# Not in the environment: without a GPU its import prints warnings at every start.
+TORCHAO := 0.18.0
+TORCHAO_AT := $(VENV)/torchao-$(TORCHAO)
+
+test-torchao: $(STAMP) ## models quantised by torchao
+	@[ -d $(TORCHAO_AT) ] || { $(PIP) --no-deps --target $(TORCHAO_AT).part torchao==$(TORCHAO) \
+	  && mv $(TORCHAO_AT).part $(TORCHAO_AT); }
+	@PYTHONPATH=$(TORCHAO_AT) $(PY) -m pytest -q -n auto -k torchao tests/model tests/hf tests/test_lock.py
 
 check: lint types test ## what a pull request must pass: lint, format, types, tests
 

@@ -14,7 +14,7 @@ from llava_todre.table import markdown_lines
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "licences.md"
 _NOT_LISTED = ("llava-todre", "pip")
 # Whose metadata say nothing: what their own LICENSE files are.
-_FROM_FILES = {"sentencepiece": "Apache-2.0", "torchao": "BSD-3-Clause"}
+_FROM_FILES = {"sentencepiece": "Apache-2.0"}
 _HEAD = """# Licences of what is installed
 
 What `make setup` installs on Linux with a CPU build of torch, by the packages' own metadata;

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llava_todre import TodreError, demo
+from llava_todre.cli import main
 from llava_todre.demo import RANDOM_DRAWS, Run, plan, run_demo
 from llava_todre.intervals import intervals
 from llava_todre.mini import TASKS
@@ -77,6 +78,17 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
     repeated.clear()
     small_demo(out, num_images=1)
     assert len(repeated) == 5, "other questions are other runs"
+
+
+def test_the_first_look_says_how_to_see_all(
+    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(finished[0])
+    few = ["--methods", "random", "todre", "--ratios", "0.25", "--num-images", str(NUM_IMAGES)]
+    assert main(["demo", *few, "--out", out]) == 0
+    printed = capsys.readouterr().out
+    assert "A first look, at 2 pictures: make demo IMAGES=96, or --num-images 96" in printed
+    assert re.search(r"random 25% \(mean of 3\) .*% \[[\d.]+, [\d.]+\]", printed), "intervals"
 
 
 def test_intervals_are_those_of_the_stored_hits(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -23,8 +23,8 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-NOT_LOCKED = {"flash", "deepspeed"}
-"""Extras that need a GPU to be installed."""
+NOT_LOCKED = {"flash", "deepspeed", "torchao"}
+"""Extras that want a GPU."""
 TOOLS = {"pip", "wheel", "setuptools"}
 """What an environment may have had before."""
 
@@ -136,6 +136,12 @@ def test_what_torch_needs_is_locked_before_it_is_installed() -> None:
     stated = {canonicalize_name(Requirement(line).name) for line in lines}
     unstated = set(needs("torch")) - stated
     assert all(name.startswith(("nvidia-", "cuda-")) for name in unstated), unstated
+
+
+def test_torchao_is_tested_in_a_version_that_pyproject_allows() -> None:
+    (version,) = re.findall(r"^TORCHAO := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    asked = map(Requirement, PROJECT["project"]["optional-dependencies"]["torchao"])
+    assert [each.specifier.contains(version) for each in asked if each.name == "torchao"] == [True]
 
 
 def test_every_locked_package_is_in_the_list_of_licences() -> None:

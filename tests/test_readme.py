@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,7 +13,8 @@ import pages
 import pytest
 
 from eval.figures.registry import FIGURES
-from eval.readme import TABLES, readme, tables
+from eval.readme import RESULTS, TABLES, readme, tables
+from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +40,11 @@ def test_the_commands_run(outcome: pages.Outcome) -> None:
     said = "".join(outcome.said)
     assert "visual tokens kept" in said, "todre generate"
     assert "--model llava_todre" in said, "scripts/table1_image.sh --dry-run"
+
+
+def test_the_table_is_of_the_full_run_and_the_page_says_so() -> None:
+    assert json.loads(RESULTS.read_text())["num_images"] == NUM_IMAGES
+    assert f"from the full run, `make demo IMAGES={NUM_IMAGES}`" in " ".join(README.split())
 
 
 def test_every_method_is_named_once() -> None:
