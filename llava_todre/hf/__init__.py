@@ -43,8 +43,6 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
             this family of models does not compute.
     """
     kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
-    if not isinstance(method, (str, Pruner)):
-        raise TodreError(f"method {method!r} is neither a name nor a method object; allowed: both.")
     if isinstance(method, Pruner) and knobs:
         raise TodreError(
             f"options {', '.join(knobs)} beside a method object; allowed: set them on the object."
