@@ -8,18 +8,17 @@ Symbols: B batch, T prompt length.
 from __future__ import annotations
 
 import inspect
-import math
 import operator
+import sys
 from collections.abc import Iterable, Mapping
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from llava_todre.errors import TodreError, unknown
+from llava_todre.pruners.base import plain, require
 
 # Above these a call would run for days, or fill any memory, before it fails.
 _MAX_TOKENS, _MAX_BEAMS, _MAX_ANSWERS = 2**20, 128, 1024
@@ -33,14 +32,16 @@ _WHOLE = {
     "top_k": (0, _MAX_TOKENS),
     "no_repeat_ngram_size": (0, _MAX_TOKENS),
 }
+_LARGEST = sys.float_info.max
 _REAL = {
-    "temperature": (0.0, math.inf),
+    "temperature": (0.0, _LARGEST),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "typical_p": (0.0, 1.0),
-    "repetition_penalty": (0.0, math.inf),
-    "length_penalty": (-math.inf, math.inf),
+    "repetition_penalty": (0.0, _LARGEST),
+    "length_penalty": (-_LARGEST, _LARGEST),
 }
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FLAGS = ("do_sample", "use_cache")
 
 
@@ -62,37 +63,43 @@ def checked(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TodreError: a number of the wrong type, out of range, or too large to be meant.
     """
-    numbers: dict[str, Any] = {}
-    for key in (*_WHOLE, *_REAL, *_FLAGS):
-        value = setting(model, key, kwargs)
-        if value is not None:
-            numbers[key] = _plain(key, value)
-    return {**kwargs, **{key: value for key, value in numbers.items() if key in kwargs}}
+    sampled = setting(model, "do_sample", kwargs)
+    found = dict(kwargs)
+    for key in (*_WHOLE, *_REAL, *_IDS, *_FLAGS):
+        value = plain(setting(model, key, kwargs))
+        if value is None:
+            continue
+        if key in _WHOLE:
+            value = whole(key, value, *_WHOLE[key])
+        elif key in _REAL:
+            above = key == "repetition_penalty" or (key == "temperature" and sampled)
+            require(key, value, *_REAL[key], low_included=not above)
+            value = float(value)
+        elif key in _IDS:
+            value = _ids(key, value)
+        elif not isinstance(value, bool):
+            raise TodreError(f"{key} {value!r} is unknown; allowed: True, False.")
+        if kwargs.get(key) is not None:
+            found[key] = value
+    return found
 
 
-def _plain(key: str, value: Any) -> Any:
-    if key in _FLAGS:
-        if isinstance(value, (bool, np.bool_)):
-            return bool(value)
-        raise TodreError(f"{key} must be True or False, got {value!r}.")
-    if key in _WHOLE:
-        return whole(key, value, *_WHOLE[key])
-    low, high = _REAL[key]
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and low <= value <= high:
-        return float(value)
-    limits = "a finite number" if high == -low else f"a finite number from {low:g} to {high:g}"
-    raise TodreError(f"{key} must be {limits}, got {value!r}.")
+def _ids(key: str, value: Any) -> int | list[int]:
+    if isinstance(value, tuple) and key == "eos_token_id":
+        return [whole(key, each, -1) for each in value]
+    return whole(key, value, -1)
 
 
-def whole(key: str, value: Any, low: int, high: int) -> int:
+def whole(key: str, value: Any, low: int, high: int = _MAX_TOKENS) -> int:
     """Return a whole number from ``low`` to ``high`` as an int, or raise a TodreError."""
     try:
         number = operator.index(value)
     except TypeError:
         number = low - 1
     if isinstance(value, bool) or not low <= number <= high:
-        raise TodreError(f"{key} must be a whole number from {low} to {high:,}, got {value!r}.")
+        raise TodreError(
+            f"{key} {value!r} is out of range; allowed: a whole number from {low} to {high:,}."
+        )
     return number
 
 

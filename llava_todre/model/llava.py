@@ -9,7 +9,7 @@ Stage 1 happens in ``prepare_inputs_labels_for_multimodal``, Stage 2 in the forw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -155,6 +155,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         Raises:
             TodreError: shapes, sizes or modalities that do not fit each other.
         """
+        if not isinstance(images, (Tensor, Sequence, Iterator)) or isinstance(images, str):
+            raise TodreError(f"images must be a tensor or a list, got {type(images).__name__}.")
         entries: list[Any] = list(images)
         if all(isinstance(entry, EncodedVisual) for entry in entries):
             return entries
@@ -166,13 +168,16 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         side = self.get_vision_tower().config.image_size
         for entry in entries:
             is_tensor = isinstance(entry, Tensor)
-            if is_tensor and entry.ndim in (3, 4) and entry.shape[-3:] == (3, side, side):
-                continue
-            received = tuple(entry.shape) if is_tensor else type(entry).__name__
-            raise TodreError(
-                f"images holds {received}; allowed: tensors of shape (3, {side}, {side}) or "
-                f"(views, 3, {side}, {side}), as process_images returns them."
-            )
+            fits = is_tensor and entry.ndim in (3, 4) and entry.shape[-3:] == (3, side, side)
+            if not fits or not entry.is_floating_point() or entry.numel() == 0:
+                received = (tuple(entry.shape), entry.dtype) if is_tensor else type(entry).__name__
+                raise TodreError(
+                    f"images holds {received}; allowed: floating-point tensors of shape "
+                    f"(3, {side}, {side}) or (views, 3, {side}, {side}), as process_images returns "
+                    "them."
+                )
+            if not bool(torch.isfinite(entry).all()):
+                raise TodreError("images holds pixels that are NaN or Inf; they must be finite.")
 
     # ------------------------------------------------------------------ prompts
 
@@ -319,9 +324,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         needs_text = "text_embeds" in self.pruner.needs
         clip = self.clip_text if "clip_similarity" in self.pruner.needs else None
         to_compare = [visual for visual in visuals if visual.vision_features is not None]
-        if clip is not None and to_compare and (questions is None or len(questions) != len(ids)):
+        texts = () if questions is None or isinstance(questions, str) else questions
+        if clip is not None and to_compare and len(texts) != len(ids):
             raise TodreError(
-                f"questions has {len(questions or ())} entries; {type(self.pruner).__name__} needs "
+                f"questions has {len(texts)} entries; {type(self.pruner).__name__} needs "
                 f"the question of each of the {len(ids)} prompts, in words."
             )
         newline = self.model.image_newline
@@ -336,8 +342,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 question = text[question_rows(row)] if needs_text else None
                 visual, similarity = next(remaining), None
                 if clip is not None and visual.vision_features is not None:
-                    assert questions is not None
-                    similarity = clip.similarity(visual.vision_features, questions[index])
+                    similarity = clip.similarity(visual.vision_features, texts[index])
                 chosen.append(prune(visual, self.pruner, newline, question, similarity))
             prompts.append(splice(row, targets, text, chosen))
         return prompts
@@ -446,6 +451,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         kwargs = checked(self, kwargs)
         self._latest.put(None)
         if images is None:
+            if inputs is not None and kwargs.get("past_key_values") is None:
+                stated_tokens(inputs, kwargs.get("attention_mask"))
             kwargs["inputs"] = inputs
         elif inputs is None:
             raise TodreError("inputs is missing; give the token ids together with images.")

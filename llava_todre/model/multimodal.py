@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,33 @@ def build_projector(kind: str, vision_width: int, width: int) -> nn.Module:
     for _ in range(1, int(match[1])):
         layers += [nn.GELU(), nn.Linear(width, width)]
     return nn.Sequential(*layers)
+
+
+def read_sizes(image_sizes: Any) -> list[Size | None]:
+    """Return sizes of images as pairs of whole numbers; None stays, for what has no size.
+
+    Args:
+        image_sizes: a list of pairs, or an (images, 2) tensor.
+
+    Raises:
+        TodreError: anything else.
+    """
+    try:
+        if hasattr(image_sizes, "tolist"):
+            image_sizes = image_sizes.tolist()
+        return [None if size is None else _pair(*size) for size in image_sizes]
+    except (TypeError, ValueError, OverflowError):
+        raise TodreError(
+            f"image_sizes {image_sizes!r} is not usable; allowed: two whole numbers above 0 for "
+            "every image."
+        ) from None
+
+
+def _pair(first: Any, second: Any) -> Size:
+    pair = int(first), int(second)
+    if pair != (first, second) or min(pair) < 1:  # a string is not equal to its number
+        raise ValueError
+    return pair
 
 
 def merge_slots(
