@@ -46,6 +46,14 @@ def finite_prefill(model: Any) -> Iterator[None]:
         restore()
 
 
+def require_finite_pixels(key: str, pixels: Any) -> None:
+    """Raise a TodreError if a tensor, or one of a list of tensors, holds NaN or Inf."""
+    for tensor in pixels if isinstance(pixels, (list, tuple)) else [pixels]:
+        is_float = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        if is_float and not bool(torch.isfinite(tensor).all()):
+            raise TodreError(f"{key} holds pixels that are NaN or Inf; they must be finite.")
+
+
 def require_finite(logits: Tensor) -> None:
     """Raise a TodreError unless the (B, vocabulary) logits after the prompts are finite."""
     if bool(torch.isfinite(logits).all()):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
-from llava_todre.finite import finite_prefill
+from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.hf.arguments import check, refuse
 from llava_todre.hf.capture import Captured, Need, capture, decoder_of
 from llava_todre.hf.decoder import require_readable, withdrawing
@@ -118,6 +118,8 @@ class Attachment:
         if ids is None or kwargs.get("inputs_embeds") is not None:
             return self.own(inputs, **kwargs), ()
         real = self._real(ids, kwargs)
+        for key in self.family.inputs:
+            require_finite_pixels(key, kwargs.get(key))
         if not shows:
             return self.own(inputs, **kwargs), untouched(real, [[] for _ in ids], layers)
         if not probes and not self._selects(ids):

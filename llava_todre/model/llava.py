@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.finite import finite_prefill
+from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.flops import DecoderShape
 from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
@@ -176,8 +176,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                     f"(3, {side}, {side}) or (views, 3, {side}, {side}), as process_images returns "
                     "them."
                 )
-            if not bool(torch.isfinite(entry).all()):
-                raise TodreError("images holds pixels that are NaN or Inf; they must be finite.")
+        require_finite_pixels("images", entries)
 
     # ------------------------------------------------------------------ prompts
 
