@@ -12,7 +12,7 @@ from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.layout import Layout, Size
 from llava_todre.model.images import anyres_grid_shape
-from llava_todre.model.multimodal import NEWLINE, read_sizes
+from llava_todre.model.multimodal import NEWLINE, whole_rows
 from llava_todre.model.vision import QUANTITIES
 
 
@@ -97,7 +97,7 @@ def image_sizes(inputs: Inputs) -> list[Size]:
     pixels, given = inputs["pixel_values"], inputs.get("image_sizes")
     if given is None:
         raise TodreError("image_sizes is missing; give the (height, width) of every image.")
-    sizes = [size for size in read_sizes(given) if size is not None]
+    sizes: list[Size] = whole_rows("image_sizes", given, 2)
     by_image = isinstance(pixels, (list, tuple)) or pixels.ndim == 5
     if by_image and len(sizes) != len(pixels):
         raise TodreError(

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.layout import Layout
+from llava_todre.model.multimodal import whole_rows
 
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 # Entries of attention maps that are held at once.
@@ -37,7 +38,7 @@ def _layouts(model: Any, inputs: Inputs) -> Layouts:
     return {
         modality: [
             _layout(model, frames, height, width, modality == "video")
-            for frames, height, width in torch.as_tensor(inputs[key]).tolist()
+            for frames, height, width in whole_rows(key, inputs[key], 3)
         ]
         for modality, key in _GRIDS.items()
         if inputs.get(key) is not None

@@ -21,7 +21,7 @@ from llava_todre.model.multimodal import (
     build_projector,
     merge_slots,
     needs_selection,
-    read_sizes,
+    whole_rows,
 )
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import Need, Pruner
@@ -78,7 +78,9 @@ class LlavaLlamaModel(PruningLlamaModel):
     ) -> list[EncodedVisual]:
         """Run tower and projector over all views at once; see ``encode_images``."""
         views = [image if image.ndim == 4 else image[None] for image in images]
-        sizes = [None] * len(views) if image_sizes is None else read_sizes(image_sizes)
+        sizes = [None] * len(views)
+        if image_sizes is not None:
+            sizes = whole_rows("image_sizes", image_sizes, 2)
         kinds = list(modalities or ["image"] * len(views))
         if not len(views) == len(sizes) == len(kinds):
             raise TodreError(

@@ -241,7 +241,6 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         questions: Sequence[str] | None,
     ) -> list[SplicedPrompt]:
         """Encode the images, prune and splice; see :meth:`prepare_inputs_labels_for_multimodal`."""
-        self._latest.put(None)
         visuals = self.encode_images(images, image_sizes, modalities)
         ids = [row[keep] for row, keep in zip(input_ids, real, strict=True)]
         targets = [

@@ -53,31 +53,33 @@ def build_projector(kind: str, vision_width: int, width: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def read_sizes(image_sizes: Any) -> list[Size | None]:
-    """Return sizes of images as pairs of whole numbers; None stays, for what has no size.
+def whole_rows(key: str, rows: Any, width: int) -> list[Any]:
+    """Return sizes as tuples of whole numbers; None stays, for what has no size.
 
     Args:
-        image_sizes: a list of pairs, or an (images, 2) tensor.
+        key: what the user set, for messages.
+        rows: a list of them, or a tensor.
+        width: numbers of each.
 
     Raises:
         TodreError: anything else.
     """
+
+    def numbers(row: Any) -> tuple[int, ...] | None:
+        if row is None:
+            return None
+        found = tuple(map(int, row))
+        # A string does not equal its number.
+        if found != tuple(row) or len(found) != width or min(found) < 1:
+            raise ValueError
+        return found
+
     try:
-        if hasattr(image_sizes, "tolist"):
-            image_sizes = image_sizes.tolist()
-        return [None if size is None else _pair(*size) for size in image_sizes]
+        return list(map(numbers, rows.tolist() if hasattr(rows, "tolist") else rows))
     except (TypeError, ValueError, OverflowError):
         raise TodreError(
-            f"image_sizes {image_sizes!r} is not usable; allowed: two whole numbers above 0 for "
-            "every image."
+            f"{key} {rows!r} is not usable; allowed: {width} whole numbers above 0 for each image."
         ) from None
-
-
-def _pair(first: Any, second: Any) -> Size:
-    pair = int(first), int(second)
-    if pair != (first, second) or min(pair) < 1:  # a string is not equal to its number
-        raise ValueError
-    return pair
 
 
 def merge_slots(
