@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from llava_todre.hf.prompts import (
     untouched,
 )
 from llava_todre.hf.turns import uncompiled
+from llava_todre.model.checkpoint import first_line
 from llava_todre.pruners import Pruner
 from llava_todre.settings import checked, pad_id, real_tokens, setting, shorter_lengths
 from llava_todre.spans import is_visual
@@ -42,6 +43,10 @@ _PLACEHOLDERS = {
     "image": ("image_token_id", "image_token_index"),
     "video": ("video_token_id", "video_token_index"),
 }
+_UNREADABLE = (
+    *(AttributeError, IndexError, KeyError, OverflowError),
+    *(RuntimeError, TypeError, ValueError),
+)
 MANY = 10**9  # visual tokens: more than any image has
 
 
@@ -125,7 +130,8 @@ class Attachment:
         if not probes and not self._selects(ids):
             shown = {**kwargs, "input_ids": ids, "attention_mask": real.long()}
             try:
-                _, real, visuals = self._read(ids, real, shown)
+                with self._fitting_inputs():
+                    _, real, visuals = self._read(ids, real, shown)
                 stats = untouched(real, visuals, layers)
             except TodreError:  # nothing is pruned, so nothing is refused either
                 stats = ()
@@ -154,8 +160,9 @@ class Attachment:
             assert self.family.feature_layer is not None, "checked when it was attached"
             needs.append((STATES, self.family.feature_layer(self.model)))
         given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
-        ids, real, visuals = self._read(ids, real, given)
-        captured = self._captured(given, needs, ids.shape[1])
+        with self._fitting_inputs():
+            ids, real, visuals = self._read(ids, real, given)
+            captured = self._captured(given, needs, ids.shape[1])
         project = partial(self.family.project, self.model)
         prompts = [
             prune_prompt(self.pruner, captured, row, real[row], of_row, project)
@@ -185,6 +192,19 @@ class Attachment:
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
             output = self._call(given, short, settings)
         return output, withdrawal.stats([prompt.images for prompt in prompts])
+
+    @contextmanager
+    def _fitting_inputs(self) -> Iterator[None]:
+        """Raise one kind of error for inputs that the model's own code cannot read."""
+        try:
+            yield
+        except (TodreError, torch.OutOfMemoryError):
+            raise
+        except _UNREADABLE as error:
+            raise TodreError(
+                f"inputs do not fit {type(self.model).__name__}, which says "
+                f"{type(error).__name__}: {first_line(error)}; allowed: what its processor returns."
+            ) from error
 
     @property
     def _consumed(self) -> set[str]:
