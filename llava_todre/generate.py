@@ -71,7 +71,8 @@ class Request:
             value = getattr(self, key)
             if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
                 raise TodreError(f"{key} must be a list, got {type(value).__name__}.")
-        for second in self.seconds:
+        times: Sequence[Any] = self.seconds
+        for second in times:
             if not isinstance(second, Real) or not math.isfinite(second):
                 raise TodreError(f"seconds must hold finite numbers, got {second!r}.")
 
@@ -306,7 +307,7 @@ def open_picture(picture: Picture | Views) -> Image.Image:
     try:
         picture.load()
     except DECODE_ERRORS as error:
-        raise TodreError(f"image is closed, cut short or damaged: {first_line(error)}.") from error
+        raise TodreError(f"image is closed, damaged or unreadable: {first_line(error)}") from error
     return picture
 
 

@@ -254,8 +254,8 @@ BAD_REQUESTS: list[tuple[Any, Any, str]] = [
     ("image", ["what"], "question must be text, got list"),
     (None, "what", "image of type NoneType; allowed: PIL image or path"),
     (torch.zeros(3, 4, 4), "what", "image of type Tensor"),
-    ("closed", "what", "image is closed, cut short or damaged: Operation on closed image"),
-    ("cut short", "what", "image is closed, cut short or damaged: image file is truncated"),
+    ("closed", "what", "image is closed, .*: Operation on closed image"),
+    ("cut short", "what", "image is closed, .*: image file is truncated"),
     ("a\0b.png", "what", "does not exist"),
 ]
 

@@ -31,6 +31,7 @@ from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
+from llava_todre.pruners.base import plain
 from llava_todre.settings import checked, real_tokens, setting, shorter_lengths, stated_tokens
 from llava_todre.spans import Spans
 from llava_todre.stats import Clock, ImageStats, PruneStats
@@ -111,7 +112,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                     "object, or set_pruner('A+B', ...)."
                 )
             check_knobs(type(method).__name__, type(method), knobs)
-            method = dataclasses.replace(method, **knobs)
+            given = {key: plain(value) for key, value in knobs.items()}
+            method = dataclasses.replace(method, **given)
         if "clip_similarity" in method.needs and self.clip_text is None:
             raise TodreError(
                 f"{type(method).__name__} needs CLIP's text tower, which is not loaded; call "
@@ -155,7 +157,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         Raises:
             TodreError: shapes, sizes or modalities that do not fit each other.
         """
-        if not isinstance(images, (Tensor, Sequence, Iterator)) or isinstance(images, str):
+        if not isinstance(images, (Tensor, Sequence, Iterator)):
             raise TodreError(f"images must be a tensor or a list, got {type(images).__name__}.")
         entries: list[Any] = list(images)
         if all(isinstance(entry, EncodedVisual) for entry in entries):
