@@ -21,6 +21,7 @@ from llava_todre.stats import PruneStats
 
 GOLDEN = Path(__file__).parent / "golden"
 THREADS = 12
+FEW: dict[str, Any] = {"max_new_tokens": 3}
 QUESTIONS = ["what is in this picture", "how many cat is left ?", "yes or no"]
 METHODS = [
     ("todre", {"retain_ratio": 0.25, "tau": 0.38}),
@@ -78,7 +79,7 @@ def test_answers_carry_their_own_statistics(
     model.set_pruner(method, **knobs)
 
     def call(number: int) -> Told:
-        (given,) = answer(model, tokenizer, [requests[number]], max_new_tokens=3)
+        (given,) = answer(model, tokenizer, [requests[number]], **FEW)
         return told(given.text, given.stats)
 
     alone = [call(number) for number in range(THREADS)]
@@ -94,8 +95,8 @@ def prompt_of(loaded: tuple[Any, LlavaLlamaForCausalLM], request: Request) -> di
         "inputs": tokenizer_image_token(text, loaded[0], return_tensors="pt")[None],
         "images": [views.pixels],
         "image_sizes": [views.size],
-        "max_new_tokens": 3,
         "do_sample": False,
+        **FEW,
     }
 
 
@@ -122,7 +123,7 @@ def test_threads_share_a_memory(
     memory = Memory(max_images=2)
 
     def call(number: int) -> Told:
-        given = answer(model, tokenizer, [requests[number]], max_new_tokens=3, memory=memory)
+        given = answer(model, tokenizer, [requests[number]], memory=memory, **FEW)
         return told(given[0].text, given[0].stats)
 
     alone = [call(number) for number in range(THREADS)]
@@ -163,9 +164,11 @@ def test_a_call_within_a_call_leaves_the_statistics_of_the_outer_one(
     tokenizer, model = loaded
     model.set_pruner("todre", retain_ratio=0.25)
     inner: list[Any] = []
-    ask_again = Meanwhile(lambda: inner.extend(answer(model, tokenizer, requests[1:2], timed=True)))
-    (alone,) = answer(model, tokenizer, requests[:1], timed=True)
-    (outer,) = answer(model, tokenizer, requests[:1], timed=True, logits_processor=[ask_again])
+    again = Meanwhile(
+        lambda: inner.extend(answer(model, tokenizer, requests[1:2], timed=True, **FEW))
+    )
+    (alone,) = answer(model, tokenizer, requests[:1], timed=True, **FEW)
+    (outer,) = answer(model, tokenizer, requests[:1], timed=True, **FEW, logits_processor=[again])
     assert told(outer.text, outer.stats) == told(alone.text, alone.stats)
     assert told(outer.text, model.last_stats[0]) == told(alone.text, alone.stats)
     assert inner[0].stats.images[0].num_tokens != outer.stats.images[0].num_tokens
@@ -190,7 +193,7 @@ def test_another_method_waits_until_the_call_has_ended(
         other.start()
         waits.append(not done.wait(0.05))
 
-    (given,) = answer(model, tokenizer, requests[:1], logits_processor=[Meanwhile(start)])
+    (given,) = answer(model, tokenizer, requests[:1], logits_processor=[Meanwhile(start)], **FEW)
     other.join()
     assert waits == [True] and given.stats.kept_tokens < given.stats.visual_tokens
 
@@ -205,11 +208,11 @@ def test_a_call_that_fails_lets_the_next_one_in(
         raise KeyError("not ours")
 
     with pytest.raises(KeyError):
-        answer(model, tokenizer, requests[:1], logits_processor=[Meanwhile(fail)])
+        answer(model, tokenizer, requests[:1], logits_processor=[Meanwhile(fail)], **FEW)
     with pytest.raises(TodreError):
         ask(model, tokenizer, "nowhere.png", "what")
     with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(answer, model, tokenizer, requests[:1], max_new_tokens=2)
+        job = pool.submit(answer, model, tokenizer, requests[:1], **FEW)
         assert job.result(timeout=60)[0].stats.kept_tokens
 
 
