@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import StopStringCriteria
 
-from llava_todre.errors import TodreError
-from llava_todre.model.images import load_image, picture_digest, process_images
+from llava_todre.errors import TodreError, unknown
+from llava_todre.model.checkpoint import first_line
+from llava_todre.model.images import DECODE_ERRORS, load_image, picture_digest, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.model.prefix import PrefixStore
@@ -24,7 +28,9 @@ from llava_todre.model.prompt import (
     tokenizer_image_token,
 )
 from llava_todre.pruners import Pruner
+from llava_todre.settings import checked, require_known, whole
 from llava_todre.stats import PruneStats
+from llava_todre.turns import in_turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +63,19 @@ class Request:
     """When each frame of a video is seen, from the start of the video; empty where not known. Only
     some models of transformers read it."""
 
+    def __post_init__(self) -> None:
+        """Check the types, once for every way in."""
+        if not isinstance(self.question, str):
+            raise TodreError(f"question must be text, got {type(self.question).__name__}.")
+        for key in ("images", "seconds"):
+            value = getattr(self, key)
+            if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+                raise TodreError(f"{key} must be a list, got {type(value).__name__}.")
+        times: Sequence[Any] = self.seconds
+        for second in times:
+            if not isinstance(second, Real) or not math.isfinite(second):
+                raise TodreError(f"seconds must hold finite numbers, got {second!r}.")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -69,6 +88,7 @@ class Answer:
 
 
 @torch.inference_mode()
+@in_turn
 def answer(
     model: LlavaLlamaForCausalLM,
     tokenizer: Any,
@@ -93,19 +113,15 @@ def answer(
         memory: what earlier calls of this model computed about the same images.
         generate_kwargs: passed to ``generate``, e.g. ``num_beams``; greedy unless given otherwise.
     """
-    if max_new_tokens < 1:
-        raise TodreError(f"max_new_tokens {max_new_tokens} is out of range; allowed: 1 or more.")
+    settings = call_settings(model, requests, max_new_tokens, generate_kwargs)
     if not requests:
         return []
-    for option in ("num_return_sequences", "return_dict_in_generate"):
-        if option in generate_kwargs:
-            raise TodreError(f"{option} is not accepted here; call model.generate for that.")
-    ids, mask = _prepare_prompts(model, tokenizer, requests, template)
-    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    if not isinstance(template, str) or template not in conv_templates:
+        raise unknown("template", template, conv_templates)
     stop = conv_templates[template].stop
-    if stop is not None:  # for checkpoints that do not end an answer with EOS
+    if stop is not None and _can_stop(tokenizer, stop):  # where an answer does not end with EOS
         settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
-    settings |= generate_kwargs
+    ids, mask = _prepare_prompts(model, tokenizer, requests, template)
     with model.clock.timing(timed) as stages:
         visuals = _encode(model, requests, memory)
         questions = [request.question.replace(DEFAULT_IMAGE_TOKEN, " ") for request in requests]
@@ -126,6 +142,30 @@ def answer(
         Answer(text.strip(), stats, stages)
         for text, stats in zip(texts, model.last_stats, strict=True)
     ]
+
+
+def call_settings(
+    model: Any, requests: Sequence[Request], max_new_tokens: int, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return arguments of ``generate`` for a call that answers requests.
+
+    Args:
+        model: that will run.
+        requests: the batch.
+        max_new_tokens: longest answer.
+        kwargs: what else ``generate`` is to be given; greedy unless it says otherwise.
+
+    Raises:
+        TodreError: something that is no request, or a setting that is unknown or out of range.
+    """
+    if not isinstance(requests, Sequence) or not all(isinstance(r, Request) for r in requests):
+        raise TodreError(f"requests must be a list of Request, got {type(requests).__name__}.")
+    for option in ("num_return_sequences", "return_dict_in_generate"):
+        if option in kwargs:
+            raise TodreError(f"{option} is not accepted here; call model.generate for that.")
+    require_known(kwargs)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    return checked(model, {"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs})
 
 
 def ask(
@@ -164,7 +204,7 @@ class Memory:
         Args:
             max_images: how many images to remember between calls, the latest ones.
         """
-        self.max_images = max_images
+        self.max_images = whole("max_images", max_images, 1)
         self.prefixes = PrefixStore(max_images)
         self._images: list[_Encoded] = []
 
@@ -204,6 +244,8 @@ def _encode(
     """Return one encoding per placeholder; those of equal images are the same object."""
     identity = _identity if memory is None else _lasting_identity
     if memory is not None:
+        if not isinstance(memory, Memory):
+            raise TodreError(f"memory must be a Memory, got {type(memory).__name__}.")
         memory.prefixes.claim(model)
     pictures = {id(item): item for request in requests for item in request.images}
     names = {key: identity(item) for key, item in pictures.items()}
@@ -246,17 +288,26 @@ def _groups(request: Request) -> list[_Group]:
 def _views(model: LlavaLlamaForCausalLM, group: _Group, is_video: bool) -> Views:
     if len(group) == 1 and isinstance(group[0], Views):
         return group[0]
-    opened = [_open(item) for item in group]
+    opened = [open_picture(item) for item in group]
     config = _FRAME if is_video else model.config
     views = process_images(opened, model.get_vision_tower().image_processor, config)
     return Views(torch.as_tensor(views if is_video else views[0]), opened[0].size)
 
 
-def _open(picture: Picture | Views) -> Image.Image:
+def open_picture(picture: Picture | Views) -> Image.Image:
+    """Return a picture with its pixels in memory.
+
+    Raises:
+        TodreError: no picture, a file that is not one, or an image that was closed or cut short.
+    """
     if isinstance(picture, (str, os.PathLike)):
         return load_image(picture)
     if not isinstance(picture, Image.Image):
         raise TodreError(f"image of type {type(picture).__name__}; allowed: PIL image or path.")
+    try:
+        picture.load()
+    except DECODE_ERRORS as error:
+        raise TodreError(f"image is closed, damaged or unreadable: {first_line(error)}") from error
     return picture
 
 
@@ -268,12 +319,12 @@ def _identity(picture: Picture | Views) -> Any:
 def _lasting_identity(picture: Picture | Views) -> Any:
     """Return what tells pictures apart between calls, in which they may be painted over."""
     if isinstance(picture, Image.Image):
-        return picture_digest(picture)
-    if isinstance(picture, Views):
+        return picture_digest(open_picture(picture))
+    if not isinstance(picture, (str, os.PathLike)):
         return id(picture)
     try:
         status = os.stat(picture)
-    except OSError:
+    except (OSError, ValueError):
         return os.fspath(picture)  # opening it says what is wrong
     return os.fspath(picture), status.st_size, status.st_mtime_ns
 
@@ -290,6 +341,15 @@ def _prepare_prompts(
     ids = _left_padded(rows)
     mask = _left_padded([torch.ones_like(row) for row in rows])
     return ids.to(model.device), mask.to(model.device)
+
+
+def _can_stop(tokenizer: Any, stop: str) -> bool:
+    """Return whether generation can end at a string; else the answer is cut there afterwards."""
+    try:
+        StopStringCriteria(tokenizer, [stop])
+    except ValueError:  # no token of the vocabulary writes it
+        return False
+    return True
 
 
 def _left_padded(rows: list[Tensor]) -> Tensor:

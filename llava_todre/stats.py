@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -113,24 +114,27 @@ class PruneStats:
 
 @dataclass
 class Clock:
-    """Adds up wall-clock milliseconds per stage; does nothing until enabled."""
+    """Adds up wall-clock milliseconds per stage of one thread; does nothing until enabled."""
 
     enabled: bool = False
     stages_ms: dict[str, float] = field(default_factory=dict)
+    _thread: int | None = None
+    """The one that is timed: others may run the model meanwhile."""
 
     @contextmanager
     def timing(self, enabled: bool) -> Iterator[dict[str, float]]:
         """Time the stages of a block, if enabled; gives the dictionary they are written to."""
-        self.enabled, self.stages_ms = enabled, {}
+        before = self.enabled, self.stages_ms, self._thread
+        self.enabled, self.stages_ms, self._thread = enabled, {}, get_ident()
         try:
             yield self.stages_ms
         finally:
-            self.enabled = False
+            self.enabled, self.stages_ms, self._thread = before
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time a block; waits for the accelerator before and after when enabled."""
-        if not self.enabled:
+        if not self.enabled or self._thread != get_ident():
             yield
             return
         _synchronise()

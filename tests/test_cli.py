@@ -167,15 +167,17 @@ def test_damaged_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("method", ["vanilla", "random", "todre"])
-def test_nan_weights_are_reported_as_nan_features(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+@pytest.mark.parametrize("damaged", ["mm_projector.2.bias", "layers.2.mlp.down_proj.weight"])
+def test_nan_weights_are_an_error_not_an_empty_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, damaged: str
 ) -> None:
     model = copy_of_model(tmp_path)
     tensors = load_file(model / "model.safetensors")
-    tensors["model.mm_projector.2.bias"][0] = torch.nan
+    tensors[f"model.{damaged}"].view(-1)[0] = torch.nan
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert generate("--method", method, model=str(model)) == 1
-    assert "NaN or Inf" in capsys.readouterr().err
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "todre:" in line]
+    assert "must be finite" in line
 
 
 def test_debug_shows_where_it_happened() -> None:

@@ -180,7 +180,7 @@ def test_a_memory_does_not_carry_over_to_another_method(
 
 
 def test_what_is_prepared_ahead_gives_the_same_answer(
-    loaded: tuple[Any, Any], images: list[Image.Image]
+    loaded: tuple[Any, Any], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, model = loaded
     model.set_pruner("todre", retain_ratio=0.25)
@@ -191,10 +191,12 @@ def test_what_is_prepared_ahead_gives_the_same_answer(
         Request("hello"),
     ]
     ready = [prepare(model, request) for request in requests]
-    given = answer(model, tokenizer, ready, max_new_tokens=8, timed=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("llava_todre.generate.process_images", None)  # is not called again
+        given = answer(model, tokenizer, ready, max_new_tokens=8, timed=True)
     direct = answer(model, tokenizer, requests, max_new_tokens=8, timed=True)
     assert [a.text for a in given] == [a.text for a in direct]
-    assert given[0].stages_ms["views"] < direct[0].stages_ms["views"] / 5
+    assert "views" in given[0].stages_ms and "views" in direct[0].stages_ms
     with pytest.raises(TodreError, match="image of type int"):
         prepare(model, Request("what", [3]))  # type: ignore[list-item]
 
@@ -244,6 +246,77 @@ def test_nothing_to_ask(loaded: tuple[Any, Any], images: list[Image.Image]) -> N
         answer(model, tokenizer, [Request("what", [], is_video=True)])
     with pytest.raises(TodreError, match="image of type int"):
         ask(model, tokenizer, 3, "what")  # type: ignore[arg-type]
+
+
+BAD_REQUESTS: list[tuple[Any, Any, str]] = [
+    ("image", None, "question must be text, got NoneType"),
+    ("image", b"what", "question must be text, got bytes"),
+    ("image", ["what"], "question must be text, got list"),
+    (None, "what", "image of type NoneType; allowed: PIL image or path"),
+    (torch.zeros(3, 4, 4), "what", "image of type Tensor"),
+    ("closed", "what", "image is closed, .*: Operation on closed image"),
+    ("cut short", "what", "image is closed, .*: image file is truncated"),
+    ("a\0b.png", "what", "does not exist"),
+]
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize(("image", "question", "message"), BAD_REQUESTS)
+def test_a_request_that_is_none_is_refused_in_one_line(
+    loaded: tuple[Any, Any],
+    tmp_path: Path,
+    image: Any,
+    question: Any,
+    message: str,
+    remembers: bool,
+) -> None:
+    tokenizer, model = loaded
+    file, short = GOLDEN / "v16_0.png", tmp_path / "short.png"
+    short.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    closed = Image.open(file)
+    closed.close()
+    shown = {"image": file, "closed": closed, "cut short": Image.open(short)}
+    memory = Memory() if remembers else None
+    with pytest.raises(TodreError, match=message) as caught:
+        picture = shown.get(image, image) if isinstance(image, str) else image
+        ask(model, tokenizer, picture, question, memory=memory)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_of_an_answer_are_checked_before_any_work(
+    loaded: tuple[Any, Any], images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, model = loaded
+    monkeypatch.setattr(model, "encode_images", None)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"max_new_tokens": None}, "max_new_tokens None is out of range"),
+        ({"max_new_tokens": "5"}, "max_new_tokens '5' is out of range"),
+        ({"max_new_tokens": 1.5}, r"max_new_tokens 1\.5 is out of range"),
+        ({"num_beams": 100_000}, "num_beams 100000 is out of range"),
+        ({"max_new_token": 5}, "'max_new_token' is unknown. Did you mean 'max_new_tokens'"),
+        ({"template": []}, r"template \[\] is unknown"),
+        ({"memory": 3}, "memory must be a Memory, got int"),
+    ]
+    for given, message in cases:
+        with pytest.raises(TodreError, match=message):
+            ask(model, tokenizer, images[0], "what", **given)
+    for requests in (None, ["what"], Request("what")):
+        with pytest.raises(TodreError, match="requests must be a list of Request"):
+            answer(model, tokenizer, requests)  # type: ignore[arg-type]
+    for shown in (None, "file.png", images[0]):
+        with pytest.raises(TodreError, match="images must be a list"):
+            Request("what", shown)  # type: ignore[arg-type]
+    with pytest.raises(TodreError, match="seconds must hold finite numbers, got nan"):
+        Request("what", [images[0]], is_video=True, seconds=[float("nan")])
+
+
+def test_a_template_may_end_answers_with_what_the_tokenizer_cannot_write() -> None:
+    mini = Path(__file__).parents[1] / "checkpoints" / "mini"
+    tokenizer, model, _, _ = load_pretrained_model(mini)
+    image = next((mini / "examples").glob("*.png"))
+    for template in conv_templates:
+        given = ask(model, tokenizer, image, "What does the sign say?", template=template)
+        assert "\n" not in given.text
 
 
 def test_a_question_without_images_fits_beside_others(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -109,6 +110,26 @@ def test_bad_values_are_named_with_what_is_allowed(method, options, message):
     with pytest.raises(TodreError, match=message) as caught:
         create_pruner(method, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [None, 3, b"todre", ["todre"], Todre])
+def test_a_method_is_a_name(method):
+    with pytest.raises(TodreError, match="is neither a name nor a method object"):
+        create_pruner(method)
+
+
+def test_options_may_be_numbers_of_other_libraries():
+    given = {"retain_ratio": np.float32(0.25), "tau": np.float64(0.5)}
+    depths = [np.array([0.5, 0.75], np.float32), [0.5, 0.75], (np.float32(0.5), torch.tensor(0.75))]
+    for each in depths:
+        pruner = create_pruner("todre", **given, probe_depths=each, cls_layer=np.int64(-2))
+        same = create_pruner(
+            "todre", retain_ratio=0.25, tau=0.5, probe_depths=(0.5, 0.75), cls_layer=-2
+        )
+        assert pruner == same and repr(pruner) == repr(same) and hash(pruner) == hash(same)
+    assert repr(Todre(retain_tokens=np.int64(9))) == repr(Todre(retain_tokens=9))
+    with pytest.raises(TodreError, match=r"retain_ratio 1\.5 is out of range"):
+        create_pruner("todre", retain_ratio=np.float64(1.5))
 
 
 def test_the_error_is_a_value_error():

@@ -22,6 +22,7 @@ from llava_todre.hf.original import ORIGINAL
 from llava_todre.hf.original_attachment import OriginalAttachment
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.stats import PruneStats
+from llava_todre.turns import in_turn, turn
 
 _STACK = "_todre_attachments"
 
@@ -43,17 +44,17 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
             this family of models does not compute.
     """
     kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
-    if not isinstance(method, (str, Pruner)):
-        raise TodreError(f"method {method!r} is neither a name nor a method object; allowed: both.")
     if isinstance(method, Pruner) and knobs:
         raise TodreError(
             f"options {', '.join(knobs)} beside a method object; allowed: set them on the object."
         )
     pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
-    stack = model.__dict__.get(_STACK, [])
-    attachment = kind(model, pruner, stack[0].own if stack else getattr(model, "generate", None))
-    model.__dict__[_STACK] = [*stack, attachment]
-    model.__dict__["generate"] = attachment.generate
+    with turn(model):
+        stack = model.__dict__.get(_STACK, [])
+        own = stack[0].own if stack else getattr(model, "generate", None)
+        attachment = kind(model, pruner, own)
+        model.__dict__[_STACK] = [*stack, attachment]
+        model.__dict__["generate"] = attachment.generate
     return pruner
 
 
@@ -81,7 +82,9 @@ def prune(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Iterator[
 
 
 def last_stats(model: Any) -> tuple[PruneStats, ...]:
-    """Return what happened to each sample of the last ``generate`` with images.
+    """Return what happened to each sample of this thread's last ``generate`` with images.
+
+    A thread that has made no call is told of the last of any.
 
     Raises:
         TodreError: nothing is attached.
@@ -89,6 +92,7 @@ def last_stats(model: Any) -> tuple[PruneStats, ...]:
     return _stack(model)[-1].last_stats
 
 
+@in_turn
 def _remove(model: Any, attachment: Attachment) -> None:
     """Take one of the attachments away, if it is still there."""
     stack = model.__dict__.get(_STACK, [])

@@ -1,15 +1,14 @@
-"""Arguments of ``generate``: what is set, and what cannot be combined with pruning."""
+"""Arguments of ``generate`` that cannot be combined with pruning."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
+from llava_todre.settings import setting
 
 _REFUSED = (
     "assistant_model",
@@ -64,26 +63,3 @@ def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> 
             "a decoder with sliding_window cannot drop tokens per layer; allowed: a method "
             "that only selects."
         )
-
-
-def setting(model: Any, key: str, kwargs: Mapping[str, Any]) -> Any:
-    """Return what ``generate`` takes for ``key``: its argument, or what configurations say."""
-    for source in (kwargs.get("generation_config"), model.generation_config):
-        if kwargs.get(key) is None and getattr(source, key, None) is not None:
-            return getattr(source, key)
-    return kwargs.get(key)
-
-
-def real_tokens(model: Any, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """Return (B, L) bool, which tokens count when no mask is given, as transformers does."""
-    pad, eos = setting(model, "pad_token_id", kwargs), setting(model, "eos_token_id", kwargs)
-    if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
-        return torch.ones_like(ids, dtype=torch.bool)
-    return ids != pad
-
-
-def pad_id(model: Any, kwargs: Mapping[str, Any]) -> int:
-    """Return the token with which ``generate`` pads."""
-    pad, eos = setting(model, "pad_token_id", kwargs), setting(model, "eos_token_id", kwargs)
-    pad = eos if pad is None else pad
-    return int(pad[0] if isinstance(pad, list) else pad or 0)

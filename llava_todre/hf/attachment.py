@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
-from llava_todre.hf.arguments import check, pad_id, real_tokens, refuse, setting
+from llava_todre.finite import finite_prefill, require_finite_pixels
+from llava_todre.hf.arguments import check, refuse
 from llava_todre.hf.capture import Captured, Need, capture, decoder_of
 from llava_todre.hf.decoder import require_readable, withdrawing
 from llava_todre.hf.deepstack import adding
@@ -29,16 +30,23 @@ from llava_todre.hf.prompts import (
     prune_prompt,
     untouched,
 )
-from llava_todre.hf.turns import turn, uncompiled
+from llava_todre.hf.turns import uncompiled
+from llava_todre.model.checkpoint import first_line
 from llava_todre.pruners import Pruner
+from llava_todre.settings import checked, pad_id, real_tokens, setting, shorter_lengths
 from llava_todre.spans import is_visual
 from llava_todre.stats import PruneStats
+from llava_todre.turns import Latest, turn
 from llava_todre.withdrawal import Withdrawal
 
 _PLACEHOLDERS = {
     "image": ("image_token_id", "image_token_index"),
     "video": ("video_token_id", "video_token_index"),
 }
+_UNREADABLE = (
+    *(AttributeError, IndexError, KeyError, OverflowError),
+    *(RuntimeError, TypeError, ValueError),
+)
 MANY = 10**9  # visual tokens: more than any image has
 
 
@@ -79,8 +87,12 @@ class Attachment:
                 f"family {self.family.name} adds image features to them up to layer {deep - 1}; "
                 f"allowed: after layer {deep} or later."
             )
-        self.last_stats: tuple[PruneStats, ...] = ()
-        """What happened to each sample of the last call."""
+        self._last = Latest[tuple[PruneStats, ...]](())
+
+    @property
+    def last_stats(self) -> tuple[PruneStats, ...]:
+        """What happened to each sample of this thread's last call, or of any where it made none."""
+        return self._last.get()
 
     # ------------------------------------------------------------------ generate
 
@@ -91,11 +103,16 @@ class Attachment:
             signature.bind_partial(inputs, *args, **kwargs)  # raises where one is given twice
             given = signature.bind_partial(inputs, *args).arguments
             kwargs |= {key: value for key, value in given.items() if key != "inputs"}
-        with turn(self.model):
-            return self._in_turn(inputs, kwargs)
+        with turn(self.model), finite_prefill(self.model):
+            self._last.put(())
+            output, stats = self._in_turn(inputs, checked(self.model, kwargs))
+            self._last.put(stats)  # whatever calls were made within this one
+            return output
 
-    def _in_turn(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
-        self.last_stats = ()
+    def _in_turn(
+        self, inputs: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[PruneStats, ...]]:
+        """Return what ``generate`` returns, and what happened to each sample."""
         ids = kwargs.get("input_ids") if inputs is None else inputs
         layers = decoder_of(self.model).config.num_hidden_layers
         probes = self.pruner.probe_layers(layers)
@@ -104,25 +121,21 @@ class Attachment:
             # The cache may be that of a pruned call, and in embeddings no image can be found.
             refuse(self.model, ("past_key_values", *(("inputs_embeds",) if shows else ())), kwargs)
         if ids is None or kwargs.get("inputs_embeds") is not None:
-            return self.own(inputs, **kwargs)
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.shape != ids.shape:
-            raise TodreError(
-                f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}; "
-                "allowed: one number per token."
-            )
-        real = self._real(ids, kwargs) if mask is None else mask.bool()
+            return self.own(inputs, **kwargs), ()
+        real = self._real(ids, kwargs)
+        for key in self.family.inputs:
+            require_finite_pixels(key, kwargs.get(key))
         if not shows:
-            self.last_stats = untouched(real, [[] for _ in ids], layers)
-            return self.own(inputs, **kwargs)
+            return self.own(inputs, **kwargs), untouched(real, [[] for _ in ids], layers)
         if not probes and not self._selects(ids):
             shown = {**kwargs, "input_ids": ids, "attention_mask": real.long()}
             try:
-                _, real, visuals = self._read(ids, real, shown)
-                self.last_stats = untouched(real, visuals, layers)
+                with self._fitting_inputs():
+                    _, real, visuals = self._read(ids, real, shown)
+                stats = untouched(real, visuals, layers)
             except TodreError:  # nothing is pruned, so nothing is refused either
-                self.last_stats = ()
-            return self.own(inputs, **kwargs)
+                stats = ()
+            return self.own(inputs, **kwargs), stats
         check(self.model, decoder_of(self.model), kwargs, inside=bool(probes))
         for key in ("input_ids", "attention_mask"):
             kwargs.pop(key, None)
@@ -136,17 +149,20 @@ class Attachment:
         return any(self.pruner.will_select(int(length)) for length in lengths)
 
     def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-        """Return (B, L) bool, which tokens count when no mask is given."""
+        """Return (B, L) bool, which tokens count."""
         return real_tokens(self.model, ids, kwargs)
 
-    def _generate(self, ids: Tensor, real: Tensor, kwargs: dict[str, Any]) -> Any:
+    def _generate(
+        self, ids: Tensor, real: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[PruneStats, ...]]:
         needs = [need for need in self.pruner.needs if isinstance(need, tuple)]
         if "vision_features" in self.pruner.needs:
             assert self.family.feature_layer is not None, "checked when it was attached"
             needs.append((STATES, self.family.feature_layer(self.model)))
         given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
-        ids, real, visuals = self._read(ids, real, given)
-        captured = self._captured(given, needs, ids.shape[1])
+        with self._fitting_inputs():
+            ids, real, visuals = self._read(ids, real, given)
+            captured = self._captured(given, needs, ids.shape[1])
         project = partial(self.family.project, self.model)
         prompts = [
             prune_prompt(self.pruner, captured, row, real[row], of_row, project)
@@ -164,11 +180,8 @@ class Attachment:
             short["past_key_values"] = cache
             if setting(self.model, "cache_implementation", kwargs) is not None:
                 settings["cache_implementation"] = None  # it is that cache
-        removed = ids.shape[1] - short["input_ids"].shape[1]
-        for key, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            length = setting(self.model, key, kwargs)
-            if length is not None and setting(self.model, new, kwargs) is None:
-                settings[key] = max(1, length - removed)
+        pruned = short["input_ids"].shape[1]
+        settings |= shorter_lengths(self.model, kwargs, ids.shape[1], pruned)
         with ExitStack() as stack:
             if withdrawal.probe_layers:
                 stack.enter_context(withdrawing(decoder, withdrawal))
@@ -178,8 +191,20 @@ class Attachment:
                 kept = kept_deep_features(captured, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
             output = self._call(given, short, settings)
-        self.last_stats = withdrawal.stats([prompt.images for prompt in prompts])
-        return output
+        return output, withdrawal.stats([prompt.images for prompt in prompts])
+
+    @contextmanager
+    def _fitting_inputs(self) -> Iterator[None]:
+        """Raise one kind of error for inputs that the model's own code cannot read."""
+        try:
+            yield
+        except (TodreError, torch.OutOfMemoryError):
+            raise
+        except _UNREADABLE as error:
+            raise TodreError(
+                f"inputs do not fit {type(self.model).__name__}, which says "
+                f"{type(error).__name__}: {first_line(error)}; allowed: what its processor returns."
+            ) from error
 
     @property
     def _consumed(self) -> set[str]:

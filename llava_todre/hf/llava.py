@@ -12,7 +12,7 @@ from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.layout import Layout, Size
 from llava_todre.model.images import anyres_grid_shape
-from llava_todre.model.multimodal import NEWLINE
+from llava_todre.model.multimodal import NEWLINE, whole_rows
 from llava_todre.model.vision import QUANTITIES
 
 
@@ -89,8 +89,21 @@ def anyres_layout(model: Any, height: int, width: int) -> Layout:
 
 
 def image_sizes(inputs: Inputs) -> list[Size]:
-    """Return the (height, width) of the images in pixels."""
-    sizes: list[Size] = torch.as_tensor(inputs["image_sizes"]).tolist()
+    """Return the (height, width) of the images in pixels.
+
+    Raises:
+        TodreError: they are missing, no sizes, or of another number of images.
+    """
+    pixels, given = inputs["pixel_values"], inputs.get("image_sizes")
+    if given is None:
+        raise TodreError("image_sizes is missing; give the (height, width) of every image.")
+    sizes: list[Size] = whole_rows("image_sizes", given, 2)
+    by_image = isinstance(pixels, (list, tuple)) or pixels.ndim == 5
+    if by_image and len(sizes) != len(pixels):
+        raise TodreError(
+            f"image_sizes holds {len(sizes)} sizes, but pixel_values {len(pixels)} images; they "
+            "must agree."
+        )
     return sizes
 
 

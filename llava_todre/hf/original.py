@@ -15,7 +15,7 @@ from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.layout import Layout
 from llava_todre.hf.llava import clip_measure, encoder_layers
 from llava_todre.model.images import anyres_grid_shape
-from llava_todre.model.multimodal import merge_slots
+from llava_todre.model.multimodal import merge_slots, whole_rows
 from llava_todre.model.vision import QUANTITIES
 
 
@@ -36,6 +36,13 @@ def _layouts(model: Any, inputs: Inputs) -> Layouts:
     """Return the layouts of all images, those included that no prompt shows."""
     tower, config, images = _tower(model), model.config, inputs["images"]
     side, sizes = tower.num_patches_per_side, inputs.get("image_sizes")
+    if sizes is not None:
+        sizes = whole_rows("image_sizes", sizes, 2)
+        if len(sizes) < len(images):
+            raise TodreError(
+                f"image_sizes holds {len(sizes)} sizes, but images {len(images)} images; they "
+                "must agree."
+            )
     in_views = isinstance(images, list) or images.ndim == 5
     merge = getattr(config, "mm_patch_merge_type", "flat") if in_views else "flat"
     layouts = []
@@ -45,7 +52,7 @@ def _layouts(model: Any, inputs: Inputs) -> Layouts:
         if num_views > 1 and merge != "flat":
             if sizes is None:
                 raise TodreError("image_sizes is missing; AnyRes needs (width, height) per image.")
-            size = tuple(sizes[index])
+            size = sizes[index]
             tile = tower.config.image_size
             grid = anyres_grid_shape(size, config.image_grid_pinpoints, tile)
         slots = merge_slots(num_views, side, grid, size, merge)

@@ -31,7 +31,9 @@ class OriginalAttachment(Attachment):
 
     def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Return (B, T) bool: without a mask, the original takes everything for real."""
-        return torch.ones_like(ids, dtype=torch.bool)
+        if kwargs.get("attention_mask") is None:
+            kwargs = {**kwargs, "attention_mask": torch.ones_like(ids)}
+        return super()._real(ids, kwargs)
 
     def _selects(self, ids: Tensor) -> bool:
         return self.pruner.will_select(MANY)  # placeholders do not tell how many tokens there are

@@ -22,8 +22,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.layout import Layout
+from llava_todre.model.multimodal import whole_rows
 
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 # Entries of attention maps that are held at once.
 _MAX_ENTRIES = 2**26
 
@@ -34,10 +36,13 @@ def _layouts(model: Any, inputs: Inputs) -> Layouts:
             "mm_token_type_ids is missing, without which no token has a place in space; allowed: "
             "what the model's processor returns."
         )
+    for modality, key in _GRIDS.items():
+        if inputs.get(key) is not None and inputs.get(_PIXELS[modality]) is None:
+            raise TodreError(f"{_PIXELS[modality]} is missing, but {key} is given; give both.")
     return {
         modality: [
             _layout(model, frames, height, width, modality == "video")
-            for frames, height, width in torch.as_tensor(inputs[key]).tolist()
+            for frames, height, width in whole_rows(key, inputs[key], 3)
         ]
         for modality, key in _GRIDS.items()
         if inputs.get(key) is not None

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
-from llava_todre.generate import Answer, Request
+from llava_todre.generate import Answer, Request, call_settings, open_picture
 from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
 from llava_todre.hf.times import metadata_of
 from llava_todre.model.checkpoint import first_line
-from llava_todre.model.images import load_image
+from llava_todre.model.images import to_rgb
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.turns import turn
 
 
 class StockModel:
@@ -53,11 +53,12 @@ class StockModel:
     def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
         pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
-        attach(self.model, pruner)  # raises before the one at work is gone
-        detach(self.model)
-        detach(self.model)
-        attach(self.model, pruner)
-        self.pruner = pruner
+        with turn(self.model):  # not between a call of another thread and its statistics
+            attach(self.model, pruner)  # raises before the one at work is gone
+            detach(self.model)
+            detach(self.model)
+            attach(self.model, pruner)
+            self.pruner = pruner
         return pruner
 
     @torch.inference_mode()
@@ -72,20 +73,17 @@ class StockModel:
             max_new_tokens: longest answer.
             generate_kwargs: passed to ``generate``; greedy unless given otherwise.
         """
+        settings = call_settings(self.model, requests, max_new_tokens, generate_kwargs)
         if not requests:
             return []
-        for option in ("num_return_sequences", "return_dict_in_generate"):
-            if option in generate_kwargs:
-                raise TodreError(f"{option} is not accepted here; call the model's generate.")
-        if max_new_tokens < 1:
-            raise TodreError(
-                f"max_new_tokens {max_new_tokens} is out of range; allowed: 1 or more."
-            )
+        with turn(self.model):
+            return self._answer(requests, settings)
+
+    def _answer(self, requests: Sequence[Request], settings: dict[str, Any]) -> list[Answer]:
         inputs = self._inputs(requests).to(self.device)
         for key, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 inputs[key] = value.to(self.model.dtype)
-        settings = {"do_sample": False, "max_new_tokens": max_new_tokens, **generate_kwargs}
         output = self.model.generate(**inputs, **settings)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
@@ -107,7 +105,7 @@ class StockModel:
         for request in requests:
             if not request.question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
                 raise TodreError(f"question {request.question!r} is empty; give at least one word.")
-            pictures = [self._picture(picture) for picture in request.images]
+            pictures = [to_rgb(open_picture(picture)) for picture in request.images]
             texts.append(self._prompt(request, len(pictures)))
             if request.is_video:
                 videos.append(pictures)
@@ -160,9 +158,3 @@ class StockModel:
             raise TodreError(
                 f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
             ) from error
-
-    @staticmethod
-    def _picture(picture: Any) -> Any:
-        if isinstance(picture, (str, Path)):
-            return load_image(picture)
-        return picture.convert("RGB") if hasattr(picture, "convert") else picture

@@ -1,32 +1,16 @@
-"""Calls from several threads: one at a time on a model, and compiled code only when none objects.
-
-What a call changes for its duration is the model's (hooks, the decoder's ``forward``) or the whole
-process's (whether compiled code runs).
-"""
+"""Compiled code runs only while no call objects: whether it does is the whole process's affair."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Lock, RLock
-from typing import Any
-from weakref import WeakKeyDictionary
+from threading import Lock
 
 import torch
 
 _guard = Lock()
-_turns: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _plain = ExitStack()
 _running = 0
-
-
-@contextmanager
-def turn(model: Any) -> Iterator[None]:
-    """Wait until no other thread is in such a block for this model."""
-    with _guard:
-        lock = _turns.setdefault(model, RLock())
-    with lock:
-        yield
 
 
 @contextmanager

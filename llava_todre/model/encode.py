@@ -21,6 +21,7 @@ from llava_todre.model.multimodal import (
     build_projector,
     merge_slots,
     needs_selection,
+    whole_rows,
 )
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import Need, Pruner
@@ -77,7 +78,9 @@ class LlavaLlamaModel(PruningLlamaModel):
     ) -> list[EncodedVisual]:
         """Run tower and projector over all views at once; see ``encode_images``."""
         views = [image if image.ndim == 4 else image[None] for image in images]
-        sizes: list[Any] = [None] * len(views) if image_sizes is None else list(image_sizes)
+        sizes = [None] * len(views)
+        if image_sizes is not None:
+            sizes = whole_rows("image_sizes", image_sizes, 2)
         kinds = list(modalities or ["image"] * len(views))
         if not len(views) == len(sizes) == len(kinds):
             raise TodreError(

@@ -30,7 +30,7 @@ Size = tuple[int, int]
 MAX_PIXELS = 2 * 89_478_485
 
 # What Pillow's decoders let through when the bytes of a file are wrong.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     RuntimeError,
     SyntaxError,
@@ -61,7 +61,7 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         raise TodreError(f"image {str(path)!r} has too many pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise TodreError(f"image {str(path)!r} is not an image Pillow can read.") from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise TodreError(f"image {str(path)!r} is damaged or unreadable: {error}") from error
 
 

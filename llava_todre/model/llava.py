@@ -9,7 +9,7 @@ Stage 1 happens in ``prepare_inputs_labels_for_multimodal``, Stage 2 in the forw
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,18 +20,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_todre.errors import TodreError, unknown
+from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.flops import DecoderShape
 from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
 from llava_todre.model.images import Size
-from llava_todre.model.multimodal import EncodedVisual, PackedVisual, prune, prune_ahead
+from llava_todre.model.multimodal import EncodedVisual, prune, prune_ahead
 from llava_todre.model.prefix import Layers, PrefixStore, may_share
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
+from llava_todre.pruners.base import plain
+from llava_todre.settings import checked, real_tokens, setting, shorter_lengths, stated_tokens
 from llava_todre.spans import Spans
-from llava_todre.stats import Clock, PruneStats
+from llava_todre.stats import Clock, ImageStats, PruneStats
+from llava_todre.turns import Latest, in_turn, turn
 from llava_todre.withdrawal import Withdrawal
 
 Images = Tensor | Sequence[Tensor] | Sequence[EncodedVisual]
@@ -52,12 +56,16 @@ _GENERATION_DEFAULTS = {
     "cache_implementation": None,
 }
 
+_Record = tuple[list[tuple[ImageStats, ...]], Withdrawal]
+"""Stage 1 on the images of each sample, and the state of Stage 2."""
+
 
 class LlavaLlamaForCausalLM(LlamaForCausalLM):
     """LLaVA-1.5 and LLaVA-NeXT (1.6) with a Llama decoder.
 
     ``model.set_pruner("todre", retain_ratio=0.1)`` chooses the method for all later calls;
-    ``model.last_stats`` tells what happened in the last one.
+    ``model.last_stats`` tells what happened in the last one. Threads may share a model: their calls
+    wait for each other.
 
     Modifications (follows transformers 5.23.0): ``forward`` and ``generate`` take images and put
     them into the prompt first; everything after that is ``LlamaForCausalLM``.
@@ -77,7 +85,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.pruner: Pruner = create_pruner("vanilla")
         self.clock = Clock()
-        self._last: tuple[list[tuple[PackedVisual, ...]], Withdrawal] | None = None
+        self._latest = Latest[_Record | None](None)
         self.post_init()
 
     def get_model(self) -> LlavaLlamaModel:
@@ -104,7 +112,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                     "object, or set_pruner('A+B', ...)."
                 )
             check_knobs(type(method).__name__, type(method), knobs)
-            method = dataclasses.replace(method, **knobs)
+            given = {key: plain(value) for key, value in knobs.items()}
+            method = dataclasses.replace(method, **given)
         if "clip_similarity" in method.needs and self.clip_text is None:
             raise TodreError(
                 f"{type(method).__name__} needs CLIP's text tower, which is not loaded; call "
@@ -114,7 +123,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             name, known = (need[0], VISION_NEEDS) if isinstance(need, tuple) else (need, NEEDS)
             if name not in known:
                 raise unknown(f"needs of {type(method).__name__}:", name, known)
-        self.pruner = method
+        with turn(self):  # not between the images and the prompt of another thread
+            self.pruner = method
         return method
 
     def load_clip_text(self, path: str, revision: str | None = None) -> None:
@@ -129,6 +139,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     # ------------------------------------------------------------------ images
 
+    @in_turn
     def encode_images(
         self,
         images: Images,
@@ -146,6 +157,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         Raises:
             TodreError: shapes, sizes or modalities that do not fit each other.
         """
+        if not isinstance(images, (Tensor, Sequence, Iterator)):
+            raise TodreError(f"images must be a tensor or a list, got {type(images).__name__}.")
         entries: list[Any] = list(images)
         if all(isinstance(entry, EncodedVisual) for entry in entries):
             return entries
@@ -157,16 +170,19 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         side = self.get_vision_tower().config.image_size
         for entry in entries:
             is_tensor = isinstance(entry, Tensor)
-            if is_tensor and entry.ndim in (3, 4) and entry.shape[-3:] == (3, side, side):
-                continue
-            received = tuple(entry.shape) if is_tensor else type(entry).__name__
-            raise TodreError(
-                f"images holds {received}; allowed: tensors of shape (3, {side}, {side}) or "
-                f"(views, 3, {side}, {side}), as process_images returns them."
-            )
+            fits = is_tensor and entry.ndim in (3, 4) and entry.shape[-3:] == (3, side, side)
+            if not fits or not entry.is_floating_point() or entry.numel() == 0:
+                received = (tuple(entry.shape), entry.dtype) if is_tensor else type(entry).__name__
+                raise TodreError(
+                    f"images holds {received}; allowed: floating-point tensors of shape "
+                    f"(3, {side}, {side}) or (views, 3, {side}, {side}), as process_images returns "
+                    "them."
+                )
+        require_finite_pixels("images", entries)
 
     # ------------------------------------------------------------------ prompts
 
+    @in_turn
     def prepare_inputs_labels_for_multimodal(
         self,
         input_ids: Tensor,
@@ -201,13 +217,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             inputs_embeds, labels), where input_ids is None once embeddings replace it. The cache
             carries the state of Stage 2.
         """
-        self._last = None
+        self._latest.put(None)
         continues = past_key_values is not None and past_key_values.get_seq_length() > 0
         if images is None or (continues and input_ids.shape[1] == 1):
             _refuse_placeholders(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        real = stated_tokens(input_ids, attention_mask)
         prompts = self._read_prompts(
-            input_ids, attention_mask, labels, images, image_sizes, modalities, questions
+            input_ids, real, labels, images, image_sizes, modalities, questions
         )
         side = padding_side or self.config.tokenizer_padding_side
         embeds, spans, labels, past_key_values = self._padded(prompts, side, past_key_values)
@@ -218,7 +235,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     def _read_prompts(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
+        real: Tensor,
         labels: Tensor | None,
         images: Images,
         image_sizes: Sequence[Size] | None,
@@ -226,15 +243,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         questions: Sequence[str] | None,
     ) -> list[SplicedPrompt]:
         """Encode the images, prune and splice; see :meth:`prepare_inputs_labels_for_multimodal`."""
-        self._last = None
-        if input_ids.ndim != 2:
-            raise TodreError(f"input_ids has shape {tuple(input_ids.shape)}; allowed: (B, T).")
         visuals = self.encode_images(images, image_sizes, modalities)
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids = [row[keep.bool()] for row, keep in zip(input_ids, real, strict=True)]
+        ids = [row[keep] for row, keep in zip(input_ids, real, strict=True)]
         targets = [
-            None if labels is None else labels[index][keep.bool()]
-            for index, keep in enumerate(real)
+            None if labels is None else labels[index][keep] for index, keep in enumerate(real)
         ]
         self._check_ids(torch.cat(ids))
         expected = sum(int((row == IMAGE_TOKEN_INDEX).sum()) for row in ids)
@@ -254,7 +266,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 f"prompt of {length} tokens is longer than the {limit} the model can read."
             )
         withdrawal = Withdrawal(self.pruner, spans, self.config.num_hidden_layers, cached)
-        self._last = [prompt.visuals for prompt in prompts], withdrawal
+        images = [tuple(visual.stats for visual in prompt.visuals) for prompt in prompts]
+        self._latest.put((images, withdrawal))
         return withdrawal
 
     def _padded(
@@ -311,9 +324,10 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         needs_text = "text_embeds" in self.pruner.needs
         clip = self.clip_text if "clip_similarity" in self.pruner.needs else None
         to_compare = [visual for visual in visuals if visual.vision_features is not None]
-        if clip is not None and to_compare and (questions is None or len(questions) != len(ids)):
+        texts = () if questions is None or isinstance(questions, str) else questions
+        if clip is not None and to_compare and len(texts) != len(ids):
             raise TodreError(
-                f"questions has {len(questions or ())} entries; {type(self.pruner).__name__} needs "
+                f"questions has {len(texts)} entries; {type(self.pruner).__name__} needs "
                 f"the question of each of the {len(ids)} prompts, in words."
             )
         newline = self.model.image_newline
@@ -328,8 +342,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 question = text[question_rows(row)] if needs_text else None
                 visual, similarity = next(remaining), None
                 if clip is not None and visual.vision_features is not None:
-                    assert questions is not None
-                    similarity = clip.similarity(visual.vision_features, questions[index])
+                    similarity = clip.similarity(visual.vision_features, texts[index])
                 chosen.append(prune(visual, self.pruner, newline, question, similarity))
             prompts.append(splice(row, targets, text, chosen))
         return prompts
@@ -402,6 +415,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             )
 
     @torch.no_grad()
+    @in_turn
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -434,46 +448,60 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             raise TodreError("inputs_embeds is not accepted; give inputs and images.")
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
-        if images is None or inputs is None:
-            if images is not None:
-                raise TodreError("inputs is missing; give the token ids together with images.")
-            self._last = None
-            return super().generate(inputs, **kwargs)
-        stated = kwargs.get("generation_config")
+        kwargs = checked(self, kwargs)
+        self._latest.put(None)
+        if images is None:
+            if inputs is not None and kwargs.get("past_key_values") is None:
+                stated_tokens(inputs, kwargs.get("attention_mask"))
+            kwargs["inputs"] = inputs
+        elif inputs is None:
+            raise TodreError("inputs is missing; give the token ids together with images.")
+        else:
+            real = real_tokens(self, inputs, kwargs)
+            prompts = self._read_prompts(
+                inputs, real, None, images, image_sizes, modalities, questions
+            )
+            kwargs = self._arguments(prompts, prefixes, kwargs)
+        own = self._latest.get()
+        with finite_prefill(self):
+            output: Tensor = super().generate(**kwargs)
+        self._latest.put(own)  # whatever calls were made within this one
+        return output
+
+    def _arguments(
+        self,
+        prompts: Sequence[SplicedPrompt],
+        prefixes: PrefixStore | None,
+        kwargs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return what ``transformers``' ``generate`` is given in place of ids and images."""
         for option in _NOT_WITH_IMAGES:
-            if (kwargs.get(option) or getattr(stated, option, None)) is not None:
+            if setting(self, option, kwargs) is not None:
                 raise TodreError(f"{option} is not supported together with images; leave it out.")
-        prompts = self._read_prompts(
-            inputs,
-            kwargs.pop("attention_mask", None),
-            None,
-            images,
-            image_sizes,
-            modalities,
-            questions,
-        )
-        past_key_values = kwargs.pop("past_key_values", None)
-        is_new = past_key_values is None
-        if prefixes is not None and is_new and self._may_share(prompts, kwargs):
+        past_key_values = kwargs.get("past_key_values")
+        if prefixes is not None and past_key_values is None and self._may_share(prompts, kwargs):
             embeds, spans, past_key_values = self._behind_prefixes(prompts, prefixes)
         else:
             embeds, spans, _, past_key_values = self._padded(prompts, "left", past_key_values)
-        if past_key_values is not None:
-            if kwargs.get("cache_implementation") is not None:
-                raise TodreError(
-                    f"cache_implementation {kwargs['cache_implementation']!r} cannot be combined "
-                    "with past_key_values or withdrawal inside the decoder; leave it out."
-                )
-            kwargs["past_key_values"] = past_key_values
-        return super().generate(inputs_embeds=embeds, attention_mask=_mask(spans), **kwargs)
+        if past_key_values is not None and kwargs.get("cache_implementation") is not None:
+            raise TodreError(
+                f"cache_implementation {kwargs['cache_implementation']!r} cannot be combined "
+                "with past_key_values or withdrawal inside the decoder; leave it out."
+            )
+        whole = max(prompt.whole_length for prompt in prompts)
+        return {
+            **kwargs,
+            **shorter_lengths(self, kwargs, whole, embeds.shape[1]),
+            "past_key_values": past_key_values,
+            "inputs_embeds": embeds,
+            "attention_mask": _mask(spans),
+        }
 
-    def _may_share(self, prompts: Sequence[SplicedPrompt], settings: Mapping[str, Any]) -> bool:
+    def _may_share(self, prompts: Sequence[SplicedPrompt], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call of ``generate`` with these settings can use stored prefixes."""
-        config = settings.get("generation_config") or self.generation_config
-        chosen = {key: getattr(config, key, None) for key in _GENERATION_DEFAULTS}
-        chosen |= {key: settings[key] for key in _GENERATION_DEFAULTS if key in settings}
         is_plain = all(
-            chosen[key] in (None, default) for key, default in _GENERATION_DEFAULTS.items()
+            setting(self, key, kwargs) in (None, usual)
+            for key, usual in _GENERATION_DEFAULTS.items()
         )
         return is_plain and may_share(prompts, self.pruner, self.config.num_hidden_layers)
 
@@ -484,11 +512,18 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     @property
     def last_stats(self) -> tuple[PruneStats, ...]:
-        """What happened to each sample of the last call with images."""
+        """What happened to each sample of the last call, if it had images.
+
+        Of the thread that asks; one that has made no call is told of the last of any thread.
+        """
         if self._last is None:
             return ()
-        prompts, withdrawal = self._last
-        return withdrawal.stats([tuple(visual.stats for visual in each) for each in prompts])
+        images, withdrawal = self._last
+        return withdrawal.stats(images)
+
+    @property
+    def _last(self) -> _Record | None:
+        return self._latest.get()
 
 
 def _mask(spans: Spans) -> Tensor | None:

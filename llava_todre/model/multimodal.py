@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,35 @@ def build_projector(kind: str, vision_width: int, width: int) -> nn.Module:
     for _ in range(1, int(match[1])):
         layers += [nn.GELU(), nn.Linear(width, width)]
     return nn.Sequential(*layers)
+
+
+def whole_rows(key: str, rows: Any, width: int) -> list[Any]:
+    """Return sizes as tuples of whole numbers; None stays, for what has no size.
+
+    Args:
+        key: what the user set, for messages.
+        rows: a list of them, or a tensor.
+        width: numbers of each.
+
+    Raises:
+        TodreError: anything else.
+    """
+
+    def numbers(row: Any) -> tuple[int, ...] | None:
+        if row is None:
+            return None
+        found = tuple(map(int, row))
+        # A string does not equal its number.
+        if found != tuple(row) or len(found) != width or min(found) < 1:
+            raise ValueError
+        return found
+
+    try:
+        return list(map(numbers, rows.tolist() if hasattr(rows, "tolist") else rows))
+    except (TypeError, ValueError, OverflowError):
+        raise TodreError(
+            f"{key} {rows!r} is not usable; allowed: {width} whole numbers above 0 for each image."
+        ) from None
 
 
 def merge_slots(

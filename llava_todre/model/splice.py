@@ -35,6 +35,13 @@ class SplicedPrompt:
     head_ids: tuple[int, ...]
     """The ids they were made from, placeholders included."""
 
+    @property
+    def whole_length(self) -> int:
+        """L before anything was pruned."""
+        stats = [visual.stats for visual in self.visuals]
+        whole = sum(each.num_tokens + each.num_newlines for each in stats)
+        return len(self.embeds) + whole - sum(len(visual.embeds) for visual in self.visuals)
+
 
 def question_rows(ids: Tensor) -> Tensor:
     """Return (T,) bool: the text that follows the first image."""

@@ -16,6 +16,7 @@ from llava_todre.pruners.base import (
     Need,
     Pruner,
     Selection,
+    plain,
 )
 from llava_todre.pruners.cdpruner import CDPruner
 from llava_todre.pruners.combined import Combined
@@ -99,11 +100,13 @@ def create_pruner(method: str, **knobs: Any) -> Pruner:
     Raises:
         TodreError: unknown method or knob, or a value out of range.
     """
+    if not isinstance(method, str):
+        raise TodreError(f"method {method!r} is neither a name nor a method object; pass either.")
     before, plus, inside = method.partition("+")
     if not plus:
         cls = _known(method)
         check_knobs(method, cls, knobs)
-        return cls(**knobs)
+        return cls(**{key: plain(value) for key, value in knobs.items()})
     shares: dict[str, dict[str, Any]] = {"before": {}, "inside": {}}
     owned = {"before": _fields(before), "inside": _fields(inside)}
     for key, value in knobs.items():

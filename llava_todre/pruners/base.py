@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -185,7 +185,11 @@ class Pruner:
         return not reads_question and (self.withdraws_all or not self.probe_layers(num_layers))
 
     def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
+        """Take numbers as Python has them, and check the ranges of the knobs."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if getattr(value, "ndim", None) == 0:
+                object.__setattr__(self, each.name, plain(value))
         require("retain_ratio", self.retain_ratio, 0.0, 1.0, low_included=False)
         tokens = self.retain_tokens
         if tokens is not None and (type(tokens) is not int or tokens < 1):
@@ -223,6 +227,12 @@ class Pruner:
         """
         del view
         return None
+
+
+def plain(value: Any) -> Any:
+    """Return an option with its numbers as Python has them, and its lists as tuples."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def require(key: str, value: Any, low: float, high: float, low_included: bool = True) -> None:

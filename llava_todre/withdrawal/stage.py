@@ -25,8 +25,10 @@ models cannot mix.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -40,6 +42,16 @@ from llava_todre.stats import ImageStats, Probe, PruneStats
 from llava_todre.withdrawal.look import Look
 from llava_todre.withdrawal.masks import causal, gather, hide
 from llava_todre.withdrawal.segment import LayerInputs, Segment
+
+
+def _require_finite(layer: int, measured: Mapping[str, float]) -> None:
+    """Raise a TodreError if what a method has measured is no number: it compares with nothing."""
+    for key, value in measured.items():
+        if not math.isfinite(value):
+            raise TodreError(
+                f"{key} after decoder layer {layer} is {value}; it must be finite: the weights or "
+                "the config are damaged, or half precision overflows (try float32 or bfloat16)."
+            )
 
 
 class Withdrawal:
@@ -199,6 +211,7 @@ class Withdrawal:
                 stays = self._with_newlines(segment, sample, present, decision.to(keep.device))
                 keep[sample, present] = stays
                 dropped = len(present) - int(stays.sum())
+            _require_finite(layer, view.measured)
             if view.measured or dropped:
                 self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
         self._overheard = None
@@ -209,9 +222,11 @@ class Withdrawal:
 
     def _listen(self, module: Any) -> None:
         """Keep the queries that a layer computes for itself, so that a method has them for free."""
+        listener = get_ident()
 
         def hear(projection: Any, args: Any, output: Tensor) -> None:
-            self._overheard = output
+            if get_ident() == listener:  # other threads may run the layer meanwhile
+                self._overheard = output
 
         self._ear = module.self_attn.q_proj.register_forward_hook(hear)
 

@@ -509,6 +509,15 @@ def test_a_failed_item_is_named_and_nothing_is_logged_for_it(documents, tmp_path
     assert f"task {TASK}, split {SPLIT}, documents [2, 3] failed" in caplog.text
 
 
+def test_a_decoder_that_computes_nan_fails_and_nothing_is_logged(documents, tmp_path, monkeypatch):
+    lm = build(documents, log_dir=str(tmp_path))
+    norm = lm.model.model.norm
+    monkeypatch.setattr(norm, "variance_epsilon", float("nan"))
+    with pytest.raises(TodreError, match="logits of 1 of 1 prompts contain NaN or Inf"):
+        lm.generate_until(requests_for(documents))
+    assert not lines_in(tmp_path)
+
+
 def test_an_empty_answer_is_an_answer(documents, tmp_path, monkeypatch):
     Calls(monkeypatch, says="")
     assert build(documents, log_dir=str(tmp_path)).generate_until(requests_for(documents, [0])) == [

@@ -13,6 +13,7 @@ from tiny import (
     BATCH,
     FAMILIES,
     ONE,
+    QWEN,
     SMALL,
     USUAL_DECODER,
     VIDEO_BATCH,
@@ -339,6 +340,27 @@ def test_what_cannot_be_is_said_in_one_line(model, call: Callable[[Any], Any], m
         call(model)
     assert "\n" not in str(caught.value)
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_that_no_processor_makes_are_one_line(family):
+    """Stated images must be shown: what the model's own code stumbles over is named, too."""
+    model = build(family)
+    inputs = inputs_for(model, ONE)
+    whole = snapshot(model)
+    described = [key for key in inputs if key not in ("input_ids", "attention_mask")]
+    for key in described:
+        value = inputs[key]
+        wrong = [3, "ab", value[:0]]
+        if key in ("image_sizes", "image_grid_thw"):
+            wrong += [None, value.flatten()]
+        elif family in QWEN:  # without pixels, the others take it for a prompt of text
+            wrong.append(None)
+        for each in wrong:
+            with hf.prune(model, METHOD), pytest.raises(TodreError) as caught:
+                answer(model, {**inputs, key: each})
+            assert "\n" not in str(caught.value)
+    assert_same(whole, snapshot(model))
 
 
 def test_what_would_be_left_out_in_silence_is_refused(model, inputs):

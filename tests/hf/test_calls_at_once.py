@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,7 +28,7 @@ def answer(model: Any, samples: list[Any], **options: Any) -> Tensor:
     return found
 
 
-def at_once(*calls: Callable[[], Tensor], times: int = 4) -> list[list[Tensor]]:
+def at_once(*calls: Callable[[], Any], times: int = 4) -> list[list[Any]]:
     with ThreadPoolExecutor(len(calls)) as pool:
         jobs = [[pool.submit(call) for call in calls] for _ in range(times)]
         return [[job.result() for job in row] for row in jobs]
@@ -43,6 +44,34 @@ def test_threads_may_ask_one_model() -> None:
             assert all(map(torch.equal, row, alone))
     assert "forward" not in vars(model.model.language_model)
     assert not any(module._forward_hooks for module in model.model.language_model.layers)
+
+
+def test_threads_may_attach_and_detach_on_one_model() -> None:
+    model = build("llava_next")
+
+    def pruned(samples: list[Any]) -> Tensor:
+        with hf.prune(model, STAGE_2):
+            return answer(model, samples)
+
+    calls = [lambda: pruned(BATCH), lambda: pruned(ONE), lambda: pruned(TEXT)]
+    alone = [call() for call in calls]
+    for row in at_once(*calls):
+        assert all(map(torch.equal, row, alone))
+    assert "generate" not in vars(model)
+
+
+def test_last_stats_are_those_of_the_threads_own_call() -> None:
+    model = build("llava_next")
+    with hf.prune(model, STAGE_2):
+
+        def lengths(samples: list[Any]) -> list[tuple[int, ...]]:
+            answer(model, samples)
+            return [stats.prompt_tokens_per_layer for stats in hf.last_stats(model)]
+
+        calls = [functools.partial(lengths, samples) for samples in (BATCH, ONE, TEXT) * 2]
+        alone = [call() for call in calls]
+        assert len(set(map(str, alone))) == 3
+        assert at_once(*calls) == [alone] * 4
 
 
 def test_threads_with_a_model_each_leave_compilation_as_it_was() -> None:

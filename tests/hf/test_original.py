@@ -221,6 +221,8 @@ def test_the_call_keeps_its_form(anyres, batch):
     ("change", "message"),
     [
         ({"image_sizes": None}, "image_sizes is missing"),
+        ({"image_sizes": [(120, 80)]}, "image_sizes holds 1 sizes, but images 2 images"),
+        ({"image_sizes": [3, 4]}, "image_sizes .* is not usable"),
         ({"images": torch.zeros(1, 5, 3, 56, 56)}, "2 or more '<image>' placeholders, but 1"),
         ({"past_key_values": object()}, "past_key_values is not supported"),
     ],

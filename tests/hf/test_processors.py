@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,49 @@ def test_a_batch_of_images_is_answered_as_each_is_alone(family, backend_of):
         assert answer.stats.kept_tokens < answer.stats.visual_tokens or not request.images
         if request.images:
             assert answer.stats.withdrawn_from is not None
+
+
+@pytest.mark.parametrize(
+    ("question", "images", "settings", "message"),
+    [
+        ("What?", [None], {}, "image of type NoneType; allowed: PIL image or path"),
+        ("What?", [np.zeros((4, 4, 3), np.uint8)], {}, "image of type ndarray"),
+        ("What?", ["a\0b.png"], {}, "does not exist"),
+        ("What?", [], {"max_new_tokens": 1.5}, r"max_new_tokens 1\.5 is out of range"),
+        ("What?", [], {"max_new_tokens": "5"}, "max_new_tokens '5' is out of range"),
+        ("What?", [], {"num_beams": 100_000}, "num_beams 100000 is out of range"),
+        ("What?", [], {"max_new_token": 5}, "'max_new_token' is unknown. Did you mean"),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(backend_of, question, images, settings, message):
+    with pytest.raises(TodreError, match=message) as caught:
+        backend_of("llava").answer([Request(question, images)], None, settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_that_cannot_be_read_are_one_line(backend_of, tmp_path):
+    picture(60, 60).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(whole[: len(whole) // 2])
+    closed = Image.open(tmp_path / "whole.png")
+    closed.close()
+    for image in (closed, Image.open(tmp_path / "short.png")):
+        with pytest.raises(TodreError, match="image is closed"):
+            backend_of("llava").answer([Request("What?", [image])], None, {})
+
+
+def test_threads_get_the_statistics_of_their_own_answers(backend_of):
+    backend = backend_of("llava")
+    asked = [Request("What?", [picture(60, 60, seed)]) for seed in range(6)]
+
+    def call(request: Request) -> tuple[str, list[int]]:
+        (given,) = backend.answer([request], None, {"max_new_tokens": 3})
+        return given.text, given.stats.images[0].keep_idx.tolist()
+
+    alone = [call(request) for request in asked]
+    assert len({str(one) for one in alone}) == 6
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(call, asked * 3)) == alone * 3
 
 
 @pytest.mark.parametrize("family", OF_VIDEO)

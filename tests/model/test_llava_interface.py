@@ -74,8 +74,8 @@ def test_input_ids_is_another_name_for_inputs(tiny_llava):
     ("ids", "images", "message"),
     [
         (IDS[0], views(), r"input_ids has shape \(5,\)"),
-        (IDS, torch.randn(3, 56, 56), r"images holds \(56, 56\)"),
-        (IDS, [torch.randn(5, 3, 28, 28)], r"images holds \(5, 3, 28, 28\)"),
+        (IDS, torch.randn(3, 56, 56), r"images holds \(\(56, 56\)"),
+        (IDS, [torch.randn(5, 3, 28, 28)], r"images holds \(\(5, 3, 28, 28\)"),
         (IDS, ["picture"], "images holds str"),
         (IDS.masked_fill(IDS == 5, -7), views(), "id -7"),
         (IDS.masked_fill(IDS == 5, 300), views(), "id 300"),

@@ -1,0 +1,63 @@
+"""Calls from several threads: one at a time on a model, each with its own result.
+
+A call holds its model until it ends: it puts hooks into it, and it must not be given another method
+between its images and its prompt. Threads that share a model wait for each other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock, RLock, local
+from typing import Any, Generic, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+Found = TypeVar("Found")
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_guard = Lock()
+_turns: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+@contextmanager
+def turn(model: Any) -> Iterator[None]:
+    """Wait until no other thread is in such a block for this model; blocks may be nested."""
+    with _guard:
+        lock = _turns.setdefault(model, RLock())
+    with lock:
+        yield
+
+
+def in_turn(method: Method) -> Method:
+    """Let a method of a model run in its turn."""
+
+    @functools.wraps(method)
+    def waiting(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with turn(model):
+            return method(model, *args, **kwargs)
+
+    return cast(Method, waiting)
+
+
+class Latest(Generic[Found]):
+    """What the latest call found: of the thread that asks, or of any where it has made none."""
+
+    def __init__(self, nothing: Found) -> None:
+        """Start with what is found before any call."""
+        self._nothing = nothing
+        self._of_any = nothing
+        self._of_thread = local()
+
+    def put(self, found: Found) -> None:
+        """Take note of what a call of this thread has found."""
+        self._of_any = self._of_thread.found = found
+
+    def get(self) -> Found:
+        """Return what this thread's latest call has found."""
+        found: Found = getattr(self._of_thread, "found", self._of_any)
+        return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a copy of a model begin without calls."""
+        return type(self), (self._nothing,)
