@@ -13,14 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from llava_todre.errors import TodreError
+from llava_todre.model.chat_template import find_template
 from llava_todre.model.images import load_image, picture_digest, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.model.prefix import PrefixStore
 from llava_todre.model.prompt import (
+    AUTO,
     DEFAULT_IMAGE_TOKEN,
+    Template,
     build_prompt,
-    conv_templates,
     tokenizer_image_token,
 )
 from llava_todre.pruners import Pruner
@@ -74,7 +76,7 @@ def answer(
     tokenizer: Any,
     requests: Sequence[Request],
     *,
-    template: str = "vicuna_v1",
+    template: str | Template = AUTO,
     max_new_tokens: int = 64,
     timed: bool = False,
     memory: Memory | None = None,
@@ -87,7 +89,8 @@ def answer(
         tokenizer: from ``load_pretrained_model``.
         requests: the batch; prompts may differ in length and number of images. Requests that share
             the very same image objects or files encode them once.
-        template: a key of ``conv_templates``.
+        template: a key of ``conv_templates``, or auto: the one the checkpoint was made for, see
+            :func:`~llava_todre.model.chat_template.find_template`.
         max_new_tokens: longest answer.
         timed: measure the stages views, vision, selection, prefill and decode.
         memory: what earlier calls of this model computed about the same images.
@@ -100,9 +103,10 @@ def answer(
     for option in ("num_return_sequences", "return_dict_in_generate"):
         if option in generate_kwargs:
             raise TodreError(f"{option} is not accepted here; call model.generate for that.")
+    template = find_template(template, model, tokenizer)
     ids, mask = _prepare_prompts(model, tokenizer, requests, template)
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
-    stop = conv_templates[template].stop
+    stop = template.stop
     if stop is not None:  # for checkpoints that do not end an answer with EOS
         settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
     settings |= generate_kwargs
@@ -279,7 +283,7 @@ def _lasting_identity(picture: Picture | Views) -> Any:
 
 
 def _prepare_prompts(
-    model: LlavaLlamaForCausalLM, tokenizer: Any, requests: Sequence[Request], template: str
+    model: LlavaLlamaForCausalLM, tokenizer: Any, requests: Sequence[Request], template: Template
 ) -> tuple[Tensor, Tensor]:
     """Return left-padded (B, T) ids with image placeholders, and their (B, T) mask."""
     rows: list[Tensor] = []

@@ -1,0 +1,251 @@
+"""Which conversation template a checkpoint was made for, and templates in Jinja, as transformers'.
+
+``auto`` is, in this order: the chat template that comes with the checkpoint (tokenizer_config.json,
+chat_template.jinja, chat_template.json); the one LLaVA's scripts take for a checkpoint of that name;
+``vicuna_v1``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import PurePath
+from typing import Any
+
+from llava_todre.errors import TodreError
+from llava_todre.model.checkpoint import first_line
+from llava_todre.model.prompt import (
+    AUTO,
+    DEFAULT_IMAGE_TOKEN,
+    Template,
+    build_prompt,
+    conv_templates,
+    named_template,
+    swallows_space,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT = "vicuna_v1"
+TEMPLATES = (AUTO, *conv_templates)
+"""What users may name."""
+# As LLaVA's run scripts; they say llava_v1 for "v1", but trained and evaluated with vicuna_v1.
+_NAMES = (
+    (r"llama-?2", "llava_llama_2"),
+    (r"llama-?3", "llava_llama_3"),
+    (r"mistral", "mistral_instruct"),
+    (r"v1\.6-34b", "chatml_direct"),
+    (r"vicuna|v1|llava-1\.5", "vicuna_v1"),
+)
+_MARKS = ("QUESTION-1", "ANSWER-1", "QUESTION-2")
+
+
+def suggested_template(
+    name: str, config: Mapping[str, Any] | None = None, words: Container[str] = ()
+) -> str | None:
+    """Return the template that a checkpoint's name suggests, or else its other facts.
+
+    Args:
+        name: path or hub id of the checkpoint.
+        config: its config.json.
+        words: the vocabulary.
+    """
+    for pattern, template in _NAMES:
+        if re.search(pattern, PurePath(name).name.lower()):
+            return template
+    decoder = (config or {}).get("text_config")
+    kinds = [(config or {}).get("model_type")]
+    kinds += [decoder.get("model_type")] if isinstance(decoder, dict) else []
+    if "llava_mistral" in kinds or "mistral" in kinds:
+        return "mistral_instruct"
+    return "llava_llama_3" if "<|start_header_id|>" in words else None
+
+
+def find_template(template: str | Template, model: Any, tokenizer: Any) -> Template:
+    """Return a template by name, or for ``auto`` the one the checkpoint was made for.
+
+    Logs one line, once, where that is not what the checkpoint's name suggests.
+
+    Args:
+        template: a name of ``conv_templates``, ``auto``, or a template, which is returned.
+        model: of ours; knows in ``suggested_template`` what its name suggests.
+        tokenizer: knows the checkpoint's own chat template, if there is one.
+
+    Raises:
+        TodreError: unknown name, or a chat template that cannot be read.
+    """
+    if isinstance(template, Template):
+        return template
+    suggested: str | None = model.suggested_template
+    if template != AUTO:
+        chosen, what = named_template(template), repr(template)
+    elif tokenizer.chat_template:
+        chosen, what = own_template(tokenizer), "the chat template that comes with it"
+    else:
+        return conv_templates[suggested or DEFAULT]
+    if suggested and build_prompt("x", 1, chosen) != build_prompt("x", 1, suggested):
+        _warn(str(model.name_or_path), suggested, what)
+    return chosen
+
+
+def known_name(template: Template) -> str | Template:
+    """Return the name of a template, or the template where it has none."""
+    return next((name for name, known in conv_templates.items() if known == template), template)
+
+
+@lru_cache
+def _warn(checkpoint: str, suggested: str, used: str) -> None:
+    logger.warning(
+        "%s: its name or config suggests template %r; used is %s, which writes another prompt.",
+        checkpoint,
+        suggested,
+        used,
+    )
+
+
+def own_template(tokenizer: Any) -> Template:
+    """Return the chat template of a tokenizer, learned from what it makes of a conversation.
+
+    Content is given to it as parts, as templates of processors want it, or as text, as those of
+    language models do.
+    """
+    reason = "it leaves out or repeats what was said"
+    for as_parts in (True, False):
+        try:
+            text = _rendered(tokenizer, [{"type": "text"}] if as_parts else None, turns=3)
+        except Exception as error:  # of Jinja, or whatever the template raises
+            reason = first_line(error)
+            continue
+        pieces = re.split("|".join(_MARKS), text)
+        if len(pieces) == 1 + len(_MARKS) and DEFAULT_IMAGE_TOKEN not in text:
+            return _learned(tokenizer, pieces, as_parts)
+    raise TodreError(
+        f"the chat template of the checkpoint cannot be used: {reason}. Name another one: "
+        f"template={', '.join(conv_templates)}."
+    )
+
+
+def _learned(tokenizer: Any, pieces: list[str], as_parts: bool) -> Template:
+    """Return the template whose conversations are these pieces with the turns between them."""
+    first, answer, question, end = pieces
+    template = Template(
+        system="",
+        roles=("user", "assistant"),
+        first=_without_bos(first, tokenizer),
+        question=(question, ""),
+        answer=(answer, ""),
+        open=end,
+        stop=_stop(question.lstrip(), tokenizer),
+    )
+    images = _around_images(tokenizer, first) if as_parts else None
+    return template if images is None else replace(template, images=images)
+
+
+def _around_images(tokenizer: Any, first: str) -> tuple[str, str] | None:
+    """Return what the template writes between images and behind them; None if not in front."""
+    try:
+        text = _rendered(tokenizer, [{"type": "image"}] * 2 + [{"type": "text"}], turns=1)
+    except Exception:  # a template for text only
+        return None
+    before, *rest = text.split(_MARKS[0])[0].split(DEFAULT_IMAGE_TOKEN)
+    return (rest[0], rest[1]) if before == first and len(rest) == 2 else None
+
+
+def _rendered(tokenizer: Any, parts: list[dict[str, str]] | None, turns: int) -> str:
+    def content(mark: str) -> Any:
+        if parts is None:
+            return mark
+        return [part | ({"text": mark} if part["type"] == "text" else {}) for part in parts]
+
+    conversation = [
+        {"role": ("user", "assistant")[index % 2], "content": content(mark)}
+        for index, mark in enumerate(_MARKS[:turns])
+    ]
+    return str(
+        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    )
+
+
+def _without_bos(text: str, tokenizer: Any) -> str:
+    """Leave out the BOS that the tokenizer writes anyway, and the space that it swallows there."""
+    bos = tokenizer.bos_token
+    if not bos or not text.startswith(bos) or not writes_bos(tokenizer):
+        return text
+    text = text.removeprefix(bos)
+    return text.removeprefix(" ") if swallows_space(tokenizer) else text
+
+
+def writes_bos(tokenizer: Any) -> bool:
+    """Return whether a tokenizer puts BOS in front of a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a").input_ids)[:1] == [bos]
+
+
+def _stop(after_answer: str, tokenizer: Any) -> str | None:
+    """Return the special token that ends an answer, where that is not EOS."""
+    end = re.match(r"<[^<>\s]+>", after_answer)
+    return end[0] if end and end[0] not in (tokenizer.eos_token, tokenizer.bos_token) else None
+
+
+# ---------------------------------------------------------------------- for transformers
+
+_JINJA = """\
+{{- BEGIN -}}
+{%- if messages[0]['role'] != 'system' -%}{{- OPENING -}}{%- endif -%}
+{%- set asked = namespace(before='') -%}
+{%- for message in messages -%}
+{%- set role = message['role'] -%}
+{%- if role == 'system' -%}{{- BEFORE -}}
+{%- elif role == 'user' -%}{{- asked.before -}}{%- set asked.before = QUESTION -%}
+{%- else -%}{{- ANSWER -}}
+{%- endif -%}
+{%- if message['content'] is string -%}{{- message['content'] -}}
+{%- else -%}
+{%- set said = namespace(text=false) -%}
+{%- for item in message['content'] -%}
+{%- set behind = loop.previtem is defined and loop.previtem['type'] == 'image' -%}
+{%- if item['type'] == 'image' -%}
+{{- (BETWEEN if behind else ' ' if said.text else '') + IMAGE -}}
+{%- elif item['type'] == 'text' -%}
+{{- ((' ' if said.text else END) if behind else '') + item['text'] -}}
+{%- set said.text = true -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- AFTER if role == 'system' else ASKED if role == 'user' else ANSWERED -}}
+{%- if role == 'user' and loop.last -%}{{- OPEN -}}{%- endif -%}
+{%- endfor -%}
+"""
+_NO_SYSTEM = "raise_exception('this model knows no system prompt')"
+
+
+def as_jinja(template: Template, begin: str = "bos_token") -> str:
+    """Return a template in the notation of transformers, for conversations of any length.
+
+    Images stand where the content has them; those in front of all text as LLaVA has them. After a
+    question it always goes on with what opens the answer.
+
+    Args:
+        template: with a system prompt of its own, which a message of the role system replaces.
+        begin: what begins every prompt, a Jinja expression.
+    """
+    before, slot, after = template.first.partition("{system}")
+    values = {
+        "BEGIN": begin,
+        "OPENING": json.dumps(template.opening),
+        "BEFORE": json.dumps(before) if slot else _NO_SYSTEM,
+        "AFTER": json.dumps(after),
+        "BETWEEN": json.dumps(template.images[0]),
+        "END": json.dumps(template.images[1]),
+        "IMAGE": json.dumps(DEFAULT_IMAGE_TOKEN),
+        "QUESTION": json.dumps(template.question[0]),
+        "ASKED": json.dumps(template.question[1]),
+        "ANSWER": json.dumps(template.answer[0]),
+        "ANSWERED": json.dumps(template.answer[1]),
+        "OPEN": json.dumps(template.open),
+    }
+    return re.sub(r"\b[A-Z]{3,}\b", lambda name: values[name[0]], _JINJA).rstrip()
