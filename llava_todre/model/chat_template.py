@@ -1,8 +1,8 @@
 """Which conversation template a checkpoint was made for, and templates in Jinja, as transformers'.
 
-``auto`` is, in this order: the chat template that comes with the checkpoint (tokenizer_config.json,
-chat_template.jinja, chat_template.json); the one LLaVA's scripts take for a checkpoint of that name;
-``vicuna_v1``.
+``auto`` is, in this order: the chat template that comes with the checkpoint, in its
+chat_template.jinja, chat_template.json or tokenizer_config.json; the one that LLaVA's scripts take
+for a checkpoint of that name; ``vicuna_v1``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import re
 from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from llava_todre.errors import TodreError
-from llava_todre.model.checkpoint import first_line
+from llava_todre.model.checkpoint import first_line, read_json
 from llava_todre.model.prompt import (
     AUTO,
     DEFAULT_IMAGE_TOKEN,
@@ -55,7 +55,7 @@ def suggested_template(
         words: the vocabulary.
     """
     for pattern, template in _NAMES:
-        if re.search(pattern, PurePath(name).name.lower()):
+        if re.search(pattern, Path(name).name.lower()):
             return template
     decoder = (config or {}).get("text_config")
     kinds = [(config or {}).get("model_type")]
@@ -63,6 +63,30 @@ def suggested_template(
     if "llava_mistral" in kinds or "mistral" in kinds:
         return "mistral_instruct"
     return "llava_llama_3" if "<|start_header_id|>" in words else None
+
+
+def planned_template(name: str, folder: Path | None) -> str:
+    """Return the template for a benchmark: what the name suggests comes first, as in LLaVA's.
+
+    ``auto`` where nothing but the loaded checkpoint can tell.
+
+    Args:
+        name: path or hub id of the checkpoint.
+        folder: where it is, if it is on this machine.
+    """
+    suggested = suggested_template(name)
+    if suggested or folder is None:
+        return suggested or AUTO
+    texts = [
+        file.read_text(errors="replace")
+        for file in (folder / "tokenizer_config.json", folder / "tokenizer.json")
+        if file.is_file()
+    ]
+    if any(folder.glob("chat_template.j*")) or any('"chat_template"' in text for text in texts):
+        return AUTO
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}  # loading it says what is missing
+    return suggested_template(name, config, "".join(texts)) or DEFAULT
 
 
 def find_template(template: str | Template, model: Any, tokenizer: Any) -> Template:
@@ -110,28 +134,31 @@ def _warn(checkpoint: str, suggested: str, used: str) -> None:
 def own_template(tokenizer: Any) -> Template:
     """Return the chat template of a tokenizer, learned from what it makes of a conversation.
 
-    Content is given to it as parts, as templates of processors want it, or as text, as those of
-    language models do.
+    What is said is given to it as text, as templates of language models want it, or else as parts,
+    as those of processors do.
+
+    Raises:
+        TodreError: the template fails, or leaves out what was said.
     """
     reason = "it leaves out or repeats what was said"
-    for as_parts in (True, False):
+    for parts in (None, [{"type": "text"}]):
         try:
-            text = _rendered(tokenizer, [{"type": "text"}] if as_parts else None, turns=3)
+            text = _rendered(tokenizer, parts, turns=3)
         except Exception as error:  # of Jinja, or whatever the template raises
             reason = first_line(error)
             continue
         pieces = re.split("|".join(_MARKS), text)
         if len(pieces) == 1 + len(_MARKS) and DEFAULT_IMAGE_TOKEN not in text:
-            return _learned(tokenizer, pieces, as_parts)
+            return _learned(tokenizer, *pieces)
     raise TodreError(
         f"the chat template of the checkpoint cannot be used: {reason}. Name another one: "
         f"template={', '.join(conv_templates)}."
     )
 
 
-def _learned(tokenizer: Any, pieces: list[str], as_parts: bool) -> Template:
-    """Return the template whose conversations are these pieces with the turns between them."""
-    first, answer, question, end = pieces
+def _learned(tokenizer: Any, first: str, answer: str, question: str, end: str) -> Template:
+    """Return the template that writes these texts before, between and after three turns."""
+    images = _around_images(tokenizer, first)
     template = Template(
         system="",
         roles=("user", "assistant"),
@@ -141,7 +168,6 @@ def _learned(tokenizer: Any, pieces: list[str], as_parts: bool) -> Template:
         open=end,
         stop=_stop(question.lstrip(), tokenizer),
     )
-    images = _around_images(tokenizer, first) if as_parts else None
     return template if images is None else replace(template, images=images)
 
 

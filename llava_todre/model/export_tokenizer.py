@@ -1,7 +1,7 @@
-"""A tokenizer for processors of transformers, which read a prompt as one text, not in pieces.
+r"""A tokenizer for processors of transformers, which read a prompt as one text, not in pieces.
 
 LLaVA tokenizes what stands between images piece by piece, and SentencePiece puts a space in front
-of every piece: ``<image>\\nWhat`` becomes ``<image>``, ``▁\\n``, ``What``. A processor hands over
+of every piece: ``<image>\nWhat`` becomes ``<image>``, ``▁\n``, ``What``. A processor hands over
 the whole prompt, in which the fast Llama tokenizer puts that space in front of the first piece
 only, and answers change. Here a rule of the tokenizer's normalizer writes it behind an image.
 """
