@@ -35,8 +35,8 @@ TEMPLATES = (AUTO, *conv_templates)
 """What users may name."""
 # As LLaVA's run scripts; they say llava_v1 for "v1", but trained and evaluated with vicuna_v1.
 _NAMES = (
-    (r"llama-?2", "llava_llama_2"),
-    (r"llama-?3", "llava_llama_3"),
+    (r"llama[-_]?2", "llava_llama_2"),
+    (r"llama[-_]?3", "llava_llama_3"),
     (r"mistral", "mistral_instruct"),
     (r"v1\.6-34b", "chatml_direct"),
     (r"vicuna|v1|llava-1\.5", "vicuna_v1"),
@@ -55,7 +55,7 @@ def suggested_template(
         words: the vocabulary.
     """
     for pattern, template in _NAMES:
-        if re.search(pattern, Path(name).name.lower()):
+        if re.search(pattern, _last_part(name).lower()):
             return template
     decoder = (config or {}).get("text_config")
     kinds = [(config or {}).get("model_type")]
@@ -63,6 +63,14 @@ def suggested_template(
     if "llava_mistral" in kinds or "mistral" in kinds:
         return "mistral_instruct"
     return "llava_llama_3" if "<|start_header_id|>" in words else None
+
+
+def _last_part(name: str) -> str:
+    """Return what a checkpoint is called, also one of a training run or in the hub's cache."""
+    path = Path(name)
+    if path.name.startswith("checkpoint-"):
+        return path.parent.name
+    return path.parents[1].name if path.parent.name == "snapshots" else path.name
 
 
 def planned_template(name: str, folder: Path | None) -> str:

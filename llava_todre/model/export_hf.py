@@ -175,16 +175,8 @@ def _processor(model: LlavaLlamaForCausalLM, tokens: Any, config: Any) -> Any:
         LlavaNextImageProcessorPil,
     )
 
-    ours = model.get_vision_tower().image_processor
-    known: dict[str, Any] = {
-        "size": dict(ours.size),
-        "crop_size": dict(ours.crop_size),
-        "resample": ours.resample,
-        "image_mean": list(ours.image_mean),
-        "image_std": list(ours.image_std),
-        "rescale_factor": ours.rescale_factor,
-        "do_pad": True,
-    }
+    known: dict[str, Any] = model.get_vision_tower().image_processor.to_dict() | {"do_pad": True}
+    known.pop("image_processor_type")
     is_next = isinstance(config, LlavaNextConfig)
     images: Any = (
         LlavaNextImageProcessorPil(**known, image_grid_pinpoints=config.image_grid_pinpoints)

@@ -153,6 +153,8 @@ def test_jinja_writes_what_the_template_writes(name: str, tokenizer: Any) -> Non
         ("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
         ("checkpoints/mini", None),
         ("mistral/some-llava", None),
+        ("runs/llava-v1.6-mistral-7b/checkpoint-500", "mistral_instruct"),
+        ("hub/models--lmms-lab--llama3-llava-next-8b/snapshots/0f1e2d", "llava_llama_3"),
     ],
 )
 def test_a_name_suggests_what_the_scripts_of_llava_take(name: str, suggested: str | None) -> None:
