@@ -1,4 +1,4 @@
-"""Which conversation template a checkpoint was made for, and templates in Jinja, as transformers'.
+"""Which conversation template a checkpoint was made for.
 
 ``auto`` is, in this order: the chat template that comes with the checkpoint, in its
 chat_template.jinja, chat_template.json or tokenizer_config.json; the one that LLaVA's scripts take
@@ -7,7 +7,6 @@ for a checkpoint of that name; ``vicuna_v1``.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Container, Mapping
@@ -142,6 +141,8 @@ def _warn(checkpoint: str, suggested: str, used: str) -> None:
 def own_template(tokenizer: Any) -> Template:
     """Return the chat template of a tokenizer, learned from what it makes of a conversation.
 
+    Where that is what one of ``conv_templates`` makes of it, it is that one.
+
     What is said is given to it as text, as templates of language models want it, or else as parts,
     as those of processors do.
 
@@ -157,7 +158,9 @@ def own_template(tokenizer: Any) -> Template:
             continue
         pieces = re.split("|".join(_MARKS), text)
         if len(pieces) == 1 + len(_MARKS) and DEFAULT_IMAGE_TOKEN not in text:
-            return _learned(tokenizer, *pieces)
+            learned = _learned(tokenizer, *pieces)
+            known = (one for one in conv_templates.values() if _facts(one) == _facts(learned))
+            return next(known, learned)
     raise TodreError(
         f"the chat template of the checkpoint cannot be used: {reason}. Name another one: "
         f"template={', '.join(conv_templates)}."
@@ -177,6 +180,14 @@ def _learned(tokenizer: Any, first: str, answer: str, question: str, end: str) -
         stop=_stop(question.lstrip(), tokenizer),
     )
     return template if images is None else replace(template, images=images)
+
+
+def _facts(template: Template) -> tuple[Any, ...]:
+    """Return all that tells templates apart, however they are put together."""
+    conversation = template.copy()
+    for text in (*_MARKS, None):
+        conversation.append_message("", text)
+    return conversation.get_prompt(), template.images, template.stop
 
 
 def _around_images(tokenizer: Any, first: str) -> tuple[str, str] | None:
@@ -223,63 +234,3 @@ def _stop(after_answer: str, tokenizer: Any) -> str | None:
     """Return the special token that ends an answer, where that is not EOS."""
     end = re.match(r"<[^<>\s]+>", after_answer)
     return end[0] if end and end[0] not in (tokenizer.eos_token, tokenizer.bos_token) else None
-
-
-# ---------------------------------------------------------------------- for transformers
-
-_JINJA = """\
-{{- BEGIN -}}
-{%- if messages[0]['role'] != 'system' -%}{{- OPENING -}}{%- endif -%}
-{%- set asked = namespace(before='') -%}
-{%- for message in messages -%}
-{%- set role = message['role'] -%}
-{%- if role == 'system' -%}{{- BEFORE -}}
-{%- elif role == 'user' -%}{{- asked.before -}}{%- set asked.before = QUESTION -%}
-{%- else -%}{{- ANSWER -}}
-{%- endif -%}
-{%- if message['content'] is string -%}{{- message['content'] -}}
-{%- else -%}
-{%- set said = namespace(text=false) -%}
-{%- for item in message['content'] -%}
-{%- set behind = loop.previtem is defined and loop.previtem['type'] == 'image' -%}
-{%- if item['type'] == 'image' -%}
-{{- (BETWEEN if behind else ' ' if said.text else '') + IMAGE -}}
-{%- elif item['type'] == 'text' -%}
-{{- ((' ' if said.text else END) if behind else '') + item['text'] -}}
-{%- set said.text = true -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{- AFTER if role == 'system' else ASKED if role == 'user' else ANSWERED -}}
-{%- if role == 'user' and loop.last -%}{{- OPEN -}}{%- endif -%}
-{%- endfor -%}
-"""
-_NO_SYSTEM = "raise_exception('this model knows no system prompt')"
-
-
-def as_jinja(template: Template, begin: str = "bos_token") -> str:
-    """Return a template in the notation of transformers, for conversations of any length.
-
-    Images stand where the content has them; those in front of all text as LLaVA has them. After a
-    question it always goes on with what opens the answer.
-
-    Args:
-        template: with a system prompt of its own, which a message of the role system replaces.
-        begin: what begins every prompt, a Jinja expression.
-    """
-    before, slot, after = template.first.partition("{system}")
-    values = {
-        "BEGIN": begin,
-        "OPENING": json.dumps(template.opening),
-        "BEFORE": json.dumps(before) if slot else _NO_SYSTEM,
-        "AFTER": json.dumps(after),
-        "BETWEEN": json.dumps(template.images[0]),
-        "END": json.dumps(template.images[1]),
-        "IMAGE": json.dumps(DEFAULT_IMAGE_TOKEN),
-        "QUESTION": json.dumps(template.question[0]),
-        "ASKED": json.dumps(template.question[1]),
-        "ANSWER": json.dumps(template.answer[0]),
-        "ANSWERED": json.dumps(template.answer[1]),
-        "OPEN": json.dumps(template.open),
-    }
-    return re.sub(r"\b[A-Z]{3,}\b", lambda name: values[name[0]], _JINJA).rstrip()

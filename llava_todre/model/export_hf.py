@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 
 from llava_todre.errors import TodreError
-from llava_todre.model.chat_template import as_jinja, find_template, writes_bos
+from llava_todre.model.chat_template import find_template, writes_bos
 from llava_todre.model.convert import TOWER_PREFIX
+from llava_todre.model.export_template import as_jinja
 from llava_todre.model.export_tokenizer import with_image_token
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.prompt import AUTO, DEFAULT_IMAGE_TOKEN, Template, build_prompt

@@ -41,17 +41,12 @@ def with_image_token(tokenizer: Any) -> PreTrainedTokenizerFast:
             f"the tokenizer of this checkpoint, a {type(tokenizer).__name__} with padding token "
             f"{pad!r}, cannot be converted; allowed: a fast one with an EOS token."
         )
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts |= {"truncation": None, "padding": None}
-    tokens = [token for token in parts["added_tokens"] if token["content"] != DEFAULT_IMAGE_TOKEN]
     image_id = tokenizer.get_vocab().get(DEFAULT_IMAGE_TOKEN, len(tokenizer))
-    for by_rule in (False, True):
-        image = _image_token(image_id, normalized=by_rule)
-        changed = parts | {"added_tokens": [*tokens, image]}
-        if by_rule:
-            changed["normalizer"] = _with_rule(parts)
+    as_it_is = json.loads(tokenizer.backend_tokenizer.to_str())
+    as_it_is |= {"truncation": None, "padding": None}
+    for parts in (_with_image(as_it_is, image_id), _with_rule(as_it_is, image_id)):
         converted = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(json.dumps(changed)),
+            tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             unk_token=tokenizer.unk_token,
@@ -71,15 +66,22 @@ def with_image_token(tokenizer: Any) -> PreTrainedTokenizerFast:
     )
 
 
-def _image_token(image_id: int, *, normalized: bool) -> dict[str, Any]:
-    """Return ``<image>`` as an added token; a normalized one is sought after the normalizer."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-    token = {"id": image_id, "content": DEFAULT_IMAGE_TOKEN, "special": True}
-    return token | flags | {"normalized": normalized}
+def _with_image(parts: dict[str, Any], image_id: int) -> dict[str, Any]:
+    """Return a tokenizer.json that knows ``<image>``."""
+    if any(token["content"] == DEFAULT_IMAGE_TOKEN for token in parts["added_tokens"]):
+        return parts
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    image = {"id": image_id, "content": DEFAULT_IMAGE_TOKEN, "special": True, **flags}
+    return parts | {"added_tokens": [*parts["added_tokens"], image]}
 
 
-def _with_rule(parts: dict[str, Any]) -> dict[str, Any]:
-    """Return the normalizer with a rule for what stands behind an image."""
+def _with_rule(parts: dict[str, Any], image_id: int) -> dict[str, Any]:
+    """Return a tokenizer.json whose normalizer writes a space behind an image."""
+    tokens = [
+        # A normalized one is sought behind the normalizer, which so can see it.
+        token | {"normalized": True} if token["content"] == DEFAULT_IMAGE_TOKEN else token
+        for token in _with_image(parts, image_id)["added_tokens"]
+    ]
     space = (parts["pre_tokenizer"] or {}).get("replacement", "\N{LOWER ONE EIGHTH BLOCK}")
     rule = {
         "type": "Replace",
@@ -87,4 +89,5 @@ def _with_rule(parts: dict[str, Any]) -> dict[str, Any]:
         "content": DEFAULT_IMAGE_TOKEN + space,
     }
     usual = parts["normalizer"]
-    return {"type": "Sequence", "normalizers": [rule, usual] if usual else [rule]}
+    normalizer = {"type": "Sequence", "normalizers": [rule, usual] if usual else [rule]}
+    return parts | {"added_tokens": tokens, "normalizer": normalizer}

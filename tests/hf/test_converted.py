@@ -150,7 +150,7 @@ def test_text_between_images_gets_our_ids_wherever_they_stand(legacy: bool, tmp_
 
 
 def test_a_llava_hf_folder_gives_the_original_ids_in_our_class(tmp_path: Path) -> None:
-    """Its processor does not: see the FAQ."""
+    """A processor with its tokenizer does not: see the footguns."""
     ours = AutoTokenizer.from_pretrained(checkpoint("v16"), config=LlamaConfig())
     theirs = AutoTokenizer.from_pretrained(checkpoint("v16"), config=LlamaConfig())
     theirs.add_tokens(["<image>"], special_tokens=True)
@@ -160,6 +160,9 @@ def test_a_llava_hf_folder_gives_the_original_ids_in_our_class(tmp_path: Path) -
     for piece in PIECES:
         text = f"USER: <image>{piece}"
         assert tokenizer_image_token(text, theirs) == tokenizer_image_token(text, ours)
+    as_a_whole = theirs("USER: <image>\nwhat").input_ids
+    given = collapsed(as_a_whole, theirs.convert_tokens_to_ids("<image>"))
+    assert given != tokenizer_image_token("USER: <image>\nwhat", ours), "mended: tell the footguns"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -173,6 +176,13 @@ def test_our_class_reads_it_back(
         tokenizer, model, _, _ = load_pretrained_model(path)
         texts.append([each.text for each in answer(model, tokenizer, requests, max_new_tokens=12)])
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_was_converted_can_be_converted(folder: Path, tmp_path: Path) -> None:
+    assert main(["convert", "--model", str(folder), "--out", str(tmp_path / "out")]) == 0
+    for file in folder.iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_published_settings_of_generate_are_kept(tmp_path: Path) -> None:
