@@ -23,9 +23,10 @@ from eval.suites import Suite, load_suite
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import read_mapping
 from llava_todre.hf.load import BACKENDS
+from llava_todre.model.chat_template import TEMPLATES, planned_template
 from llava_todre.model.convert import PROTOCOLS
 from llava_todre.model.placement import ATTENTION, DTYPES, TP_PLANS, spreads
-from llava_todre.model.prompt import conv_templates
+from llava_todre.model.prompt import AUTO
 from llava_todre.pruners import Combined, Pruner, create_pruner
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "tp_plan": None,
     "attn_implementation": "sdpa",
     "backend": "auto",
-    "template": "vicuna_v1",
+    "template": AUTO,
     "max_new_tokens": 1024,
     "clip_text": None,
 }
@@ -50,9 +51,9 @@ _ALLOWED = {
     "protocol": tuple(PROTOCOLS),
     "attn_implementation": ATTENTION,
     "backend": BACKENDS,
-    "template": tuple(conv_templates),
+    "template": TEMPLATES,
 }
-_WEIGHTS = ("*.json", "*.safetensors", "*.bin", "*.model")
+_WEIGHTS = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
 _LARGE_FILE = 64 * 2**20
 """Bytes; of larger files only the size goes into a checkpoint's fingerprint."""
 _LONGEST_NAME = 120
@@ -128,6 +129,8 @@ class Run:
         measured = [(m.key, m.tasks, m.metric, m.frames) for m in self.suite.benchmarks]
         model = {**self.config()["model"], "device_map": None}  # where it computes is not what
         del model["tp_plan"]
+        if model["backend"] == "transformers":  # reads none; once the default was written there
+            model["template"] = "vicuna_v1"
         if model["backend"] == "auto":  # what it was before there was a choice
             del model["backend"]
         everything = {**self.config(), "model": model, "options": knobs, "benchmarks": measured}
@@ -239,6 +242,8 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
             f"{where}: pretrained {settings['pretrained']!r} does not exist; "
             "allowed: a checkpoint's folder, or a hub id owner/name."
         )
+    if settings["template"] == AUTO and settings["backend"] != "transformers":
+        settings["template"] = planned_template(settings["pretrained"], folder)
     return key, settings
 
 

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.mini import TEST_SEED, held_out
+from llava_todre.model.chat_template import find_template
 from llava_todre.model.images import load_image, process_images
 from llava_todre.model.load import load_pretrained_model
-from llava_todre.model.prompt import build_prompt, tokenizer_image_token
+from llava_todre.model.prompt import AUTO, build_prompt, tokenizer_image_token
 from llava_todre.pruners.vtw import VTW, search_layer
 
 CALIBRATION_SEED = TEST_SEED + 2
@@ -42,9 +43,10 @@ def find_layer(
         raise TodreError(f"num_samples {num_samples} is out of range; allowed: 1 or more.")
     questions = _bundled(num_samples) if samples is None else _read(samples, num_samples)
     tokenizer, model, processor, _ = load_pretrained_model(model_path or bundled_checkpoint())
+    template = find_template(AUTO, model, tokenizer)
     prompts = []
     for image, question in questions:
-        ids = tokenizer_image_token(build_prompt(question, 1), tokenizer)
+        ids = tokenizer_image_token(build_prompt(question, 1, template), tokenizer)
         pixels = process_images([image], processor, model.config)[0].to(model.device)
         encoded = model.encode_images([pixels], [image.size])  # serves every layer tried
         prompts.append((torch.tensor([ids], device=model.device), encoded))

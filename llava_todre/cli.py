@@ -85,7 +85,7 @@ def _generate_parser() -> ArgumentParser:
     add("--clip-text", type=str | None, help="CLIP checkpoint, for methods that read the question")
     add("--backend", default="auto", help="llava: our class; transformers: its own; auto: by model")
     add("--protocol", default="native", help="native, or paper (2x2 grid, no unpadding, 2880)")
-    add("--template", default="vicuna_v1", help="conversation template, of our class")
+    add("--template", default="auto", help="conversation template, of our class; auto: its own")
     add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
     add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     add("--device-map", type=str | None, help="e.g. auto, cpu, cuda:0 (default: GPU if any)")
@@ -101,7 +101,7 @@ def _convert_parser() -> ArgumentParser:
     add("--model", required=True, help="checkpoint: a folder or a hub id, original or llava-hf")
     add("--revision", type=str | None, help="revision of a hub id")
     add("--out", required=True, help="a new or empty folder")
-    add("--template", default="vicuna_v1", help="conversation template, for the processor")
+    add("--template", default="auto", help="conversation template, for the processor")
     add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     return parser
 
@@ -122,7 +122,7 @@ def _demo_parser() -> ArgumentParser:
     add("--host", default="127.0.0.1", help="of the page: the address to listen on")
     add("--port", type=int, default=7860, help="of the page")
     add("--backend", default="auto", help="of the page: llava, transformers, or auto: by model")
-    add("--template", default="vicuna_v1", help="of the page: conversation template, of our class")
+    add("--template", default="auto", help="of the page: conversation template, of our class")
     return parser
 
 
@@ -207,9 +207,12 @@ def _generate(options: Namespace) -> None:
 
 
 def _convert(options: Namespace) -> None:
-    from llava_todre.model.export_hf import save_as_hf
+    from llava_todre.model.export_hf import check_new, save_as_hf
     from llava_todre.model.load import load_pretrained_model
 
+    if not options.out:
+        raise TodreError("out '' is no folder; allowed: a new or an empty folder.")
+    check_new(Path(options.out))
     tokenizer, model, _, _ = load_pretrained_model(
         options.model, revision=options.revision, dtype=options.dtype, device="cpu"
     )
@@ -310,7 +313,7 @@ _OUR_CLASS_ONLY = {
     "picture": None,
     "clip_text": None,
     "protocol": "native",
-    "template": "vicuna_v1",
+    "template": "auto",
 }
 _COMPARISON_ONLY = ("methods", "ratios", "num_images", "out", "fresh")
 _PAGE_ONLY = ("host", "port", "backend", "template")

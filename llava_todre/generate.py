@@ -15,16 +15,18 @@ from PIL import Image
 from torch import Tensor
 from transformers import StopStringCriteria
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import TodreError
+from llava_todre.model.chat_template import find_template
 from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import DECODE_ERRORS, load_image, picture_digest, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.model.prefix import PrefixStore
 from llava_todre.model.prompt import (
+    AUTO,
     DEFAULT_IMAGE_TOKEN,
+    Template,
     build_prompt,
-    conv_templates,
     tokenizer_image_token,
 )
 from llava_todre.pruners import Pruner
@@ -94,7 +96,7 @@ def answer(
     tokenizer: Any,
     requests: Sequence[Request],
     *,
-    template: str = "vicuna_v1",
+    template: str | Template = AUTO,
     max_new_tokens: int = 64,
     timed: bool = False,
     memory: Memory | None = None,
@@ -107,7 +109,8 @@ def answer(
         tokenizer: from ``load_pretrained_model``.
         requests: the batch; prompts may differ in length and number of images. Requests that share
             the very same image objects or files encode them once.
-        template: a key of ``conv_templates``.
+        template: a key of ``conv_templates``, or auto: the one the checkpoint was made for, see
+            :func:`~llava_todre.model.chat_template.find_template`.
         max_new_tokens: longest answer.
         timed: measure the stages views, vision, selection, prefill and decode.
         memory: what earlier calls of this model computed about the same images.
@@ -116,11 +119,10 @@ def answer(
     settings = call_settings(model, requests, max_new_tokens, generate_kwargs)
     if not requests:
         return []
-    if not isinstance(template, str) or template not in conv_templates:
-        raise unknown("template", template, conv_templates)
-    stop = conv_templates[template].stop
+    template = find_template(template, model, tokenizer)
+    stop = template.stop
     if stop is not None and _can_stop(tokenizer, stop):  # where an answer does not end with EOS
-        settings |= {"stop_strings": [stop], "tokenizer": tokenizer}
+        settings = {"stop_strings": [stop], "tokenizer": tokenizer, **settings}
     ids, mask = _prepare_prompts(model, tokenizer, requests, template)
     with model.clock.timing(timed) as stages:
         visuals = _encode(model, requests, memory)
@@ -330,7 +332,7 @@ def _lasting_identity(picture: Picture | Views) -> Any:
 
 
 def _prepare_prompts(
-    model: LlavaLlamaForCausalLM, tokenizer: Any, requests: Sequence[Request], template: str
+    model: LlavaLlamaForCausalLM, tokenizer: Any, requests: Sequence[Request], template: Template
 ) -> tuple[Tensor, Tensor]:
     """Return left-padded (B, T) ids with image placeholders, and their (B, T) mask."""
     rows: list[Tensor] = []

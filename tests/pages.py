@@ -139,10 +139,19 @@ def stock_model(folder: Path) -> dict[str, Any]:
     save_as_hf(ours, tokenizer, converted, "vicuna_v1")
     processor = AutoProcessor.from_pretrained(converted)
     model = AutoModelForImageTextToText.from_pretrained(converted).eval()
-    content = [{"type": "image"}, {"type": "text", "text": "What does the sign say?"}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}])
     image = Image.open(SCENE).convert("RGB")
-    return {"model": model, "inputs": processor(text=prompt, images=image, return_tensors="pt")}
+    content = [
+        {"type": "image", "image": image},
+        {"type": "text", "text": "What does the sign say?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    return {"model": model, "inputs": inputs}
 
 
 def assert_same_output(printed: str, shown: str) -> None:

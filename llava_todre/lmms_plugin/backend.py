@@ -9,6 +9,7 @@ from llava_todre.errors import TodreError
 from llava_todre.generate import Answer, Memory, Request, answer, prepare
 from llava_todre.hf.load import load_stock_model, uses_stock
 from llava_todre.hf.stock import StockModel
+from llava_todre.model.chat_template import find_template, known_name
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 
@@ -18,7 +19,8 @@ class OurBackend:
 
     def __init__(self, model: LlavaLlamaForCausalLM, tokenizer: Any, template: str) -> None:
         """Take the model with what it needs to read and write."""
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.model, self.tokenizer = model, tokenizer
+        self.template = known_name(find_template(template, model, tokenizer))
 
     def prepare(self, request: Request) -> Request:
         """Return the request with its pictures made into views."""
@@ -44,6 +46,8 @@ class OurBackend:
 
 class StockBackend:
     """A model of transformers with its own processor and chat template."""
+
+    template = "that of the processor"
 
     def __init__(self, model: StockModel) -> None:
         """Take the model."""
@@ -80,7 +84,7 @@ def load_backend(
     Args:
         name: llava, transformers, or auto: ours for LLaVA-1.5 and LLaVA-NeXT on Llama or Mistral.
         pretrained: folder or hub id.
-        template: conversation template, of our class.
+        template: conversation template, of our class; auto is the checkpoint's own.
         protocol: native or paper, of our class.
         clip_text: CLIP with the text tower, for our class.
         loading: what both loaders take; ``tp_plan`` is for our class.

@@ -44,7 +44,8 @@ from llava_todre.lmms_plugin.items import (
 from llava_todre.lmms_plugin.log import AnswerLog, Line
 from llava_todre.lmms_plugin.processes import join_processes, peak_memory_mib, placement
 from llava_todre.lmms_plugin.team import Team
-from llava_todre.model.prompt import conv_templates
+from llava_todre.model.chat_template import TEMPLATES
+from llava_todre.model.prompt import AUTO
 from llava_todre.stats import PruneStats
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class LlavaTodre(lmms):
         attn_implementation: str = "sdpa",
         backend: str = "auto",
         protocol: str = "native",
-        template: str = "vicuna_v1",
+        template: str = AUTO,
         method: str = "todre",
         clip_text: Any = None,
         max_frames: Any = 5,
@@ -91,7 +92,8 @@ class LlavaTodre(lmms):
             backend: llava runs our class, transformers its own with the method attached; auto
                 takes ours for LLaVA-1.5 and LLaVA-NeXT on Llama or Mistral.
             protocol: native, or paper; with our class.
-            template: conversation template; with our class, others have their processor's own.
+            template: conversation template; auto is the one the checkpoint was made for. With our
+                class, others have their processor's own.
             method: a name from ``todre list``, A+B, or a YAML file of ``configs/methods``.
             clip_text: folder or hub id of the CLIP model, for methods that need its text tower.
             max_frames: frames of a video, evenly spaced over the clip.
@@ -108,12 +110,11 @@ class LlavaTodre(lmms):
         super().__init__()
         if pretrained is None:
             raise TodreError("pretrained is missing; give a folder or a hub id.")
-        if template not in conv_templates:
-            raise unknown("template", template, conv_templates)
+        if template not in TEMPLATES:
+            raise unknown("template", template, TEMPLATES)
         own = [key for key in inspect.signature(LlavaTodre).parameters if key != "options"]
         name = text("method", method) or "todre"
         self.pruner, self.seed = build_pruner(name, options, seed, own)
-        self.template = template
         self.max_frames = whole("max_frames", max_frames)
         self.batch_size = whole("batch_size", batch_size)
         self.max_new_tokens = whole("max_new_tokens", max_new_tokens)
@@ -136,6 +137,7 @@ class LlavaTodre(lmms):
                 attn_implementation=attn_implementation,
                 **placement(self.accelerator, **chosen),
             )
+            self.template = self._backend.template
             self.model: Any = self._backend.model
             self.model.set_pruner(self.pruner)
         self._device = self.model.device

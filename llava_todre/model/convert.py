@@ -19,6 +19,7 @@ from transformers import LlavaConfig as HfLlavaConfig
 from transformers import LlavaNextConfig as HfLlavaNextConfig
 
 from llava_todre.errors import TodreError, unknown
+from llava_todre.model.images import checked_aspect_ratio
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 PROTOCOLS = ("native", "paper")
@@ -206,6 +207,7 @@ def _without_noise(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(ours: dict[str, Any]) -> dict[str, Any]:
+    checked_aspect_ratio(ours.get("image_aspect_ratio"))
     projector = ours["mm_projector_type"]
     if not re.fullmatch(r"linear|identity|mlp[1-9]\d*x_gelu", str(projector)):
         raise TodreError(

@@ -4,7 +4,7 @@ Symbols: S side of one tile in pixels (336 for CLIP-L), V views of one image.
 
 AnyRes ("anyres"): choose the canvas among ``image_grid_pinpoints`` that shows most of the image,
 fit and centre the image on it, cut it into tiles of S x S, and put a squeezed thumbnail first.
-"pad": extend to a square with the mean colour. Anything else: the processor's resize and crop.
+"pad": extend to a square with the mean colour. "square": the processor's resize and crop.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from PIL import Image, UnidentifiedImageError
 from llava_todre.errors import TodreError
 
 Size = tuple[int, int]
+
+ASPECT_RATIOS = ("anyres", "pad", "square")
 
 # What one image may grow to on its way to the tower; Pillow's own limit for a file.
 MAX_PIXELS = 2 * 89_478_485
@@ -180,16 +182,12 @@ def process_images(
     images = [to_rgb(image) for image in images]
     if not images:
         raise TodreError("images is empty; give at least one image.")
-    mode = getattr(config, "image_aspect_ratio", None) or "square"
+    mode = checked_aspect_ratio(getattr(config, "image_aspect_ratio", None))
     if mode == "anyres":
         tile = image_processor.crop_size["height"]
         sizes = parse_pinpoints(getattr(config, "image_grid_pinpoints", None), tile)
         views = [_views(image, image_processor, sizes) for image in images]
         return _stacked([_pixels(item, image_processor) for item in views])
-    if mode.startswith("anyres"):
-        raise TodreError(
-            f"image_aspect_ratio {mode!r} is not supported; allowed: anyres, pad, square."
-        )
     edge = image_processor.size["shortest_edge"]
     for image in images:
         _check_elongation(image.size, edge, mode)
@@ -197,6 +195,16 @@ def process_images(
         colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
         images = [_expand_to_square(image, colour) for image in images]
     return _pixels(images, image_processor)
+
+
+def checked_aspect_ratio(mode: Any) -> str:
+    """Return ``image_aspect_ratio`` of a config, "square" where it has none; raise if unknown."""
+    mode = "square" if mode is None else mode
+    if mode not in ASPECT_RATIOS:
+        raise TodreError(
+            f"image_aspect_ratio {mode!r} is not supported; allowed: {', '.join(ASPECT_RATIOS)}."
+        )
+    return str(mode)
 
 
 def _stacked(pixels: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:

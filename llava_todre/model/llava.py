@@ -76,6 +76,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     config_class = LlavaConfig
     clip_text: ClipText | None = None
+    suggested_template: str | None = None
+    """The conversation template that the checkpoint's name or config suggests."""
 
     def __init__(self, config: LlavaConfig) -> None:
         """Build without weights; nothing is pruned until :meth:`set_pruner`."""

@@ -16,6 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.model import convert
+from llava_todre.model.chat_template import suggested_template
 from llava_todre.model.checkpoint import find_checkpoint, first_line, read_json, read_weights
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.model.placement import (
@@ -55,7 +56,8 @@ def load_pretrained_model(
     Args:
         model_path: a directory or a hub id, in the original layout or that of llava-hf.
         model_base: for LoRA checkpoints in the original; not supported, merge them first.
-        model_name: accepted for compatibility; the config says what the checkpoint is.
+        model_name: instead of the last part of ``model_path``, where the conversation template
+            goes by the name; what kind of model the checkpoint is, its config says.
         revision: branch, tag or commit on the hub.
         dtype: float32, float16, bfloat16, or auto: the checkpoint's own on a GPU; float32 on a CPU,
             where half precision is slow and inexact.
@@ -109,9 +111,15 @@ def load_pretrained_model(
     elif parallel is None:
         model.to(target)
     model.get_vision_tower().image_processor = processor
+    model.name_or_path = str(model_path)
+    model.suggested_template = suggested_template(
+        model_name or str(model_path), read_json(folder / "config.json"), tokenizer.get_vocab()
+    )
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_dict(
-            read_json(folder / "generation_config.json")
+        read_json(folder / "generation_config.json")  # or an error of one line
+        # Unlike from_dict it remembers what was published, so that it can be saved as it is.
+        model.generation_config = convert.built(
+            str(folder / "generation_config.json"), GenerationConfig.from_pretrained, folder
         )
     return tokenizer, model.eval(), processor, _context_length(config)
 
@@ -186,12 +194,16 @@ def _load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise TodreError(f"{folder} has no tokenizer; one of: {', '.join(_TOKENIZER_FILES)}.")
     try:
-        return AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
     except Exception as error:  # every tokenizer library has its own errors
         raise TodreError(
             f"the tokenizer in {folder} does not load: {first_line(error)} "
             "(a tokenizer.model needs sentencepiece and protobuf)."
         ) from error
+    if not tokenizer.chat_template and (folder / "chat_template.json").is_file():
+        # Where older processors of llava-hf have it.
+        tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
+    return tokenizer
 
 
 # ---------------------------------------------------------------------- the model

@@ -7,7 +7,8 @@ System prompts and separators are facts of the checkpoints: a model answers wors
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from llava_todre.errors import TodreError, unknown
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 DEFAULT_IMAGE_TOKEN = "<image>"
+AUTO = "auto"
+"""Instead of a template's name: the one the checkpoint was made for."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +27,34 @@ class Template:
     """How one family of checkpoints writes a conversation.
 
     Attributes:
-        style: ``"two"`` (Vicuna), ``"llama_2"``, ``"mpt"`` (ChatML) or ``"plain"``.
         system: the system prompt.
         roles: names of the user and of the assistant.
-        separators: what ends a user turn and what ends an assistant turn.
+        first: what stands before the first question; ``{system}`` is the place of the system
+            prompt.
+        question: what stands before and after every later question; the latter after the first too.
+        answer: what stands before and after an answer.
+        open: what stands before an answer that is still to be written.
         stop: the string that ends an answer, or None when the EOS token alone does.
+        images: what stands between images, and between the last one and the question.
     """
 
-    style: str
     system: str
     roles: tuple[str, str]
-    separators: tuple[str, str]
+    first: str
+    question: tuple[str, str]
+    answer: tuple[str, str]
+    open: str
     stop: str | None = None
+    images: tuple[str, str] = (" ", "\n")
 
     def copy(self) -> Conversation:
         """Return a new, empty conversation; the template itself never changes."""
         return Conversation(self)
+
+    @property
+    def opening(self) -> str:
+        """All that stands before the first question."""
+        return self.first.replace("{system}", self.system)
 
 
 @dataclass
@@ -69,91 +84,105 @@ class Conversation:
 
     def get_prompt(self) -> str:
         """Return the whole conversation as the string the checkpoint was trained on."""
-        return _WRITERS[self.template.style](self.template, self.messages)
+        template = self.template
+        before = (template.question[0], template.answer[0])
+        after = (template.question[1], template.answer[1])
+        text = template.opening
+        for index, (_, message) in enumerate(self.messages):
+            if message:
+                text += (before[index % 2] if index else "") + message + after[index % 2]
+            elif index % 2:
+                text += template.open
+        return text
 
 
-_Turns = list[tuple[str, str | None]]
+_VISION_ASSISTANT = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_USER_3 = "<|start_header_id|>user<|end_header_id|>\n\n"
+_ASSISTANT_3 = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
-
-def _write_two(template: Template, turns: _Turns) -> str:
-    text = template.system + template.separators[0]
-    for index, (role, message) in enumerate(turns):
-        text += f"{role}: {message}{template.separators[index % 2]}" if message else f"{role}:"
-    return text
-
-
-def _write_llama_2(template: Template, turns: _Turns) -> str:
-    between, end = template.separators
-    text = ""
-    for index, (_, message) in enumerate(turns):
-        if not message:
-            continue
-        if index == 0 and template.system:
-            message = f"<<SYS>>\n{template.system}\n<</SYS>>\n\n{message}"
-        text += f"{between}[INST] {message} [/INST]" if index % 2 == 0 else f" {message} {end}"
-    return text.removeprefix(between)  # the tokenizer writes the first BOS itself
-
-
-def _write_mpt(template: Template, turns: _Turns) -> str:
-    end = template.separators[0]
-    return template.system + end + "".join(r + m + end if m else r for r, m in turns)
-
-
-def _write_plain(template: Template, turns: _Turns) -> str:
-    pairs = zip(turns, template.separators * len(turns), strict=False)
-    return template.system + "".join(m + end for (_, m), end in pairs if m)
-
-
-_WRITERS = {
-    "two": _write_two,
-    "llama_2": _write_llama_2,
-    "mpt": _write_mpt,
-    "plain": _write_plain,
-}
-
+_VICUNA = Template(
+    system="A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    roles=("USER", "ASSISTANT"),
+    first="{system} USER: ",
+    question=("USER: ", " "),
+    answer=("ASSISTANT: ", "</s>"),
+    open="ASSISTANT:",
+)
 conv_templates: dict[str, Template] = {
-    "vicuna_v1": Template(
-        style="two",
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        roles=("USER", "ASSISTANT"),
-        separators=(" ", "</s>"),
-    ),
+    "vicuna_v1": _VICUNA,
+    "llava_v1": replace(_VICUNA, system=re.sub(r"\buser\b", "human", _VICUNA.system)),
+    # The tokenizer writes the first BOS itself.
     "llava_llama_2": Template(
-        style="llama_2",
-        system="You are a helpful language and vision assistant. "
-        "You are able to understand the visual content that the user provides, "
-        "and assist the user with a variety of tasks using natural language.",
+        system=_VISION_ASSISTANT,
         roles=("USER", "ASSISTANT"),
-        separators=("<s>", "</s>"),
+        first="[INST] <<SYS>>\n{system}\n<</SYS>>\n\n",
+        question=("<s>[INST] ", " [/INST]"),
+        answer=(" ", " </s>"),
+        open="",
+    ),
+    "llava_llama_3": Template(
+        system=_VISION_ASSISTANT,
+        roles=("user", "assistant"),
+        first="<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>" + _USER_3,
+        question=(_USER_3, "<|eot_id|>"),
+        answer=(_ASSISTANT_3, "<|eot_id|>"),
+        open=_ASSISTANT_3,
+        stop="<|eot_id|>",
     ),
     "mistral_instruct": Template(
-        style="llama_2", system="", roles=("USER", "ASSISTANT"), separators=("", "</s>")
+        system="",
+        roles=("USER", "ASSISTANT"),
+        first="[INST] ",
+        question=("[INST] ", " [/INST]"),
+        answer=(" ", " </s>"),
+        open="",
     ),
     "chatml_direct": Template(
-        style="mpt",
-        system="<|im_start|>system\nAnswer the questions.",
+        system="Answer the questions.",
         roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
-        separators=("<|im_end|>", "<|im_end|>"),
+        first="<|im_start|>system\n{system}<|im_end|><|im_start|>user\n",
+        question=("<|im_start|>user\n", "<|im_end|>"),
+        answer=("<|im_start|>assistant\n", "<|im_end|>"),
+        open="<|im_start|>assistant\n",
         stop="<|im_end|>",
     ),
-    "plain": Template(style="plain", system="", roles=("", ""), separators=("\n", "\n"), stop="\n"),
+    "plain": Template(
+        system="",
+        roles=("", ""),
+        first="",
+        question=("", "\n"),
+        answer=("", "\n"),
+        open="",
+        stop="\n",
+    ),
 }
 
 
-def build_prompt(question: str, num_images: int, template: str = "vicuna_v1") -> str:
+def named_template(name: str) -> Template:
+    """Return a template of ``conv_templates``; raises when there is none of that name."""
+    if name not in conv_templates:
+        raise unknown("template", name, [AUTO, *conv_templates])
+    return conv_templates[name]
+
+
+def build_prompt(question: str, num_images: int, template: str | Template = "vicuna_v1") -> str:
     """Return the prompt of one question about some images.
 
     Args:
         question: the user's text; may already hold ``<image>`` where the images belong.
         num_images: how many images go with it.
-        template: a name in ``conv_templates``.
+        template: a name in ``conv_templates``, or a template of its own.
 
     Raises:
         TodreError: unknown template, empty question, or a wrong number of ``<image>``.
     """
-    if template not in conv_templates:
-        raise unknown("template", template, conv_templates)
+    if isinstance(template, str):
+        template = named_template(template)
     if not question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
         raise TodreError(f"question {question!r} is empty; give a text with at least one word.")
     given = question.count(DEFAULT_IMAGE_TOKEN)
@@ -163,8 +192,9 @@ def build_prompt(question: str, num_images: int, template: str = "vicuna_v1") ->
             " the numbers must agree, or leave them out and they are put in front."
         )
     if given == 0 and num_images > 0:
-        question = " ".join([DEFAULT_IMAGE_TOKEN] * num_images) + "\n" + question
-    conversation = conv_templates[template].copy()
+        between, end = template.images
+        question = between.join([DEFAULT_IMAGE_TOKEN] * num_images) + end + question
+    conversation = template.copy()
     conversation.append_message(conversation.roles[0], question)
     conversation.append_message(conversation.roles[1], None)
     return conversation.get_prompt()
@@ -205,6 +235,11 @@ def _piece_ids(piece: str, tokenizer: Any) -> list[int]:
     transformers 5 leaves it out where the text begins with a space already, so one space gets
     lost: we give it back, when this tokenizer is of that kind.
     """
-    if piece.startswith(" ") and tokenizer(" a").input_ids == tokenizer("a").input_ids:
+    if piece.startswith(" ") and swallows_space(tokenizer):
         piece = " " + piece
     return list(tokenizer(piece).input_ids)
+
+
+def swallows_space(tokenizer: Any) -> bool:
+    """Return whether a tokenizer leaves out its own space where a text begins with one."""
+    return bool(tokenizer(" a").input_ids == tokenizer("a").input_ids)

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
+from llava_todre.model.prompt import AUTO
 from llava_todre.ui.page import CSS, build_page
 from llava_todre.ui.studio import Studio
 from llava_todre.ui.uploads import LIMITS
@@ -21,7 +22,7 @@ shows how the methods work and is no evidence about larger models."""
 def serve(
     model_path: str | None,
     backend: str = "auto",
-    template: str = "vicuna_v1",
+    template: str = AUTO,
     *,
     host: str = LOCAL,
     port: int = PORT,
@@ -31,7 +32,7 @@ def serve(
     Args:
         model_path: folder or hub id; the bundled model when None.
         backend: llava, transformers or auto, see :class:`~llava_todre.ui.studio.Studio`.
-        template: conversation template, of our class.
+        template: conversation template, of our class; auto is the checkpoint's own.
         host: the address to listen on; only this machine can reach the default one.
         port: TCP port.
 

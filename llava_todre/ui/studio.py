@@ -16,6 +16,7 @@ from llava_todre.errors import TodreError
 from llava_todre.generate import Answer, Request
 from llava_todre.hf.capture import decoder_of
 from llava_todre.lmms_plugin.backend import OurBackend, load_backend
+from llava_todre.model.prompt import AUTO
 from llava_todre.pruners import PRUNERS, Observed, Pruner, create_pruner
 from llava_todre.stats import Probe, PruneStats
 from llava_todre.ui.uploads import Upload
@@ -66,13 +67,13 @@ class Outcome:
 class Studio:
     """A model that answers one question after the other, in a thread of its own."""
 
-    def __init__(self, path: str, backend: str = "auto", template: str = "vicuna_v1") -> None:
+    def __init__(self, path: str, backend: str = "auto", template: str = AUTO) -> None:
         """Load, and answer once, so that the first visitor does not measure the start-up.
 
         Args:
             path: folder or hub id.
             backend: llava for our class, transformers for its own, auto for whichever fits.
-            template: conversation template, of our class.
+            template: conversation template, of our class; auto is the checkpoint's own.
 
         Raises:
             TodreError: the checkpoint cannot be loaded.

@@ -239,3 +239,29 @@ def test_every_model_config_resolves() -> None:
     assert len(files) >= 5
     for file in files:
         assert resolve_model(file.stem)[0] == file.stem
+
+
+@pytest.mark.parametrize(
+    ("model", "template"),
+    [
+        ("mini", "vicuna_v1"),
+        ("llava_1_5_7b", "vicuna_v1"),
+        ("llava-hf/llava-1.5-7b-hf", "vicuna_v1"),
+        ("liuhaotian/llava-v1.6-mistral-7b", "mistral_instruct"),
+        ("liuhaotian/llava-v1.6-34b", "chatml_direct"),
+        ("lmms-lab/llama3-llava-next-8b", "llava_llama_3"),
+        ("owner/some-llava", "auto"),
+        ({"key": "llava_1_5_7b", "template": "llava_v1"}, "llava_v1"),
+    ],
+)
+def test_a_plan_says_which_template_a_checkpoint_gets(model: Any, template: str) -> None:
+    assert resolve_model(model)[1]["template"] == template
+
+
+def test_a_template_that_is_not_read_does_not_name_a_run() -> None:
+    stock = {"key": "qwen2_5_vl_7b"}
+    runs_of = [
+        resolve({"model": stock | more, "method": "todre", "suite": "image"}).name
+        for more in ({}, {"template": "vicuna_v1"}, {"template": "plain"})
+    ]
+    assert len(set(runs_of)) == 1

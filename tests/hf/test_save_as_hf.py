@@ -145,8 +145,9 @@ def test_a_prompt_that_begins_with_bos_gets_no_second(
     monkeypatch.setitem(stock.model.__dict__, "generate", spy)
     request = Request("What does the sign say?", [held_out(1)[0].image])
     stock.answer([request], max_new_tokens=1)
-    written = f"<s>{stock.processor.chat_template}"
-    monkeypatch.setattr(stock.processor, "chat_template", written)
+    begin, rest = stock.processor.chat_template.split("\n", 1)
+    assert begin == "{{- bos_token -}}"
+    monkeypatch.setattr(stock.processor, "chat_template", rest)  # as those of llava-hf
     stock.answer([request], max_new_tokens=1)
     first = stock.processor.tokenizer.bos_token_id
     assert [ids.count(first) for ids in seen] == [1, 1] and seen[0][0] == seen[1][0] == first
@@ -176,14 +177,17 @@ def test_what_transformers_reads_answers_as_ours_does(folder: Path) -> None:
     image = Image.open(MINI / "examples" / "scene_0.png")
     right = 0
     for entry in scene:
-        content: Sequence[dict[str, str]] = [
-            {"type": "image"},
+        content: Sequence[dict[str, Any]] = [
+            {"type": "image", "image": image},
             {"type": "text", "text": entry["question"]},
         ]
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
         )
-        inputs = processor(images=image, text=prompt, return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += text.strip().lower() == entry["answer"].lower()
