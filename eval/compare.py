@@ -11,7 +11,6 @@ Symbols: R resamples, T benchmarks, N items, U distinct rows of scores.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.results import read_run
 from llava_todre.errors import TodreError
 from llava_todre.intervals import LEVEL, RESAMPLES, SEED, Interval, relative_average
 
@@ -54,70 +54,6 @@ class Comparison:
         if self.only_first is None or self.only_second is None:
             return None
         return mcnemar(self.only_first, self.only_second)
-
-
-def read_run(file: Path) -> dict[str, Any]:
-    """Return the run stored in a file.
-
-    Raises:
-        TodreError: no such file, or not the JSON of a run.
-    """
-    run = read_json(file)
-    if not is_run(run):
-        raise TodreError(f"run {str(file)!r} is not the result of a run; allowed: format 1.")
-    require_sound(run, file)
-    return dict(run)
-
-
-def read_json(file: Path) -> Any:
-    """Return the JSON in a file, or raise a TodreError."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TodreError(f"run {str(file)!r} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise TodreError(f"run {str(file)!r} is not JSON ({error}).") from None
-
-
-def require_sound(run: Mapping[str, Any], file: Path) -> None:
-    """Raise a TodreError naming the file and the key if a run was damaged or changed by hand."""
-
-    def check(is_right: bool, key: str, value: object, allowed: str) -> None:
-        if not is_right:
-            shown = f"{value!r}"[:60]
-            raise TodreError(f"run {str(file)!r} has {key} {shown}; allowed: {allowed}.")
-
-    name, status, config = run.get("name"), run.get("status"), run.get("config")
-    check(isinstance(name, str), "name", name, "text")
-    check(status in ("complete", "failed"), "status", status, "complete, failed")
-    check(isinstance(config, dict), "config", config, "keys with values")
-    assert isinstance(config, dict)
-    for key in ("model", "options"):
-        check(isinstance(config.get(key), dict), f"config.{key}", config.get(key), "keys")
-    benchmarks = run["benchmarks"]
-    check(isinstance(benchmarks, dict), "benchmarks", benchmarks, "keys with values")
-    for benchmark, stored in benchmarks.items():
-        check(isinstance(stored, dict), f"benchmarks.{benchmark}", stored, "keys with values")
-        score, items = stored.get("score"), stored.get("items")
-        check(score is None or _is_number(score), f"{benchmark}.score", score, "a number or null")
-        rows = items if isinstance(items, list) else []
-        paired = all(isinstance(row, list) and len(row) == 2 for row in rows)
-        sound = paired and all(_is_number(each) for row in rows for each in row)
-        check(
-            items is None or (isinstance(items, list) and sound),
-            f"{benchmark}.items",
-            items,
-            "null, or pairs of doc_id and score",
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and np.isfinite(value)
-
-
-def is_run(value: object) -> bool:
-    """Return whether a JSON value has the shape of a run."""
-    return isinstance(value, dict) and value.get("format") == 1 and "benchmarks" in value
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from eval.compare import is_run, read_json, require_sound
-from llava_todre.errors import TodreError
+from eval.results import Run
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.pruners.base import layers_at
 from llava_todre.pruners.combined import Combined
 from llava_todre.pruners.todre import Todre
 from llava_todre.pruners.vanilla import Vanilla
 
-Run = Mapping[str, Any]
-"""The JSON of one run."""
 PRETRAINED = {
     "llava_next_7b": ("llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-7b-hf"),
     "llava_next_13b": ("llava-v1.6-vicuna-13b", "llava-v1.6-vicuna-13b-hf"),
@@ -24,26 +20,6 @@ PRETRAINED = {
 }
 """Model key -> last parts of checkpoint names, for runs of a model that was named by its path."""
 _STAGE_TWO = ("probe_depths", "tau", "text_set")
-
-
-def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return every run stored in the folders, by name; other JSON files are passed over.
-
-    Raises:
-        TodreError: no such folder, or a file that is not JSON.
-    """
-    found = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise TodreError(
-                f"results {str(folder)!r} is not a folder; allowed: one with run JSONs."
-            )
-        for file in sorted(folder.glob("*.json")):
-            stored = read_json(file)
-            if is_run(stored):
-                require_sound(stored, file)
-                found.append(stored)
-    return sorted(found, key=lambda run: str(run["name"]))
 
 
 def model_key(run: Run) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.compare import is_run, require_sound
+from eval.results import FORMAT, read_run
 from eval.runs import Run
 from eval.suites import scores
 from llava_todre.errors import TodreError
@@ -23,7 +23,6 @@ from llava_todre.files import write_whole
 from llava_todre.lmms_plugin.log import read_answers
 from llava_todre.provenance import provenance
 
-FORMAT = 1
 _MEANS = (
     "visual_tokens",
     "kept_tokens",
@@ -105,16 +104,9 @@ def last_error(log: Path, returncode: int) -> str:
 def read_record(file: Path) -> dict[str, Any] | None:
     """Return a stored run; None when there is none, or something else."""
     try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    if not is_run(record) or not isinstance(record["benchmarks"], dict):
-        return None
-    try:
-        require_sound(record, file)
+        return read_run(file, with_servers=False)
     except TodreError:
         return None
-    return dict(record)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

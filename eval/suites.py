@@ -17,6 +17,7 @@ import yaml
 
 from eval import mini_data
 from eval.items import Record, item_scores
+from eval.server_scores import WAITING
 from llava_todre.errors import TodreError, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +259,7 @@ def _scored(
         found["items"] = _items(mark, records)
     elif mark.submission is not None:
         found["status"] = "submission"
-        notes.append("the server must give the score; it was not asked or did not answer")
+        notes.append(WAITING)
     elif is_limited:
         found["status"] = "skipped"
         notes.append(f"no item of {mark.metric} among those asked")

@@ -9,8 +9,8 @@ from typing import Any
 
 from eval.drawing import RENDERERS, Drawn, render
 from eval.efficiency import efficiencies, load_benches
-from eval.matching import load_runs
 from eval.published import TABLES, VERSIONS
+from eval.results import load_runs
 from eval.tables import sheets
 from llava_todre.errors import TodreError
 

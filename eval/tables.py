@@ -12,7 +12,7 @@ from typing import Any
 
 from eval.compare import is_mean, mean_interval, relative_interval
 from eval.drawing import Cell, name_of
-from eval.matching import Run, concerns, identity, model_key, ran, rank_of
+from eval.matching import concerns, identity, model_key, ran, rank_of
 from eval.published import (
     AVERAGE,
     LAYERS,
@@ -26,6 +26,7 @@ from eval.published import (
     suite_rows,
     table_spec,
 )
+from eval.results import Run
 from llava_todre.errors import TodreError, unknown
 from llava_todre.intervals import Interval
 from llava_todre.pruners import PRUNERS

@@ -9,8 +9,8 @@ from typing import Any
 from eval.compare import relative_interval
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import BLUE, PAGE, VERMILION, letter, new_figure
-from eval.matching import Run, load_runs
 from eval.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
+from eval.results import Run, load_runs
 from eval.tables import sheets
 from llava_todre.errors import TodreError
 from llava_todre.pruners.todre import Todre, TodreV1

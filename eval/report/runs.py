@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from eval.drawing import Table, stacked
-from eval.matching import Run, load_runs, model_key
+from eval.matching import model_key
 from eval.published import models
 from eval.report.answers import of_runs
 from eval.report.origin import origin
 from eval.report.page import Html, heading, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, answers, with_pictures
+from eval.results import Run, load_runs
 from eval.tables import sheets
 from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.arguments import draws, item_seed, with_seed

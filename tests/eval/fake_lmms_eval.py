@@ -20,6 +20,8 @@ from llava_todre.lmms_plugin.log import AnswerLog
 
 SIZE = 96
 STATS = {
+    "prompt": "A question?",
+    "answer": "yes",
     "visual_tokens": 320,
     "kept_tokens": 80,
     "mean_visual_tokens_per_layer": 81.5,

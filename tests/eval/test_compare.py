@@ -20,11 +20,9 @@ from eval.compare import (
     mcnemar,
     mean_interval,
     paired_means,
-    read_run,
     relative_interval,
     render,
 )
-from eval.matching import load_runs
 from llava_todre import TodreError
 from llava_todre.intervals import RESAMPLES
 
@@ -44,6 +42,7 @@ def result(name: str, benchmarks: dict[str, Any], **changes: Any) -> dict[str, A
         else {
             "score": 100 * sum(score for _, score in items) / len(items),
             "scale": "percent",
+            "num_samples": len(items),
             "status": "complete",
             "items": [list(item) for item in items],
         }
@@ -54,7 +53,7 @@ def result(name: str, benchmarks: dict[str, Any], **changes: Any) -> dict[str, A
         "name": name,
         "status": "complete",
         "error": None,
-        "config": {"model": {}, "options": {}},
+        "config": {"model": {}, "method": "todre", "options": {}, "suite": "image"},
         "benchmarks": stored,
     } | changes
 
@@ -279,40 +278,3 @@ def test_the_command_reads_two_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     line = next(line for line in capsys.readouterr().out.splitlines() if line[:3] == "gqa")
     p_value = compare(result("a", {"gqa": first}), result("b", {"gqa": second}))[0].p_value
     assert line.endswith(f"{p_value:.2g}")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"name": 3}, "has name 3; allowed: text"),
-        ({"status": "weird"}, "has status 'weird'; allowed: complete, failed"),
-        ({"config": 3}, "has config 3; allowed: keys"),
-        ({"config": {"model": {}, "options": []}}, "has config.options"),
-        ({"benchmarks": [1]}, "has benchmarks"),
-        ({"benchmarks": {"gqa": 1}}, "has benchmarks.gqa 1"),
-        ({"benchmarks": {"gqa": {"score": "high"}}}, "has gqa.score 'high'; allowed: a number"),
-        ({"benchmarks": {"gqa": {"score": float("nan")}}}, "has gqa.score nan"),
-        ({"benchmarks": {"gqa": {"items": [[0, "x"], 3]}}}, "has gqa.items"),
-    ],
-)
-def test_a_damaged_run_is_one_line_with_file_and_key(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    file = tmp_path / "a.json"
-    file.write_text(json.dumps(result("a", {"gqa": paired(4, 5)[0]}) | change))
-    for read in (read_run, lambda file: load_runs([file.parent])):
-        with pytest.raises(TodreError, match=message) as caught:
-            read(file)
-        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_no_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TodreError, match="cannot be read"):
-        read_run(tmp_path / "missing.json")
-    file = tmp_path / "cut.json"
-    file.write_text("{")
-    with pytest.raises(TodreError, match="is not JSON"):
-        read_run(file)
-    file.write_text('{"format": 2, "benchmarks": {}}')
-    with pytest.raises(TodreError, match="not the result of a run"):
-        read_run(file)

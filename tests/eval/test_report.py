@@ -131,7 +131,10 @@ def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
     count = run["benchmarks"]["count"]
     item, score = next(pair for pair in count["items"] if pair[1] == 0.0)
     count["items"] = [[item, score]]
-    line = {"task": count["task"], "split": "test", "doc_id": item, "repeat": 0}
+    line = {"task": count["task"], "split": "test", "doc_id": item, "repeat": 0, "batch": "b"}
+    numbers = ("visual_tokens", "kept_tokens", "mean_visual_tokens_per_layer", "prefill_flops")
+    numbers += ("prefill_flops_unpruned", "seconds", "peak_memory_mib")
+    line |= {"withdrawn_from": None, **dict.fromkeys(numbers, 1)}
     line |= {"prompt": "How <many>?", "answer": "nine & more"}
     log = tmp_path / "logs" / name
     (log / "abc").mkdir(parents=True)

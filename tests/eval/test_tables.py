@@ -15,8 +15,9 @@ import pytest
 
 from eval import drawing, table_command
 from eval.drawing import Cell, Table, render, stacked
-from eval.matching import identity, load_runs, model_key
+from eval.matching import identity, model_key
 from eval.published import TABLES, table_spec
+from eval.results import load_runs
 from eval.tables import Sheet, sheets
 from llava_todre import TodreError
 
