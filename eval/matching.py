@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from eval.known_models import key_of, known_models
 from eval.results import Run
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.pruners.base import layers_at
@@ -13,22 +15,15 @@ from llava_todre.pruners.combined import Combined
 from llava_todre.pruners.todre import Todre
 from llava_todre.pruners.vanilla import Vanilla
 
-PRETRAINED = {
-    "llava_next_7b": ("llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-7b-hf"),
-    "llava_next_13b": ("llava-v1.6-vicuna-13b", "llava-v1.6-vicuna-13b-hf"),
-    "mini": ("mini",),
-}
-"""Model key -> last parts of checkpoint names, for runs of a model that was named by its path."""
 _STAGE_TWO = ("probe_depths", "tau", "text_set")
 
 
 def model_key(run: Run) -> str:
     """Return the key of a run's model: a known one, stated or by the name of its checkpoint."""
     model = run["config"]["model"]
-    last = str(model.get("pretrained", "")).rstrip("/").split("/")[-1]
-    stated = str(model.get("key") or last)
-    named = (key for key, names in PRETRAINED.items() if last in names)
-    return stated if stated in PRETRAINED else next(named, stated)
+    pretrained = str(model.get("pretrained", "")).rstrip("/")
+    stated = str(model.get("key") or Path(pretrained).name)
+    return stated if stated in known_models() else key_of(pretrained) or stated
 
 
 def identity(method: str, options: Mapping[str, Any], num_layers: int | None) -> object:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from eval.known_models import num_layers_of
 from llava_todre import intervals
 from llava_todre.errors import TodreError, unknown
 
@@ -25,8 +26,6 @@ NUMBERS = Path(__file__).resolve().parents[1] / "configs" / "paper" / "published
 VERSIONS = {"v1": "arXiv 2505.18757v1", "v2": "arXiv 2505.18757v2"}
 ABLATED = "llava_next_7b"
 """The model of every table that names none."""
-LAYERS = {"llava_next_7b": 32, "llava_next_13b": 40, "mini": 10}
-"""Decoder layers of the models that the runs know."""
 AVERAGE = "average"
 EFFICIENCY = ("tflops", "memory_gb", "samples_per_s")
 SUITE_METHODS = ("random", "fastervlm", "divprune", "todre_v1", "todre")
@@ -49,6 +48,8 @@ class TableSpec:
     title: str
     sections: Mapping[str, str]
     """Paper version -> key in ``published.yaml``."""
+    places: Mapping[str, str]
+    """Paper version -> where the table stands in it; the supplement of v2 counts anew."""
     lists: tuple[str, ...]
     """Keys of the benchmarks whose scores are averaged."""
     measures: tuple[str, ...] = ()
@@ -63,39 +64,60 @@ class TableSpec:
     @property
     def number(self) -> str:
         """Where the table stands in which version of the paper."""
-        known = {version: key[5] for version, key in self.sections.items() if key[:5] == "table"}
-        if len(known) == len(VERSIONS) and len({*known.values()}) == 1:
-            return f"Table {known['v1']} of v1 and v2"
-        return "; ".join(
-            f"Table {known[version]} of {version}"
-            if version in known
-            else f"number in {version} not on record"
-            for version in self.sections
-        )
+        where: dict[str, list[str]] = {}
+        for version, number in self.places.items():
+            where.setdefault(number, []).append(version)
+        return "; ".join(f"{number} of {' and '.join(found)}" for number, found in where.items())
 
 
 TABLES = {
     "1": TableSpec(
-        "Image benchmarks", {"v1": "table1_image", "v2": "table1_image"}, lists=("image",)
+        "Image benchmarks",
+        {"v1": "table1_image", "v2": "table1_image"},
+        {"v1": "Table 1", "v2": "Table 1"},
+        ("image",),
     ),
     "2": TableSpec(
-        "Video benchmarks", {"v1": "table2_video", "v2": "table2_video"}, lists=("video",)
+        "Video benchmarks",
+        {"v1": "table2_video", "v2": "table2_video"},
+        {"v1": "Table 2", "v2": "Table 2"},
+        ("video",),
     ),
     "3": TableSpec(
         "Efficiency",
         {"v1": "table3_efficiency", "v2": "table3_efficiency"},
-        lists=("image",),
+        {"v1": "Table 3", "v2": "Table 4"},
+        ("image",),
         measures=EFFICIENCY,
         shows_scores=False,
     ),
-    "4": TableSpec("Stages", {"v1": "table4_stages", "v2": "stages"}, ("ablation",), ("time",)),
-    "5": TableSpec("Threshold tau", {"v1": "table5_tau", "v2": "tau"}, ("ablation",), ("time",)),
-    "6": TableSpec(
-        "Probe layers", {"v1": "table6_layers", "v2": "layers"}, ("ablation",), ("time",)
+    "4": TableSpec(
+        "Stages",
+        {"v1": "table4_stages", "v2": "stages"},
+        {"v1": "Table 4", "v2": "Table 5"},
+        ("ablation",),
+        measures=("time",),
     ),
-    "pivot": TableSpec("Pivot token", {"v2": "pivot"}, ("ablation",)),
-    "cross_model": TableSpec("Other models", {"v2": "cross_model"}, ("image", "video")),
+    "5": TableSpec(
+        "Threshold tau",
+        {"v1": "table5_tau", "v2": "tau"},
+        {"v1": "Table 5", "v2": "supplement Table 2"},
+        ("ablation",),
+        measures=("time",),
+    ),
+    "6": TableSpec(
+        "Probe layers",
+        {"v1": "table6_layers", "v2": "layers"},
+        {"v1": "Table 6", "v2": "supplement Table 3"},
+        ("ablation",),
+        measures=("time",),
+    ),
+    "pivot": TableSpec("Pivot token", {"v2": "pivot"}, {"v2": "supplement Table 1"}, ("ablation",)),
+    "cross_model": TableSpec(
+        "Other models", {"v2": "cross_model"}, {"v2": "Table 3"}, ("image", "video")
+    ),
 }
+"""Named by their numbers in v1; what v2 added has a name."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +167,14 @@ def rows(
         table: 1 to 6, pivot or cross_model.
         version: v1 or v2; None reads both together.
         model: a key of :func:`models`.
-        num_layers: decoder layers, for the row that probes all of them; of a model in
-            :data:`LAYERS` they are known, and without them that row is left out.
+        num_layers: decoder layers, for the row that probes all of them; those of a model of
+            configs/models are known, and without them that row is left out.
     """
     if version is not None and version not in VERSIONS:
         raise unknown("version", version, VERSIONS)
     if model not in models(table):
         raise unknown(f"model of table {table}:", model, models(table))
-    return _merged(table, version, model, num_layers or LAYERS.get(model))
+    return _merged(table, version, model, num_layers or num_layers_of(model))
 
 
 def suite_rows(table: str, num_layers: int | None = None) -> list[RowSpec]:
@@ -233,12 +255,7 @@ def _printed(table: str, version: str, model: str) -> Iterator[dict[str, Any]]:
     printed = block["rows"] if isinstance(block, dict) else block
     if table in ("5", "6", "pivot"):
         yield from (row for row in _printed("4", version, model) if row["stages"] == "none")
-    for row in printed:
-        if "pivot" in row:
-            for ratio, average in zip(SUITE_RATIOS, row[AVERAGE], strict=True):
-                yield row | {"retain": ratio, AVERAGE: average}
-        else:
-            yield row
+    yield from printed
 
 
 def _run(

@@ -12,10 +12,10 @@ from typing import Any
 
 from eval.compare import is_mean, mean_interval, relative_interval
 from eval.drawing import Cell, name_of
+from eval.known_models import known_models, num_layers_of
 from eval.matching import concerns, identity, model_key, ran, rank_of
 from eval.published import (
     AVERAGE,
-    LAYERS,
     VERSIONS,
     RowSpec,
     models,
@@ -396,8 +396,8 @@ def sheets(
                 (*spec.measures, *(spec.benchmarks if spec.shows_scores else ()), AVERAGE),
                 spec.benchmarks,
                 found.get(key, []),
-                LAYERS.get(key),
-                covered=key in LAYERS,
+                num_layers_of(key),
+                covered=key in known_models() or key in found,
             )
         )
     return made
@@ -410,7 +410,7 @@ def _own_sheet(
     other = {"v1": "todre", "v2": "todre_v1"}.get(version or "")
     spec = table_spec(table)
     stated = next((run["config"]["model"].get("num_layers") for run in runs), None)
-    num_layers = stated or LAYERS.get(model)
+    num_layers = stated or num_layers_of(model)
     benchmarks = tuple(dict.fromkeys(key for run in runs for key in run["benchmarks"]))
     caption = "bundled mini model, not evidence about 7B models"
     wanted = [row for row in suite_rows(table, num_layers) if row.method != other]
