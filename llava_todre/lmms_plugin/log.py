@@ -15,7 +15,11 @@ A line is an item and its answer:
     prefill_flops, prefill_flops_unpruned
     seconds                         of the batch, waiting for its pictures included, per item; the
                                     first question about a picture pays for what all of them share
+    cpu_seconds                     the same in time that the processors computed for this process,
+                                    which other work on the machine hardly changes
     peak_memory_mib                 of the process so far, on GPUs if it uses any
+    pictures                        hash of the pictures or the video, or null: items about the same
+                                    ones are no independent draws
 
 Every process writes to a file of its own and reads those of all. A line that a kill cut short, or
 that is damaged otherwise, is as if it were not there: its item is answered again.
