@@ -20,7 +20,7 @@ import yaml
 
 from eval.known_models import num_layers_of
 from llava_todre import intervals
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import unknown
 
 NUMBERS = Path(__file__).resolve().parents[1] / "configs" / "paper" / "published.yaml"
 VERSIONS = {"v1": "arXiv 2505.18757v1", "v2": "arXiv 2505.18757v2"}
@@ -181,20 +181,17 @@ def suite_rows(table: str, num_layers: int | None = None) -> list[RowSpec]:
     """Return rows shaped like a table of the papers, for models the papers do not speak of.
 
     Args:
-        table: 1, 3, 4, 5, 6 or pivot.
+        table: 1 to 6, pivot or cross_model.
         num_layers: decoder layers of the model, as in :func:`rows`.
     """
     table_spec(table)
-    if table in ("2", "cross_model"):
-        raise TodreError(
-            f"table {table!r} has no counterpart on a suite; allowed: 1, 3 to 6, pivot."
-        )
-    if table not in ("1", "3"):
+    if table in ("4", "5", "6", "pivot"):
         return [replace(row, published={}) for row in _merged(table, None, ABLATED, num_layers)]
-    ratios = SUITE_RATIOS if table == "1" else SUITE_RATIOS[-1:]
+    methods = ("todre",) if table == "cross_model" else SUITE_METHODS
+    ratios = SUITE_RATIOS[-1:] if table == "3" else SUITE_RATIOS
     return [
         RowSpec("vanilla", "vanilla", {}, {}),
-        *(ratio_row(method, ratio) for ratio in ratios for method in SUITE_METHODS),
+        *(ratio_row(method, ratio) for ratio in ratios for method in methods),
     ]
 
 
@@ -203,12 +200,24 @@ def ratio_row(method: str, ratio: float) -> RowSpec:
     return RowSpec(f"{method} {ratio:.0%}", method, {"retain_ratio": ratio}, {})
 
 
+def budget_row(method: str, options: Mapping[str, Any]) -> RowSpec | None:
+    """Return the row of a method, or of A+B, with a ratio or a number of tokens; None of others."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if list(given) == ["retain_ratio"]:
+        return ratio_row(method, float(given["retain_ratio"]))
+    if list(given) == ["retain_tokens"]:
+        return RowSpec(f"{method}, {given['retain_tokens']} tokens", method, given, {})
+    return None
+
+
 def place(row: RowSpec) -> tuple[float, int, str]:
-    """Return where a row stands in a table of methods: by ratio, then in the papers' order."""
+    """Return where a row stands in a table of methods: by budget, then in the papers' order."""
     order = [*_FIRST, row.method, *_LAST].index(row.method)
     if row.method in _LAST:
         order = len(_FIRST) + 1 + _LAST.index(row.method)
-    return -float(row.options.get("retain_ratio", 1.0)), order, row.method
+    tokens = row.options.get("retain_tokens")
+    budget = -float(row.options.get("retain_ratio", 1.0)) if tokens is None else 1 / (1 + tokens)
+    return budget, order, row.method
 
 
 def relative_average(scores: Sequence[float], unpruned: Sequence[float]) -> float:

@@ -111,10 +111,12 @@ def _require_sound(run: dict[str, Any], file: Path) -> None:
 def load_runs(folders: Sequence[Path]) -> list[Run]:
     """Return every run stored in the folders, by name; other JSON files are passed over.
 
+    A copy of a run in another folder is the same run.
+
     Raises:
         TodreError: no such folder, or a file that is not JSON or a damaged run.
     """
-    found = []
+    found: list[Run] = []
     for folder in folders:
         if not folder.is_dir():
             raise TodreError(
@@ -124,5 +126,6 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
             stored = read_json(file)
             if is_run(stored):
                 _require_sound(stored, file)
-                found.append(joined(stored, file))
+                run = joined(stored, file)
+                found += [run] * (run not in found)
     return sorted(found, key=lambda run: str(run["name"]))

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eval.compare import is_mean, mean_interval, relative_interval
+from eval.averages import Stored, average_interval, average_spread, counts, relative, score_of
+from eval.compare import drawn_over, groups_of, is_mean, mean_interval, over_what
 from eval.drawing import Cell, name_of
 from eval.known_models import known_models, num_layers_of
 from eval.matching import concerns, identity, model_key, ran, rank_of
@@ -18,18 +19,18 @@ from eval.published import (
     AVERAGE,
     VERSIONS,
     RowSpec,
+    budget_row,
     models,
     place,
-    ratio_row,
     relative_average,
     rows,
     suite_rows,
     table_spec,
 )
 from eval.results import Run
+from eval.seeds import members, over_seeds, seed_of
 from llava_todre.errors import TodreError, unknown
 from llava_todre.intervals import Interval
-from llava_todre.pruners import PRUNERS
 
 NOT_RUN, FAILED, SERVER = "not run", "failed", "server"
 
@@ -46,7 +47,7 @@ class Entry:
     @property
     def score(self) -> float | None:
         """The score, where there is one."""
-        return self.stored["score"] if self.stored.get("status") == "complete" else None
+        return score_of(self.stored)
 
 
 class Sheet:
@@ -62,6 +63,7 @@ class Sheet:
         runs: Sequence[Run],
         num_layers: int | None,
         covered: bool = True,
+        extras: Sequence[str] = (),
     ):
         """Fill the rows.
 
@@ -73,24 +75,31 @@ class Sheet:
             benchmarks: what is averaged.
             runs: of this model only.
             num_layers: decoder layers of the model, if known.
-            covered: whether we have runs of this model at all.
+            covered: whether we could have runs of this model at all.
+            extras: benchmarks that are shown and not averaged.
         """
-        self.columns, self.benchmarks, self.covered = columns, benchmarks, covered
+        self.columns, self.benchmarks, self.covered = list(columns), benchmarks, covered
+        self._scored = (*benchmarks, *extras)
         self.model, self.num_layers = model, num_layers
         self.used: dict[str, Run] = {}
+        self.shown: set[str] = set()
+        """Names of all runs in the table, failed ones too."""
         self.remarks: dict[str, None] = {}
         self._noted: dict[str, dict[str, None]] = {}
+        self._drawn: dict[str, dict[str, None]] = {}
+        """What was drawn for intervals -> of which benchmarks."""
         self._by_identity: dict[object, list[Run]] = {}
         for run in runs:
             try:
                 key = identity(*ran(run), num_layers)
                 self._by_identity.setdefault(key, []).append(run)
             except (TodreError, TypeError) as error:
-                self._remark(f"{run['name']} fits no row: {error}")
+                self.remark(f"{run['name']} fits no row: {error}")
         unpruned = next(row for row in row_specs if row.method == "vanilla")
         self._printed_full = unpruned.published
         self._full = self._entries(unpruned)
         self.rows = [(row, self._fill(row), self._names(row)) for row in row_specs]
+        self._drop_empty("time")
         limits = sorted({run["config"].get("limit") for run in self.used.values()} - {None})
         self.title = title + (f", limit {', '.join(map(str, limits))}" if limits else "")
 
@@ -99,7 +108,7 @@ class Sheet:
 
     def _entries(self, row: RowSpec) -> dict[str, Entry]:
         """Return what the runs of a row say about each benchmark."""
-        return {key: self._entry(row, key) for key in self.benchmarks}
+        return {key: self._entry(row, key) for key in self._scored}
 
     def _entry(self, row: RowSpec, benchmark: str) -> Entry:
         found = [run for run in self._candidates(row) if concerns(run, benchmark)]
@@ -110,9 +119,10 @@ class Sheet:
         rank = rank_of(best, benchmark)[:4]
         same = [run for run in found if rank_of(run, benchmark)[:4] == rank]
         if len(same) > 1:
-            self._remark(f"{row.label}: {len(same)} runs fit; the newest is shown, {name}.")
+            self.remark(f"{row.label}: {len(same)} runs fit; the newest is shown, {name}.")
+        self.shown |= {str(run["name"]) for run in members(best)}
         if best["status"] != "complete":
-            self._remark(f"{name} failed: {best['error']}")
+            self.remark(f"{name} failed: {best['error']}")
             return Entry(FAILED, best)
         self.used[name] = best
         stored = best["benchmarks"][benchmark]
@@ -122,14 +132,12 @@ class Sheet:
         if stored["status"] != "complete":
             text = SERVER if stored["status"] == "submission" else str(stored["status"])
             return Entry(text, best, stored)
-        if stored["score"] is None:
-            raise TodreError(
-                f"run {name!r} has no score for {benchmark!r}; allowed: a number, as its status is"
-                " complete."
-            )
-        return Entry(f"{stored['score']:.1f}", best, stored)
+        if len(members(best)) > 1:
+            seeds = ", ".join(str(seed_of(run)) for run in members(best))
+            self.remark(f"{row.label}: mean ± standard deviation over seeds {seeds}.")
+        return Entry(with_spread(stored["score"], stored.get("spread")), best, stored)
 
-    def _remark(self, text: str) -> None:
+    def remark(self, text: str) -> None:
         """Say something below the table, once."""
         self.remarks[text] = None
 
@@ -154,46 +162,47 @@ class Sheet:
         samples = "" if entry.score is None else str(stored["num_samples"])
         if samples and full and stored["num_samples"] != full["num_samples"]:
             samples += "!"
-            self._remark("! other samples than the unpruned row's: not comparable.")
+            self.remark("! other samples than the unpruned row's: not comparable.")
         printed = _printed(row, key)
         differences = _each(printed, lambda value: _less(entry.score, value))
-        interval = _shown(mean_interval(stored["items"])) if stored and is_mean(stored) else ""
-        return Cell(entry.text, interval, _each(printed, _text), differences, samples)
+        interval = ""
+        if stored and is_mean(stored):
+            self._drawn.setdefault(drawn_over(stored), {})[name_of(key)] = None
+            interval = shown(mean_interval(stored["items"], groups_of(stored)))
+        published = _each(printed, _text)
+        return Cell(entry.text, interval, published, differences, samples, watched(stored))
 
     def _average(self, row: RowSpec, entries: Mapping[str, Entry]) -> Cell:
         """Return the relative average over the benchmarks that both this and the full row have."""
-        known = [
-            key
-            for key, entry in entries.items()
-            if entry.score is not None and self._full[key].score is not None
-        ]
+        ours, full = ({k: each[k].stored for k in entries} for each in (entries, self._full))
+        found = relative(ours, full, self.benchmarks)
         printed = _printed(row, AVERAGE)
         published = _each(printed, _text)
-        if not known:
+        if found is None:
             return Cell(self._why_no_average(entries), published=published)
-        ours = _relative(entries, self._full, known)
-        if any(self._full[key].score == 0 for key in known):
-            self._remark(
-                "Benchmarks at which the unpruned model scores 0 are left out of averages."
-            )
-        partial = len(known) < len(entries)
-        text = f"{ours:.1f}" + (f" ({len(known)} of {len(entries)})" if partial else "")
+        if found.zeros:
+            names = ", ".join(map(name_of, found.zeros))
+            self.remark(f"No part of averages, as the unpruned model scores 0 there: {names}.")
+        partial = len(found.keys) < len(self.benchmarks)
         if partial:
-            self._remark(
+            self.remark(
                 "(k of n): average over k benchmarks; difference to the papers' over those."
             )
-            printed = self._printed_over(row, known)
+            printed = self._printed_over(row, found.keys)
+        runs = {entries[key].run["name"]: entries[key].run for key in found.keys}
+        spread = average_spread(*runs.values(), full, found.keys) if len(runs) == 1 else None
+        text = with_spread(found.value, spread)
         return Cell(
-            text,
-            self._average_interval(row, entries, known),
-            published,
-            _each(printed, lambda value: _less(ours, value)),
+            text + (f" ({len(found.keys)} of {len(self.benchmarks)})" if partial else ""),
+            "" if row.method == "vanilla" else self._average_interval(ours, full, found.keys),
+            published=published,
+            difference=_each(printed, lambda value: _less(found.value, value)),
         )
 
     def _why_no_average(self, entries: Mapping[str, Entry]) -> str:
         texts = {entry.text for entry in entries.values()}
         if any(entry.score is not None for entry in entries.values()):
-            self._remark("No average without a run of the unpruned model.")
+            self.remark("No average without a run of the unpruned model.")
             return ""
         return next((text for text in (FAILED, SERVER, NOT_RUN) if text in texts), "")
 
@@ -207,28 +216,32 @@ class Sheet:
                 found[relative_average(*scores)] = None
         return list(found)
 
-    def _average_interval(
-        self, row: RowSpec, entries: Mapping[str, Entry], known: Sequence[str]
-    ) -> str:
-        pairs = [(entries[key].stored, self._full[key].stored) for key in known]
-        if row.method == "vanilla" or not all(is_mean(stored) for pair in pairs for stored in pair):
-            return ""
+    def _average_interval(self, ours: Stored, full: Stored, keys: Sequence[str]) -> str:
         try:
-            return _shown(relative_interval([(run["items"], full["items"]) for run, full in pairs]))
+            interval = average_interval(ours, full, keys)
         except TodreError:
-            self._remark("No interval of an average over other items than the unpruned row's.")
+            self.remark("No interval of an average over other items than the unpruned row's.")
             return ""
+        return "" if interval is None else shown(interval)
 
     def _time(self, row: RowSpec, entries: Mapping[str, Entry]) -> Cell:
         """Return the time of the run that covers exactly these benchmarks, if one does."""
         published = _each(_printed(row, "time"), str)
         names = {str(entry.run["name"]) for entry in entries.values() if entry.run is not None}
-        if len(names) == 1 and all(entry.score is not None for entry in entries.values()):
+        if len(names) == 1 and all(entries[key].score is not None for key in self.benchmarks):
             run = self.used[names.pop()]
-            if set(run["benchmarks"]) == set(entries):
-                minutes, seconds = divmod(round(run["seconds"]), 60)
-                return Cell(f"{minutes}:{seconds:02}", published=published)
+            if {key for key, part in run["benchmarks"].items() if counts(part)} == set(
+                self.benchmarks
+            ):
+                return Cell(clock(time_of(run)), published=published)
         return Cell(published=published)
+
+    def _drop_empty(self, column: str) -> None:
+        """Leave out a column in which nothing stands."""
+        if column in self.columns and all(c[column] == Cell() for _, c, _ in self.rows):
+            self.columns.remove(column)
+            for _, cells, _ in self.rows:
+                del cells[column]
 
     def _efficiency(self, row: RowSpec, measure: str) -> Cell:
         """Return FLOPs, memory or speed; of a run over POPE alone, as in the paper, if there is."""
@@ -240,13 +253,16 @@ class Sheet:
             return Cell(FAILED if candidates else NOT_RUN, published=published)
         run = max(found, key=lambda run: (set(run["benchmarks"]) == {"pope"}, rank_of(run)))
         self.used[str(run["name"])] = run
+        self.shown |= {str(each["name"]) for each in members(run)}
         ours = _measured(run, measure)
         text = "" if ours is None else _text(ours)
-        return Cell(text, "", published, _each(printed, lambda value: _less(ours, value)))
+        differences = _each(printed, lambda value: _less(ours, value))
+        return Cell(text, published=published, difference=differences)
 
     def _names(self, row: RowSpec) -> list[str]:
         """Return the runs that a row shows."""
-        return [str(run["name"]) for run in self._candidates(row) if run["name"] in self.used]
+        found = [run for run in self._candidates(row) if run["name"] in self.used]
+        return [str(run["name"]) for run in found]
 
     @property
     def notes(self) -> list[str]:
@@ -271,11 +287,15 @@ class Sheet:
             )
         if "time" in self.columns:
             theirs = "; the papers' on theirs (v1: four RTX 3090)" if versions else ""
-            notes.append(f"time: minutes:seconds; ours on the device below{theirs}.")
-        if any(cell.interval for _, cells, _ in self.rows for cell in cells.values()):
             notes.append(
-                "95 % interval: bootstrap over items, paired with the unpruned run for the average;"
-                " none where the metric is not a mean over items."
+                "time: minutes:seconds; ours on the device below, of a GPU's run by the clock, of a"
+                f" CPU's what its processors computed, which other work does not change{theirs}."
+            )
+        if any(cell.interval for _, cells, _ in self.rows for cell in cells.values()):
+            drawn = over_what({kind: list(names) for kind, names in self._drawn.items()})
+            notes.append(
+                f"95 % interval: bootstrap over {drawn}, paired with the unpruned run for the"
+                " average; none where the metric is not a mean over items."
             )
         filled = sum(bool(names) for _, _, names in self.rows)
         told = [
@@ -286,7 +306,7 @@ class Sheet:
 
     def _provenance(self) -> list[str]:
         """Return where our numbers come from."""
-        runs = list(self.used.values())
+        runs = [each for run in self.used.values() for each in members(run)]
         if not runs:
             return ["Ours: no runs yet."]
         versions = {
@@ -303,16 +323,42 @@ class Sheet:
         devices = {str(run.get("device")) for run in runs}
         where = "; ".join(", ".join(sorted(found)) for found in (devices, versions) if found)
         line = f"Ours: {len(runs)} runs; {where}; commit {', '.join(sorted(commits))}."
-        settings: dict[str, set[str]] = {}
-        for run in runs:
-            for key, value in {**run["config"]["model"], "seed": run["config"].get("seed")}.items():
-                settings.setdefault(key, set()).add(str(value))
-        mixed = [f"{k} {' | '.join(sorted(v))}" for k, v in settings.items() if len(v) > 1]
-        return [line, *([f"These runs differ in: {'; '.join(mixed)}."] if mixed else [])]
+        return [line, *mixed_settings(runs)]
+
+
+def mixed_settings(runs: Sequence[Run]) -> list[str]:
+    """Return a line about the settings in which runs differ, if they do."""
+    settings: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in {**run["config"]["model"], "seed": run["config"].get("seed")}.items():
+            settings.setdefault(key, set()).add(str(value))
+    mixed = [f"{k} {' | '.join(sorted(v))}" for k, v in settings.items() if len(v) > 1]
+    return [f"These runs differ in: {'; '.join(mixed)}."] if mixed else []
+
+
+def time_of(run: Run) -> float | None:
+    """Return the seconds of a run that other work on the machine does not decide.
+
+    On a GPU by the clock, as a run has it for itself; on a CPU what its processors computed, if
+    the run says so.
+    """
+    on_cpu = str(run.get("device")).endswith(" cores")
+    seconds: float | None = run.get("cpu_seconds" if on_cpu else "seconds")
+    return seconds
+
+
+def clock(seconds: float | None) -> str:
+    """Return minutes:seconds."""
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def _measured(run: Run, measure: str) -> float | None:
-    """Return what a run measured, in the unit of the table."""
+    """Return what a run measured, in the unit of the table; no speed that other work decides."""
+    if measure == "samples_per_s" and time_of(run) != run.get("seconds"):
+        return None
     value, unit = {
         "tflops": ((run.get("tokens") or {}).get("prefill_flops"), 1e12),
         "memory_gb": (run.get("peak_memory_mib"), 1024),
@@ -334,6 +380,17 @@ def _text(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
+def with_spread(value: float, spread: float | None) -> str:
+    """Return a mean with its standard deviation over seeds, if there were several."""
+    return f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+
+
+def watched(stored: Mapping[str, Any]) -> str:
+    """Return how often the watched answer was given, "" where none is watched."""
+    found = stored.get("watched_answer")
+    return f"{found['share']:.0%} {found['answer']}" if found else ""
+
+
 def _less(ours: float | None, published: float) -> str:
     """Return ours - published, "" without ours."""
     if ours is None:
@@ -342,17 +399,9 @@ def _less(ours: float | None, published: float) -> str:
     return "0.0" if float(text) == 0 else text
 
 
-def _shown(interval: Interval) -> str:
+def shown(interval: Interval) -> str:
+    """Return an interval in brackets."""
     return f"[{interval[0]:.1f}, {interval[1]:.1f}]"
-
-
-def _relative(
-    entries: Mapping[str, Entry], full: Mapping[str, Entry], known: Sequence[str]
-) -> float:
-    return relative_average(
-        [entries[key].stored["score"] for key in known],
-        [full[key].stored["score"] for key in known],
-    )
 
 
 def sheets(
@@ -378,29 +427,70 @@ def sheets(
         if suite not in suites:
             raise unknown("suite", suite, suites)
         runs = [run for run in runs if run["config"]["suite"] == suite]
-    found = {key: [run for run in runs if model_key(run) == key] for key in map(model_key, runs)}
-    own = suite is not None and not set(found) & set(models(table))
-    known = list(found) if own else models(table)
+    of_model: dict[str, list[Run]] = {}
+    for run in over_seeds(runs):
+        of_model.setdefault(model_key(run), []).append(run)
+    papers = models(table)
+    others = [key for key in of_model if key not in papers]
+    own_only = suite is not None and len(others) == len(of_model)
+    known = others if own_only else [*papers, *others]
     if model is not None and model not in known:
         raise unknown(f"model of table {table}:", model, known)
-    made = []
-    for key in known if model is None else [model]:
-        if own:
-            made.append(_own_sheet(table, str(suite), key, found[key], version))
-            continue
-        made.append(
-            Sheet(
-                key,
-                f"{spec.title} ({spec.number}), {key}",
-                rows(table, version, key),
-                (*spec.measures, *(spec.benchmarks if spec.shows_scores else ()), AVERAGE),
-                spec.benchmarks,
-                found.get(key, []),
-                num_layers_of(key),
-                covered=key in known_models() or key in found,
-            )
+    chosen = known if model is None else [model]
+    made = [
+        _papers_sheet(table, key, of_model.get(key, []), version) for key in chosen if key in papers
+    ]
+    for key in (key for key in chosen if key not in papers):
+        made += _own_sheets(table, key, of_model[key], version)
+    if not made:
+        raise TodreError(
+            f"table {table!r} has none of the benchmarks of these runs; its own:"
+            f" {', '.join(spec.benchmarks)}."
         )
     return made
+
+
+def unshown(found: Sequence[Sheet], runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that stand in no row of any of the tables."""
+    shown = {name for sheet in found for name in sheet.shown}
+    return [run for run in runs if run["name"] not in shown]
+
+
+def _papers_sheet(table: str, model: str, runs: Sequence[Run], version: str | None) -> Sheet:
+    """Return a table of the papers; further methods that were run with a budget have rows too."""
+    spec, num_layers = table_spec(table), num_layers_of(model)
+    wanted = rows(table, version, model)
+    if table in _BY_BUDGET:
+        wanted += _others(wanted, runs, num_layers, spec.benchmarks)
+        wanted.sort(key=place)
+    return Sheet(
+        model,
+        f"{spec.title} ({spec.number}), {model}",
+        wanted,
+        (*spec.measures, *(spec.benchmarks if spec.shows_scores else ()), AVERAGE),
+        spec.benchmarks,
+        runs,
+        num_layers,
+        covered=model in known_models() or bool(runs),
+    )
+
+
+def _own_sheets(table: str, model: str, runs: Sequence[Run], version: str | None) -> list[Sheet]:
+    """Return a table per suite of a model that the papers do not speak of."""
+    suites = dict.fromkeys(str(run["config"]["suite"]) for run in runs)
+    found = []
+    for suite in suites:
+        of_suite = [run for run in runs if run["config"]["suite"] == suite]
+        has = {key for run in of_suite for key in run["benchmarks"]}
+        if table not in _OF_THEIR_BENCHMARKS or has & set(table_spec(table).benchmarks):
+            found.append(_own_sheet(table, suite, model, of_suite, version))
+    return found
+
+
+_BY_BUDGET = ("1", "2", "cross_model")
+"""Tables whose rows are methods and budgets."""
+_OF_THEIR_BENCHMARKS = ("2", "cross_model")
+"""Tables that have no counterpart on other benchmarks than their own."""
 
 
 def _own_sheet(
@@ -411,41 +501,48 @@ def _own_sheet(
     spec = table_spec(table)
     stated = next((run["config"]["model"].get("num_layers") for run in runs), None)
     num_layers = stated or num_layers_of(model)
-    benchmarks = tuple(dict.fromkeys(key for run in runs for key in run["benchmarks"]))
+    parts = {key: part for run in reversed(runs) for key, part in run["benchmarks"].items()}
+    order = dict.fromkeys(key for run in runs for key in run["benchmarks"])
+    benchmarks = [key for key in order if counts(parts[key])]
+    extras = [key for key in order if not counts(parts[key])]
     caption = "bundled mini model, not evidence about 7B models"
     wanted = [row for row in suite_rows(table, num_layers) if row.method != other]
-    if table == "1":
-        wanted += _others(wanted, runs, num_layers)
+    if table in _BY_BUDGET:
+        wanted += _others(wanted, runs, num_layers, [*order])
         wanted.sort(key=place)
+    scores = order if spec.shows_scores else ()
     return Sheet(
         model,
         f"Suite {suite}, in the shape of: {spec.title} ({spec.number}), {model}; "
         + (caption if model == "mini" else "no published numbers"),
         wanted,
-        (*spec.measures, *(benchmarks if spec.shows_scores else ()), AVERAGE),
+        (*spec.measures, *scores, AVERAGE),
         benchmarks,
         runs,
         num_layers,
+        extras=extras,
     )
 
 
 def _others(
-    wanted: Sequence[RowSpec], runs: Sequence[Run], num_layers: int | None
+    wanted: Sequence[RowSpec],
+    runs: Sequence[Run],
+    num_layers: int | None,
+    benchmarks: Sequence[str],
 ) -> list[RowSpec]:
-    """Return rows for further methods that were run with nothing but a retain ratio."""
+    """Return rows for further methods, also A+B, that were run with nothing but a budget."""
     known = {str(identity(row.method, row.options, num_layers)) for row in wanted}
     found = []
     for run in runs:
         method, options = ran(run)
-        ratio = options.get("retain_ratio", 1.0)
-        if method not in PRUNERS or ratio == 1.0 or not isinstance(ratio, float):
+        if not any(concerns(run, key) for key in benchmarks) or options.get("retain_ratio") == 1.0:
             continue
+        row = budget_row(method, options)
         try:
-            row = ratio_row(method, ratio)
-            same = str(identity(row.method, row.options, num_layers))
-            if same == str(identity(method, options, num_layers)) and same not in known:
-                known.add(same)
-                found.append(row)
-        except TodreError:
+            same = str(identity(method, options, num_layers))
+        except (TodreError, TypeError):
             continue  # the sheet says which runs it could not read
+        if row is not None and same not in known:
+            known.add(same)
+            found.append(row)
     return found
