@@ -156,6 +156,14 @@ def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
     assert read(text).marks == ["wrong"] and "kept by" not in text
 
 
+def test_a_run_of_no_table_stands_among_all_runs(tmp_path: Path) -> None:
+    run = json.loads(next(REPRODUCED.glob("*-todre-1-tau-0.05-*.json")).read_text())
+    run["config"]["options"] = {"retain_ratio": 0.3, "tau": 0.07}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    shutil.copy(next(REPRODUCED.glob("*vanilla*.json")), tmp_path)
+    assert "retain_ratio=0.3, tau=0.07" in read(report(tmp_path)).cells
+
+
 def test_a_failed_run_is_told_with_its_reason(tmp_path: Path) -> None:
     for file in REPRODUCED.glob("*todre-0.1-c13855e2.json"):
         run = json.loads(file.read_text())
