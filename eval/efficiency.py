@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.drawing import Cell
 from eval.measured_results import checked_bench
-from eval.published import ABLATED, VERSIONS, RowSpec, place, rows
+from eval.published import ABLATED, VERSIONS, RowSpec, place, rows, table_spec
 from eval.shapes import read_json
 
 Result = Mapping[str, Any]
@@ -75,7 +75,7 @@ def _table(name: str, result: Result) -> Efficiency:
     body.sort(key=lambda item: (place(item[0]), item[0].label.endswith(_WITHDRAWN)))
     return Efficiency(
         model or result["size"],
-        f"Efficiency (Table 3), {weights}",
+        f"Efficiency ({table_spec('3').number}), {weights}",
         body,
         list(_notes(result, bool(printed))),
         used={Path(name).stem: result},
