@@ -18,6 +18,7 @@ from eval.matching import identity, model_key
 from eval.published import TABLES, table_spec
 from eval.results import load_runs
 from eval.seeds import members, over_seeds
+from eval.sweeps import plan
 from eval.tables import Sheet, sheets, unshown
 from llava_todre import TodreError
 from tests.eval.planted import FULL, LESS, hits, planted, pruned, scored
@@ -723,3 +724,23 @@ def test_one_version_of_the_paper_can_be_shown_alone() -> None:
     assert [spec.label for spec, _, _ in found.rows].count("todre_v1 10%") == 0
     assert cells(found, "globalcom2 10%")["vizwiz"].published == "56.6"
     assert "v1 (" not in said(found)
+
+
+def test_what_a_script_plans_for_another_model_fills_its_own_table() -> None:
+    """As `MODEL=llava_1_5_7b bash scripts/table1_image.sh` does: no cell stays without a run."""
+    configs = Path(__file__).resolve().parents[2] / "configs" / "runs"
+    for name, table in (
+        ("table1_image", "1"),
+        ("table2_video", "2"),
+        ("cross_model", "cross_model"),
+    ):
+        planned = plan([configs / f"{name}.yaml"], ["model=llava_1_5_7b"])
+        assert len(planned) == {"1": 11, "2": 11, "cross_model": 3}[table]
+        runs = []
+        for run in planned:
+            stored = planted("x", scores=dict.fromkeys(run.config()["benchmarks"], 50.0))
+            runs.append(stored | {"name": run.name, "config": run.config()})
+        found = sheets(table, runs)
+        own = found[-1]
+        assert own.model == "llava_1_5_7b" and unshown(found, runs) == []
+        assert "not run" not in {cell.ours for _, row, _ in own.rows for cell in row.values()}
