@@ -22,10 +22,10 @@ from eval.averages import (
 from eval.compare import drawn_over, groups_of, is_mean, mean_interval, over_what
 from eval.drawing import Table, name_of
 from eval.known_models import num_layers_of
-from eval.matching import identity, model_key, ran, rank_of
+from eval.matching import UNREADABLE, identity, model_key, ran, rank_of
 from eval.results import Run
 from eval.seeds import members, over_seeds, seed_of
-from eval.tables import clock, mixed_settings, shown, watched, with_spread
+from eval.sheet import clock, mixed_settings, shown, watched, with_spread
 from llava_todre.errors import TodreError
 from llava_todre.intervals import Interval
 
@@ -123,14 +123,16 @@ def _is_unpruned(run: Run) -> bool:
     try:
         layers = num_layers_of(model_key(run))
         return identity(*ran(run), layers) == identity("vanilla", {}, layers)
-    except (TodreError, TypeError):  # a method of another version
+    except UNREADABLE:  # a method of another version
         return False
 
 
 def _order(row: Row) -> tuple[Any, ...]:
     method, options = ran(row.run)
     ratio, tokens = options.get("retain_ratio"), options.get("retain_tokens")
-    budget = 1 / (1 + tokens) if isinstance(tokens, int) else -float(1 if ratio is None else ratio)
+    budget = -float(1 if ratio is None else ratio)
+    if isinstance(tokens, int) and tokens > 0:
+        budget = 1 / tokens
     return *_comparable(row.run), not _is_unpruned(row.run), budget, method, str(row.run["name"])
 
 

@@ -15,6 +15,8 @@ from llava_todre.pruners.combined import Combined
 from llava_todre.pruners.todre import Todre
 from llava_todre.pruners.vanilla import Vanilla
 
+UNREADABLE = (TodreError, TypeError, ValueError, OverflowError)
+"""What :func:`identity` raises about options of another version, or that were damaged."""
 _STAGE_TWO = ("probe_depths", "tau", "text_set")
 
 

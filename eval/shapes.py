@@ -45,6 +45,11 @@ def is_whole(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
 
 
+def _is_text(value: Any) -> bool:
+    """Return whether a value is text that can be written; half a surrogate pair cannot."""
+    return isinstance(value, str) and not any(0xD800 <= ord(letter) < 0xE000 for letter in value)
+
+
 def _is_items(value: Any) -> bool:
     """Return whether a value is null, or pairs of distinct ids and scores from 0 to 1."""
     if value is None:
@@ -65,7 +70,7 @@ def or_null(kind: Value) -> Value:
     return Value(lambda v: v is None or kind.is_right(v), f"{kind.expected}, or null")
 
 
-TEXT = Value(lambda value: isinstance(value, str), "text")
+TEXT = Value(_is_text, "text")
 TRUTH = Value(lambda value: isinstance(value, bool), "true or false")
 NUMBER = Value(is_number, "a finite number")
 WHOLE = Value(is_whole, "a whole number, 0 or more")
