@@ -9,6 +9,7 @@ from typing import Any
 
 from eval.known_models import key_of, known_models
 from eval.results import Run
+from llava_todre.errors import TodreError
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.pruners.base import layers_at
 from llava_todre.pruners.combined import Combined
