@@ -89,9 +89,15 @@ def _tokens(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     counts: dict[str, float | None] = {"prompts": len(lines), "prompts_with_visuals": len(seen)}
     if not seen:
         return counts | dict.fromkeys((*_MEANS, "withdrawn_share"))
-    means = {key: fmean(line[key] for line in seen) for key in _MEANS}
+    means = {key: _mean([line[key] for line in seen]) for key in _MEANS}
     withdrawn = fmean(line["withdrawn_from"] is not None for line in seen)
     return counts | means | {"withdrawn_share": withdrawn}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is not known, as FLOPs of some decoders."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def failed(run: Run, reason: str) -> dict[str, Any]:

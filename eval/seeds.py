@@ -84,7 +84,7 @@ def _benchmark(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
 
 def _items(runs: Sequence[Sequence[Sequence[float]] | None]) -> list[list[float]] | None:
     """Return each item's mean score; None where the seeds did not score the same items."""
-    known = [dict(map(tuple, items)) for items in runs if items is not None]
+    known = [{int(i): score for i, score in items} for items in runs if items is not None]
     if len(known) < len(runs) or any(each.keys() != known[0].keys() for each in known):
         return None
     return [[doc_id, fmean(each[doc_id] for each in known)] for doc_id in known[0]]

@@ -7,7 +7,7 @@ A shape is a :class:`Value`, :class:`Each`, or a mapping of key to shape, where 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,8 @@ def _check(value: Any, shape: Any, path: str, where: str) -> None:
     if not isinstance(value, list if listed else dict):
         raise _wrong(where, path, value, "a list" if listed else "keys with values")
     if isinstance(shape, Each):
-        for key, each in enumerate(value) if listed else value.items():
+        pairs: Iterable[tuple[Any, Any]] = enumerate(value) if listed else dict(value).items()
+        for key, each in pairs:
             _check(each, shape.shape, f"{path}.{key}", where)
         return
     for name, inner in shape.items():

@@ -48,11 +48,10 @@ _NUMBERS = (
     "visual_tokens",
     "kept_tokens",
     "mean_visual_tokens_per_layer",
-    "prefill_flops",
-    "prefill_flops_unpruned",
     "seconds",
     "peak_memory_mib",
 )
+_OR_NULL = ("withdrawn_from", "prefill_flops", "prefill_flops_unpruned")
 
 
 class AnswerLog:
@@ -135,7 +134,7 @@ def _is_whole(line: Any) -> bool:
     """Return whether a line holds everything that is read from it."""
     return (
         isinstance(line, dict)
-        and "withdrawn_from" in line
+        and all(key in line and (line[key] is None or _is_number(line[key])) for key in _OR_NULL)
         and all(isinstance(line.get(key), str) for key in _TEXTS)
         and all(_is_number(line.get(key)) for key in _NUMBERS)
     )
