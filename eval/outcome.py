@@ -147,7 +147,8 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 def _indented(record: Mapping[str, Any]) -> str:
     """Return JSON for readers: indented, but the many scores of a benchmark on one line."""
-    marks, rows = {}, {}
+    marks: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for key, mark in record["benchmarks"].items():
         names = {part: f"<{part} of {key}>" for part in ("items", "groups") if part in mark}
         marks[key] = {**mark, **names}

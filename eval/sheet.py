@@ -177,8 +177,9 @@ class Sheet:
                 "(k of n): average over k benchmarks; difference to the papers' over those."
             )
             printed = self._printed_over(row, found.keys)
-        runs = {entries[key].run["name"]: entries[key].run for key in found.keys}
-        spread = average_spread(*runs.values(), full, found.keys) if len(runs) == 1 else None
+        runs = [run for key in found.keys if (run := entries[key].run) is not None]
+        same = all(run is runs[0] for run in runs)
+        spread = average_spread(runs[0], full, found.keys) if same else None
         text = with_spread(found.value, spread)
         return Cell(
             text + (f" ({len(found.keys)} of {len(self.benchmarks)})" if partial else ""),

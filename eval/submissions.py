@@ -119,16 +119,15 @@ def questions_of_file(file: Path) -> list[int]:
     """Return the ids in VQA's own question file, or in a plain list of ids."""
     found = read_json(file)
     listed = found.get("questions") if isinstance(found, dict) else found
-    ids = [
-        each.get("question_id") if isinstance(each, dict) else each
-        for each in (listed if isinstance(listed, list) else [])
-    ]
-    if not ids or not all(isinstance(each, int) for each in ids):
+    given = listed if isinstance(listed, list) else []
+    ids = [each.get("question_id") if isinstance(each, dict) else each for each in given]
+    known = [each for each in ids if isinstance(each, int)]
+    if not known or len(known) < len(ids):
         raise TodreError(
             f"questions {str(file)!r} must be v2_OpenEnded_mscoco_test2015_questions.json, or a"
             " list of ids."
         )
-    return ids
+    return known
 
 
 def add_parser(commands: Any) -> None:

@@ -1,4 +1,6 @@
-"""How much text and visual tokens attend to each other in one decoder layer (ToDRE Eq. 8; Eq. 7 in v1).
+"""How much text and visual tokens attend to each other in one decoder layer (ToDRE Eq. 8).
+
+That equation is Eq. 7 in the paper's first version.
 
 Symbols: H query heads, G key heads (grouped-query attention when G < H), R query rows, N keys, E
     head width.

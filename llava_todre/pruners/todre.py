@@ -38,7 +38,7 @@ class Todre(Pruner):
     Stage 1 keeps a diverse subset, grown greedily from a pivot token by cosine similarity in the
     embedding space of the decoder (section 4.1, Algorithm 1). Stage 2 measures the attention
     between text and visual tokens after the probe layers and withdraws all visual tokens from the
-    following layer on once both shares are below ``tau`` (section 4.2, Eq. 8; Eq. 7 in v1). Where the paper is
+    following layer on once both shares are below ``tau`` (section 4.2, Eq. 8). Where the paper is
     silent: kept tokens stay in reading order, probe layers are ``floor(depth * layers)`` counted
     from 0, and T is the text after the first visual token.
     """
