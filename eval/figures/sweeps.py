@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from eval.compare import relative_interval
+from eval.compare import groups_of, relative_interval
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import BLUE, PAGE, VERMILION, letter, new_figure
 from eval.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
@@ -72,16 +72,14 @@ def _setting(row: RowSpec) -> float | str:
 
 
 def _scored(run: Run, full: Run) -> Data:
-    pairs = [
-        (run["benchmarks"][key]["items"], full["benchmarks"][key]["items"])
-        for key in full["benchmarks"]
-    ]
+    parts = [(run["benchmarks"][key], full["benchmarks"][key]) for key in full["benchmarks"]]
+    pairs = [(ours["items"], unpruned["items"]) for ours, unpruned in parts]
     scores = [
         [each["benchmarks"][key]["score"] for key in full["benchmarks"]] for each in (run, full)
     ]
     return {
         "accuracy": relative_average(*scores),
-        "interval": list(relative_interval(pairs)),
+        "interval": list(relative_interval(pairs, [groups_of(*each) for each in parts])),
         "tokens": run["tokens"]["mean_visual_tokens_per_layer"],
         "withdrawn": 100 * run["tokens"]["withdrawn_share"],
     }
