@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval import commands, compare, table_command
+from eval import commands, compare, server_command, submissions, table_command
 from eval.bench import command as bench
 from eval.docs import check_docs, write_docs
 from eval.figures import command as figures
@@ -32,6 +32,8 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parsers(parsers)
     table_command.add_parser(parsers)
     compare.add_parser(parsers)
+    server_command.add_parser(parsers)
+    submissions.add_parser(parsers)
     bench.add_parser(parsers)
     report.add_parser(parsers)
     figures.add_parser(parsers)
@@ -58,6 +60,10 @@ def _run(options: argparse.Namespace) -> int:
             return table_command.run(options)
         case "compare":
             return compare.run(options)
+        case "score-from-server":
+            return server_command.run(options)
+        case "pad-submission":
+            return submissions.run(options)
         case "bench":
             return bench.run(options)
         case "report":

@@ -1,17 +1,18 @@
 """Two runs on the same items: how far apart they are, and how much of that may be luck.
 
 Items are drawn with replacement, the same draw for both runs (paired bootstrap); an interval holds
-the middle 95 % of the resampled values. Benchmarks with the same items share a draw, others are
-drawn apart. For hits and misses there is McNemar's exact test as well: if the runs were equally
-good, each item that only one of them gets right would be a fair coin.
+the middle 95 % of the resampled values. Where several items ask about one image, images are drawn,
+with all of their items: what makes an image hard is no news the second time. Benchmarks with the
+same items share a draw, others are drawn apart. For hits and misses there is McNemar's exact test
+as well: if the runs were equally good, each item that only one of them gets right would be a fair
+coin.
 
-Symbols: R resamples, T benchmarks, N items, U distinct rows of scores.
+Symbols: R resamples, T benchmarks, N items, G images or single items, C columns.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.results import read_run
 from llava_todre.errors import TodreError
 from llava_todre.intervals import LEVEL, RESAMPLES, SEED, Interval, relative_average
 
@@ -27,7 +29,10 @@ Items = Sequence[tuple[int, float]]
 """(doc_id, score) of every item, ascending doc_id; scores as fractions 0..1."""
 Pair = tuple[Items, Items]
 """The same benchmark in two runs."""
+Groups = Mapping[int, int]
+"""doc_id -> number of its image."""
 _Array = NDArray[np.float64]
+UNKNOWN = "items, of unknown images"
 _CELLS = 4_000_000
 """Draws held in memory at once."""
 _SHOWN_IDS = 3
@@ -56,70 +61,6 @@ class Comparison:
         return mcnemar(self.only_first, self.only_second)
 
 
-def read_run(file: Path) -> dict[str, Any]:
-    """Return the run stored in a file.
-
-    Raises:
-        TodreError: no such file, or not the JSON of a run.
-    """
-    run = read_json(file)
-    if not is_run(run):
-        raise TodreError(f"run {str(file)!r} is not the result of a run; allowed: format 1.")
-    require_sound(run, file)
-    return dict(run)
-
-
-def read_json(file: Path) -> Any:
-    """Return the JSON in a file, or raise a TodreError."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TodreError(f"run {str(file)!r} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise TodreError(f"run {str(file)!r} is not JSON ({error}).") from None
-
-
-def require_sound(run: Mapping[str, Any], file: Path) -> None:
-    """Raise a TodreError naming the file and the key if a run was damaged or changed by hand."""
-
-    def check(is_right: bool, key: str, value: object, allowed: str) -> None:
-        if not is_right:
-            shown = f"{value!r}"[:60]
-            raise TodreError(f"run {str(file)!r} has {key} {shown}; allowed: {allowed}.")
-
-    name, status, config = run.get("name"), run.get("status"), run.get("config")
-    check(isinstance(name, str), "name", name, "text")
-    check(status in ("complete", "failed"), "status", status, "complete, failed")
-    check(isinstance(config, dict), "config", config, "keys with values")
-    assert isinstance(config, dict)
-    for key in ("model", "options"):
-        check(isinstance(config.get(key), dict), f"config.{key}", config.get(key), "keys")
-    benchmarks = run["benchmarks"]
-    check(isinstance(benchmarks, dict), "benchmarks", benchmarks, "keys with values")
-    for benchmark, stored in benchmarks.items():
-        check(isinstance(stored, dict), f"benchmarks.{benchmark}", stored, "keys with values")
-        score, items = stored.get("score"), stored.get("items")
-        check(score is None or _is_number(score), f"{benchmark}.score", score, "a number or null")
-        rows = items if isinstance(items, list) else []
-        paired = all(isinstance(row, list) and len(row) == 2 for row in rows)
-        sound = paired and all(_is_number(each) for row in rows for each in row)
-        check(
-            items is None or (isinstance(items, list) and sound),
-            f"{benchmark}.items",
-            items,
-            "null, or pairs of doc_id and score",
-        )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and np.isfinite(value)
-
-
-def is_run(value: object) -> bool:
-    """Return whether a JSON value has the shape of a run."""
-    return isinstance(value, dict) and value.get("format") == 1 and "benchmarks" in value
-
-
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the exact two-sided p value of McNemar's test.
 
@@ -135,46 +76,82 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**tosses)
 
 
-def mean_interval(items: Items) -> Interval:
+def groups_of(*stored: Mapping[str, Any]) -> Groups | None:
+    """Return which items of a benchmark ask about the same image; None where none do.
+
+    Args:
+        stored: parts of runs with the same items; the first that knows of images is believed.
+    """
+    for each in stored:
+        if each.get("groups"):
+            groups = dict(zip((doc_id for doc_id, _ in each["items"]), each["groups"], strict=True))
+            return groups if len({*groups.values()}) < len(groups) else None
+    return None
+
+
+def drawn_over(*stored: Mapping[str, Any]) -> str:
+    """Return what the bootstrap of a benchmark draws: images, or items; or that it cannot know."""
+    if not any(each.get("groups") for each in stored):
+        return UNKNOWN
+    return "items" if groups_of(*stored) is None else "images"
+
+
+def mean_interval(items: Items, groups: Groups | None = None) -> Interval:
     """Return the 95 % interval of the mean score, in percent."""
-    scores = np.array([[score] for _, score in items], dtype=np.float64)
-    return _middle(100 * _resampled_means(scores, np.random.RandomState(SEED)))
+    ordered = sorted(items)
+    scores = np.array([[score] for _, score in ordered], dtype=np.float64)
+    means = _resampled_means(scores, _numbers(ordered, groups), np.random.RandomState(SEED))
+    return _middle(100 * means)
 
 
-def difference_interval(pairs: Sequence[Pair]) -> Interval:
+def difference_interval(
+    pairs: Sequence[Pair], groups: Sequence[Groups | None] | None = None
+) -> Interval:
     """Return the 95 % interval of first - second, mean over benchmarks, in percent."""
-    means = paired_means(pairs)
+    means = paired_means(pairs, groups)
     return _middle(100 * (means[..., 0] - means[..., 1]).mean(-1))
 
 
-def relative_interval(pairs: Sequence[Pair]) -> Interval:
+def relative_interval(
+    pairs: Sequence[Pair], groups: Sequence[Groups | None] | None = None
+) -> Interval:
     """Return the 95 % interval of the relative average, in percent.
 
     Args:
         pairs: per benchmark the items of a run, and those of the unpruned run.
+        groups: per benchmark the images of its items.
     """
-    means = paired_means(pairs)
+    means = paired_means(pairs, groups)
     return _middle(100 * relative_average(means[..., 0], means[..., 1]))
 
 
-def paired_means(pairs: Sequence[Pair]) -> _Array:
+def paired_means(pairs: Sequence[Pair], groups: Sequence[Groups | None] | None = None) -> _Array:
     """Return the (R, T, 2) mean scores of both runs on every resample.
 
     Raises:
         TodreError: the runs of a pair did not score the same items.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
+    shared: dict[tuple[Any, ...], list[int]] = {}
+    images = groups or [None] * len(pairs)
     for index, (first, second) in enumerate(pairs):
         require_same_items(first, second)
-        groups.setdefault(tuple(sorted(doc_id for doc_id, _ in first)), []).append(index)
+        ids = tuple(sorted(doc_id for doc_id, _ in first))
+        of_image = images[index]
+        key = (ids, None if of_image is None else tuple(of_image[doc_id] for doc_id in ids))
+        shared.setdefault(key, []).append(index)
     stream = np.random.RandomState(SEED)
     means = np.empty((RESAMPLES, len(pairs), 2))
-    for members in groups.values():
-        both = (sorted(items) for index in members for items in pairs[index])
-        columns = [[score for _, score in items] for items in both]
-        drawn = _resampled_means(np.array(columns, dtype=np.float64).T, stream)
+    for members in shared.values():
+        both = [sorted(items) for index in members for items in pairs[index]]
+        columns = np.array([[score for _, score in items] for items in both], dtype=np.float64)
+        drawn = _resampled_means(columns.T, _numbers(both[0], images[members[0]]), stream)
         means[:, members] = drawn.reshape(RESAMPLES, len(members), 2)
     return means
+
+
+def _numbers(ordered: Items, groups: Groups | None) -> list[int] | None:
+    """Return the image of every item, in order."""
+    return None if groups is None else [groups[doc_id] for doc_id, _ in ordered]
 
 
 def require_same_items(first: Items, second: Items, benchmark: str = "") -> None:
@@ -191,19 +168,27 @@ def require_same_items(first: Items, second: Items, benchmark: str = "") -> None
     )
 
 
-def _resampled_means(scores: _Array, stream: np.random.RandomState) -> _Array:
+def _resampled_means(
+    scores: _Array, images: Sequence[int] | None, stream: np.random.RandomState
+) -> _Array:
     """Return the means (R, C) of the columns of ``scores`` (N, C), rows drawn with replacement.
 
     Rows with equal scores are drawn together: how often each distinct row turns up is multinomial,
-    and there are few of them (four for the hits of two runs).
+    and there are few of them (four for the hits of two runs). Of images, the sums of their items
+    are drawn, with how many they are.
     """
-    rows, counts = np.unique(scores, axis=0, return_counts=True)
+    sums = np.column_stack([scores, np.ones(len(scores))])  # (N, C + 1)
+    if images is not None:
+        _, place = np.unique(images, return_inverse=True)
+        of_items, sums = sums, np.zeros((place.max() + 1, sums.shape[1]))  # (G, C + 1)
+        np.add.at(sums, place, of_items)
+    rows, counts = np.unique(sums, axis=0, return_counts=True)
     at_once = max(1, _CELLS // len(counts))
     parts = []
     for start in range(0, RESAMPLES, at_once):
         size = min(at_once, RESAMPLES - start)
-        drawn = stream.multinomial(len(scores), counts / len(scores), size)
-        parts.append(drawn @ rows / len(scores))
+        drawn = stream.multinomial(len(sums), counts / len(sums), size)
+        parts.append(drawn @ rows[:, :-1] / (drawn @ rows[:, -1:]))
     return np.concatenate(parts)
 
 
@@ -226,16 +211,17 @@ def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Comparison]:
         for key in first["benchmarks"]
         if _items(first, key) and _items(second, key)
     }
+    groups = {key: groups_of(*_both(first, second, key)) for key in shared}
     if not shared:
         raise TodreError(
             f"runs {first['name']!r} and {second['name']!r} have no benchmark in common of which "
             "both hold the scores of the items."
         )
-    rows = [_compare(key, pair) for key, pair in shared.items()]
+    rows = [_compare(key, pair, groups[key]) for key, pair in shared.items()]
     if len(rows) > 1:
         mean = [float(np.mean([getattr(row, run) for row in rows])) for run in ("first", "second")]
         total = sum(row.num_items for row in rows)
-        interval = difference_interval(list(shared.values()))
+        interval = difference_interval(list(shared.values()), list(groups.values()))
         rows.append(Comparison("mean", total, mean[0], mean[1], interval))
     return rows
 
@@ -245,7 +231,11 @@ def _items(run: dict[str, Any], benchmark: str) -> Items:
     return [(int(doc_id), float(score)) for doc_id, score in stored.get("items") or ()]
 
 
-def _compare(benchmark: str, pair: Pair) -> Comparison:
+def _both(first: Mapping[str, Any], second: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    return [run["benchmarks"][key] for run in (first, second)]
+
+
+def _compare(benchmark: str, pair: Pair, groups: Groups | None) -> Comparison:
     require_same_items(*pair, benchmark)
     first, second = (np.array([score for _, score in sorted(items)]) for items in pair)
     binary = bool(np.isin(np.concatenate([first, second]), (0, 1)).all())
@@ -254,7 +244,7 @@ def _compare(benchmark: str, pair: Pair) -> Comparison:
         len(first),
         100 * float(first.mean()),
         100 * float(second.mean()),
-        difference_interval([pair]),
+        difference_interval([pair], [groups]),
         int((first > second).sum()) if binary else None,
         int((first < second).sum()) if binary else None,
     )
@@ -278,11 +268,7 @@ def render(first: dict[str, Any], second: dict[str, Any]) -> str:
             f"{row.benchmark:<{width}}  {row.num_items:>7}  {row.first:>6.1f}  {row.second:>6.1f}"
             f"  {lead:>22}  {counts[0]:>7}  {counts[1]:>7}  {counts[2]:>8}".rstrip()
         )
-    lines += [
-        "",
-        f"Interval: paired bootstrap over items, {RESAMPLES:,} resamples. p: exact McNemar test,"
-        " not corrected for several benchmarks.",
-    ]
+    lines += ["", *_how_drawn(first, second, [row.benchmark for row in rows])]
     left_out = sorted({*first["benchmarks"], *second["benchmarks"]} - {r.benchmark for r in rows})
     if left_out:
         lines.append(f"Not compared, as a run lacks their items: {', '.join(left_out)}.")
@@ -291,6 +277,29 @@ def render(first: dict[str, Any], second: dict[str, Any]) -> str:
     if odd:
         lines.append(f"The metric is not the mean of the items: {', '.join(odd)}.")
     return "\n".join(lines)
+
+
+def _how_drawn(first: dict[str, Any], second: dict[str, Any], shown: Sequence[str]) -> list[str]:
+    """Return what was drawn for the intervals, and what p stands on."""
+    kinds: dict[str, list[str]] = {}
+    for key in (key for key in shown if key in first["benchmarks"]):
+        kinds.setdefault(drawn_over(*_both(first, second, key)), []).append(key)
+    drawn = over_what(kinds)
+    independent = " It takes items about one image for independent." if "images" in kinds else ""
+    return [
+        f"Interval: paired bootstrap over {drawn}, {RESAMPLES:,} resamples. p: exact McNemar test,"
+        f" not corrected for several benchmarks.{independent}"
+    ]
+
+
+def over_what(kinds: Mapping[str, Sequence[str]]) -> str:
+    """Return in words what :func:`drawn_over` found, by kind the benchmarks of it."""
+    words = {UNKNOWN: "items (whether they share images is not on record)"}
+    if len(kinds) == 1:
+        return "".join(words.get(kind, kind) for kind in kinds)
+    return "; over ".join(
+        f"{words.get(kind, kind)}: {', '.join(keys)}" for kind, keys in sorted(kinds.items())
+    )
 
 
 def is_mean(stored: Mapping[str, Any]) -> bool:

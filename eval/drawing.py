@@ -15,6 +15,7 @@ from llava_todre.table import markdown_lines
 
 NAMES = {
     "mme": "MME",
+    "mme_total": "MME P+C",
     "scienceqa": "ScienceQA",
     "gqa": "GQA",
     "pope": "POPE",
@@ -36,6 +37,7 @@ NAMES = {
 LINES = {
     "ours": "ours",
     "interval": "95 % interval",
+    "answers": "answers",
     "published": "published",
     "difference": "difference",
     "samples": "samples",
@@ -64,6 +66,8 @@ class Cell:
     published: str = ""
     difference: str = ""
     samples: str = ""
+    answers: str = ""
+    """How often an answer was given that the score must be read with."""
 
 
 def name_of(column: str) -> str:

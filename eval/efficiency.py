@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.compare import read_json
 from eval.drawing import Cell
-from eval.published import ABLATED, VERSIONS, RowSpec, place, rows
+from eval.measured_results import checked_bench
+from eval.published import ABLATED, VERSIONS, RowSpec, place, rows, table_spec
+from eval.shapes import read_json
 
 Result = Mapping[str, Any]
 COLUMNS = ("paper_tflops", "tflops", "memory_gb", "samples_per_s")
@@ -42,7 +43,7 @@ def load_benches(folders: Sequence[Path]) -> dict[str, Result]:
         for file in sorted(folder.glob("*.json")):
             stored = read_json(file)
             if isinstance(stored, dict) and stored.get("what") == "bench" and stored.get("table3"):
-                found[str(file)] = stored
+                found[str(file)] = checked_bench(stored, file)
     return found
 
 
@@ -74,7 +75,7 @@ def _table(name: str, result: Result) -> Efficiency:
     body.sort(key=lambda item: (place(item[0]), item[0].label.endswith(_WITHDRAWN)))
     return Efficiency(
         model or result["size"],
-        f"Efficiency (Table 3), {weights}",
+        f"Efficiency ({table_spec('3').number}), {weights}",
         body,
         list(_notes(result, bool(printed))),
         used={Path(name).stem: result},

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.compare import is_run, read_json, require_sound
+from eval.known_models import key_of, known_models
+from eval.results import Run
 from llava_todre.errors import TodreError
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.pruners.base import layers_at
@@ -15,44 +16,17 @@ from llava_todre.pruners.combined import Combined
 from llava_todre.pruners.todre import Todre
 from llava_todre.pruners.vanilla import Vanilla
 
-Run = Mapping[str, Any]
-"""The JSON of one run."""
-PRETRAINED = {
-    "llava_next_7b": ("llava-v1.6-vicuna-7b", "llava-v1.6-vicuna-7b-hf"),
-    "llava_next_13b": ("llava-v1.6-vicuna-13b", "llava-v1.6-vicuna-13b-hf"),
-    "mini": ("mini",),
-}
-"""Model key -> last parts of checkpoint names, for runs of a model that was named by its path."""
+UNREADABLE = (TodreError, TypeError, ValueError, OverflowError)
+"""What :func:`identity` raises about options of another version, or that were damaged."""
 _STAGE_TWO = ("probe_depths", "tau", "text_set")
-
-
-def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Return every run stored in the folders, by name; other JSON files are passed over.
-
-    Raises:
-        TodreError: no such folder, or a file that is not JSON.
-    """
-    found = []
-    for folder in folders:
-        if not folder.is_dir():
-            raise TodreError(
-                f"results {str(folder)!r} is not a folder; allowed: one with run JSONs."
-            )
-        for file in sorted(folder.glob("*.json")):
-            stored = read_json(file)
-            if is_run(stored):
-                require_sound(stored, file)
-                found.append(stored)
-    return sorted(found, key=lambda run: str(run["name"]))
 
 
 def model_key(run: Run) -> str:
     """Return the key of a run's model: a known one, stated or by the name of its checkpoint."""
     model = run["config"]["model"]
-    last = str(model.get("pretrained", "")).rstrip("/").split("/")[-1]
-    stated = str(model.get("key") or last)
-    named = (key for key, names in PRETRAINED.items() if last in names)
-    return stated if stated in PRETRAINED else next(named, stated)
+    pretrained = str(model.get("pretrained", "")).rstrip("/")
+    stated = str(model.get("key") or Path(pretrained).name)
+    return stated if stated in known_models() else key_of(pretrained) or stated
 
 
 def identity(method: str, options: Mapping[str, Any], num_layers: int | None) -> object:

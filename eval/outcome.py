@@ -15,15 +15,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from eval.compare import is_run, require_sound
+from eval.results import FORMAT, read_run
 from eval.runs import Run
-from eval.suites import scores
+from eval.submissions import complete_submissions
+from eval.suites import UNKNOWN, scores
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
 from llava_todre.lmms_plugin.log import read_answers
 from llava_todre.provenance import provenance
 
-FORMAT = 1
 _MEANS = (
     "visual_tokens",
     "kept_tokens",
@@ -54,8 +54,11 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
     results = _read_results(work)
     samples = {task: _read_samples(work, task) for task in run.suite.tasks}
     _check_counts(run, results, samples)
-    benchmarks = scores(run.suite, results, samples, work)
     lines = _scored_lines(log_dir, samples)
+    pictures = {(line["task"], line["doc_id"]): line.get("pictures", UNKNOWN) for line in lines}
+    benchmarks = scores(run.suite, results, samples, work, pictures)
+    if run.limit is None:
+        complete_submissions(run.suite.benchmarks, benchmarks)
     seconds = sum(line["seconds"] for line in lines) / (1 if run.is_split else processes)
     return _record(
         run,
@@ -63,17 +66,44 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
         error=None,
         benchmarks=benchmarks,
         seconds=seconds,
+        cpu_seconds=None if run.is_split else _cpu_seconds(lines),
         items_per_second=len(lines) / seconds if seconds else None,
-        tokens={key: fmean(line[key] for line in lines) for key in _MEANS}
-        | {"withdrawn_share": fmean(line["withdrawn_from"] is not None for line in lines)},
+        tokens=_tokens(lines),
         peak_memory_mib=max(line["peak_memory_mib"] for line in lines),
         processes=processes,
     )
 
 
+def _cpu_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return what all processes computed for the items; None where an answer does not say."""
+    known = [line["cpu_seconds"] for line in lines if line.get("cpu_seconds") is not None]
+    return sum(known) if len(known) == len(lines) else None
+
+
+def _tokens(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return means over the prompts that show something: nothing is pruned where nothing is seen.
+
+    ``prompts`` counts all of them, ``prompts_with_visuals`` those behind the means.
+    """
+    seen = [line for line in lines if line["visual_tokens"] > 0]
+    counts: dict[str, float | None] = {"prompts": len(lines), "prompts_with_visuals": len(seen)}
+    if not seen:
+        return counts | dict.fromkeys((*_MEANS, "withdrawn_share"))
+    means = {key: _mean([line[key] for line in seen]) for key in _MEANS}
+    withdrawn = fmean(line["withdrawn_from"] is not None for line in seen)
+    return counts | means | {"withdrawn_share": withdrawn}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is not known, as FLOPs of some decoders."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
 def failed(run: Run, reason: str) -> dict[str, Any]:
     """Return the JSON of a run that failed: the reason, and nothing that looks like a score."""
-    measured = dict.fromkeys(("seconds", "items_per_second", "tokens", "peak_memory_mib"))
+    keys = ("seconds", "cpu_seconds", "items_per_second", "tokens", "peak_memory_mib")
+    measured = dict.fromkeys(keys)
     return _record(run, status="failed", error=reason, benchmarks={}, **measured)
 
 
@@ -105,16 +135,9 @@ def last_error(log: Path, returncode: int) -> str:
 def read_record(file: Path) -> dict[str, Any] | None:
     """Return a stored run; None when there is none, or something else."""
     try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    if not is_run(record) or not isinstance(record["benchmarks"], dict):
-        return None
-    try:
-        require_sound(record, file)
+        return read_run(file, with_servers=False)
     except TodreError:
         return None
-    return dict(record)
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:
@@ -124,13 +147,15 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 def _indented(record: Mapping[str, Any]) -> str:
     """Return JSON for readers: indented, but the many scores of a benchmark on one line."""
-    marks, rows = {}, {}
+    marks: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for key, mark in record["benchmarks"].items():
-        marks[key] = {**mark, "items": f"<items of {key}>"}
-        rows[key] = mark["items"]
+        names = {part: f"<{part} of {key}>" for part in ("items", "groups") if part in mark}
+        marks[key] = {**mark, **names}
+        rows |= {name: mark[part] for part, name in names.items()}
     text = json.dumps({**record, "benchmarks": marks}, indent=1, allow_nan=False)
-    for key, items in rows.items():
-        text = text.replace(json.dumps(marks[key]["items"]), json.dumps(items))
+    for name, values in rows.items():
+        text = text.replace(json.dumps(name), json.dumps(values))
     return text + "\n"
 
 

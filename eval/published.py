@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 import yaml
 
+from eval.known_models import num_layers_of
 from llava_todre import intervals
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import unknown
 
 NUMBERS = Path(__file__).resolve().parents[1] / "configs" / "paper" / "published.yaml"
 VERSIONS = {"v1": "arXiv 2505.18757v1", "v2": "arXiv 2505.18757v2"}
 ABLATED = "llava_next_7b"
 """The model of every table that names none."""
-LAYERS = {"llava_next_7b": 32, "llava_next_13b": 40, "mini": 10}
-"""Decoder layers of the models that the runs know."""
 AVERAGE = "average"
 EFFICIENCY = ("tflops", "memory_gb", "samples_per_s")
 SUITE_METHODS = ("random", "fastervlm", "divprune", "todre_v1", "todre")
@@ -49,6 +48,8 @@ class TableSpec:
     title: str
     sections: Mapping[str, str]
     """Paper version -> key in ``published.yaml``."""
+    places: Mapping[str, str]
+    """Paper version -> where the table stands in it; the supplement of v2 counts anew."""
     lists: tuple[str, ...]
     """Keys of the benchmarks whose scores are averaged."""
     measures: tuple[str, ...] = ()
@@ -63,39 +64,60 @@ class TableSpec:
     @property
     def number(self) -> str:
         """Where the table stands in which version of the paper."""
-        known = {version: key[5] for version, key in self.sections.items() if key[:5] == "table"}
-        if len(known) == len(VERSIONS) and len({*known.values()}) == 1:
-            return f"Table {known['v1']} of v1 and v2"
-        return "; ".join(
-            f"Table {known[version]} of {version}"
-            if version in known
-            else f"number in {version} not on record"
-            for version in self.sections
-        )
+        where: dict[str, list[str]] = {}
+        for version, number in self.places.items():
+            where.setdefault(number, []).append(version)
+        return "; ".join(f"{number} of {' and '.join(found)}" for number, found in where.items())
 
 
 TABLES = {
     "1": TableSpec(
-        "Image benchmarks", {"v1": "table1_image", "v2": "table1_image"}, lists=("image",)
+        "Image benchmarks",
+        {"v1": "table1_image", "v2": "table1_image"},
+        {"v1": "Table 1", "v2": "Table 1"},
+        ("image",),
     ),
     "2": TableSpec(
-        "Video benchmarks", {"v1": "table2_video", "v2": "table2_video"}, lists=("video",)
+        "Video benchmarks",
+        {"v1": "table2_video", "v2": "table2_video"},
+        {"v1": "Table 2", "v2": "Table 2"},
+        ("video",),
     ),
     "3": TableSpec(
         "Efficiency",
         {"v1": "table3_efficiency", "v2": "table3_efficiency"},
-        lists=("image",),
+        {"v1": "Table 3", "v2": "Table 4"},
+        ("image",),
         measures=EFFICIENCY,
         shows_scores=False,
     ),
-    "4": TableSpec("Stages", {"v1": "table4_stages", "v2": "stages"}, ("ablation",), ("time",)),
-    "5": TableSpec("Threshold tau", {"v1": "table5_tau", "v2": "tau"}, ("ablation",), ("time",)),
-    "6": TableSpec(
-        "Probe layers", {"v1": "table6_layers", "v2": "layers"}, ("ablation",), ("time",)
+    "4": TableSpec(
+        "Stages",
+        {"v1": "table4_stages", "v2": "stages"},
+        {"v1": "Table 4", "v2": "Table 5"},
+        ("ablation",),
+        measures=("time",),
     ),
-    "pivot": TableSpec("Pivot token", {"v2": "pivot"}, ("ablation",)),
-    "cross_model": TableSpec("Other models", {"v2": "cross_model"}, ("image", "video")),
+    "5": TableSpec(
+        "Threshold tau",
+        {"v1": "table5_tau", "v2": "tau"},
+        {"v1": "Table 5", "v2": "supplement Table 2"},
+        ("ablation",),
+        measures=("time",),
+    ),
+    "6": TableSpec(
+        "Probe layers",
+        {"v1": "table6_layers", "v2": "layers"},
+        {"v1": "Table 6", "v2": "supplement Table 3"},
+        ("ablation",),
+        measures=("time",),
+    ),
+    "pivot": TableSpec("Pivot token", {"v2": "pivot"}, {"v2": "supplement Table 1"}, ("ablation",)),
+    "cross_model": TableSpec(
+        "Other models", {"v2": "cross_model"}, {"v2": "Table 3"}, ("image", "video")
+    ),
 }
+"""Named by their numbers in v1; what v2 added has a name."""
 
 
 @dataclass(frozen=True)
@@ -145,34 +167,31 @@ def rows(
         table: 1 to 6, pivot or cross_model.
         version: v1 or v2; None reads both together.
         model: a key of :func:`models`.
-        num_layers: decoder layers, for the row that probes all of them; of a model in
-            :data:`LAYERS` they are known, and without them that row is left out.
+        num_layers: decoder layers, for the row that probes all of them; those of a model of
+            configs/models are known, and without them that row is left out.
     """
     if version is not None and version not in VERSIONS:
         raise unknown("version", version, VERSIONS)
     if model not in models(table):
         raise unknown(f"model of table {table}:", model, models(table))
-    return _merged(table, version, model, num_layers or LAYERS.get(model))
+    return _merged(table, version, model, num_layers or num_layers_of(model))
 
 
 def suite_rows(table: str, num_layers: int | None = None) -> list[RowSpec]:
     """Return rows shaped like a table of the papers, for models the papers do not speak of.
 
     Args:
-        table: 1, 3, 4, 5, 6 or pivot.
+        table: 1 to 6, pivot or cross_model.
         num_layers: decoder layers of the model, as in :func:`rows`.
     """
     table_spec(table)
-    if table in ("2", "cross_model"):
-        raise TodreError(
-            f"table {table!r} has no counterpart on a suite; allowed: 1, 3 to 6, pivot."
-        )
-    if table not in ("1", "3"):
+    if table in ("4", "5", "6", "pivot"):
         return [replace(row, published={}) for row in _merged(table, None, ABLATED, num_layers)]
-    ratios = SUITE_RATIOS if table == "1" else SUITE_RATIOS[-1:]
+    methods = ("todre",) if table == "cross_model" else SUITE_METHODS
+    ratios = SUITE_RATIOS[-1:] if table == "3" else SUITE_RATIOS
     return [
         RowSpec("vanilla", "vanilla", {}, {}),
-        *(ratio_row(method, ratio) for ratio in ratios for method in SUITE_METHODS),
+        *(ratio_row(method, ratio) for ratio in ratios for method in methods),
     ]
 
 
@@ -181,12 +200,24 @@ def ratio_row(method: str, ratio: float) -> RowSpec:
     return RowSpec(f"{method} {ratio:.0%}", method, {"retain_ratio": ratio}, {})
 
 
+def budget_row(method: str, options: Mapping[str, Any]) -> RowSpec | None:
+    """Return the row of a method, or of A+B, with a ratio or a number of tokens; None of others."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if list(given) == ["retain_ratio"]:
+        return ratio_row(method, float(given["retain_ratio"]))
+    if list(given) == ["retain_tokens"]:
+        return RowSpec(f"{method}, {given['retain_tokens']} tokens", method, given, {})
+    return None
+
+
 def place(row: RowSpec) -> tuple[float, int, str]:
-    """Return where a row stands in a table of methods: by ratio, then in the papers' order."""
+    """Return where a row stands in a table of methods: by budget, then in the papers' order."""
     order = [*_FIRST, row.method, *_LAST].index(row.method)
     if row.method in _LAST:
         order = len(_FIRST) + 1 + _LAST.index(row.method)
-    return -float(row.options.get("retain_ratio", 1.0)), order, row.method
+    tokens = row.options.get("retain_tokens")
+    budget = -float(row.options.get("retain_ratio", 1.0)) if tokens is None else 1 / (1 + tokens)
+    return budget, order, row.method
 
 
 def relative_average(scores: Sequence[float], unpruned: Sequence[float]) -> float:
@@ -233,12 +264,7 @@ def _printed(table: str, version: str, model: str) -> Iterator[dict[str, Any]]:
     printed = block["rows"] if isinstance(block, dict) else block
     if table in ("5", "6", "pivot"):
         yield from (row for row in _printed("4", version, model) if row["stages"] == "none")
-    for row in printed:
-        if "pivot" in row:
-            for ratio, average in zip(SUITE_RATIOS, row[AVERAGE], strict=True):
-                yield row | {"retain": ratio, AVERAGE: average}
-        else:
-            yield row
+    yield from printed
 
 
 def _run(

@@ -8,9 +8,9 @@ import textwrap
 from pathlib import Path
 
 from eval.drawing import name_of, render
-from eval.matching import load_runs
 from eval.models_doc import overview
 from eval.published import AVERAGE
+from eval.results import load_runs
 from eval.tables import sheets
 from llava_todre.pruners import PRUNERS
 from llava_todre.table import as_markdown, markdown_lines

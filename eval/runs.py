@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.config_keys import check_keys
+from eval.known_models import key_of, known_models, settings_of
 from eval.suites import Suite, load_suite
 from llava_todre.errors import TodreError, unknown
-from llava_todre.files import read_mapping
 from llava_todre.hf.load import BACKENDS
 from llava_todre.model.chat_template import TEMPLATES, planned_template
 from llava_todre.model.convert import PROTOCOLS
@@ -249,19 +249,14 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
 
 def _known_model(given: Any) -> tuple[str, dict[str, Any]]:
     """Return (key, settings) of a name of configs/models, or of a path."""
-    known = {
-        path.stem: read_mapping(path, "config")
-        for path in sorted((CONFIGS / "models").glob("*.yaml"))
-    }
-    if isinstance(given, str) and given in known:
-        return given, known[given]
+    if isinstance(given, str) and given in known_models():
+        return given, settings_of(given)
     if not (isinstance(given, str) and "/" in given):
-        raise unknown("model", given, [*known, "a folder or hub id with a slash"])
-    last = Path(given).name
-    for key, settings in known.items():
-        if Path(settings["pretrained"]).name == last.removesuffix("-hf"):
-            return key, {**settings, "pretrained": given, "revision": None}
-    return last, {"pretrained": given}
+        raise unknown("model", given, [*known_models(), "a folder or hub id with a slash"])
+    key = key_of(given)
+    if key is None:
+        return Path(given).name, {"pretrained": given}
+    return key, {**settings_of(key), "pretrained": given, "revision": None}
 
 
 def local_folder(pretrained: str) -> Path | None:

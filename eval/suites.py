@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 
 from eval import mini_data
 from eval.items import Record, item_scores
+from eval.server_scores import WAITING
 from llava_todre.errors import TodreError, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,10 @@ _ALLOWED: dict[str, tuple[str | None, ...]] = {
     "media": ("image", "video"),
     "sampling": (None, "uniform"),
 }
+Pictures = Mapping[tuple[str, int], str | None]
+"""Task and doc_id -> what stands for the pictures of an item; None where it shows none."""
+UNKNOWN = "unknown"
+"""Stands for pictures in logs that do not tell."""
 _SUITE_KEYS = ("include", "data", "defaults", "benchmarks", "base", "only")
 
 
@@ -42,7 +47,7 @@ class Benchmark:
     """Number of items of each task where nothing limits it."""
     split: str
     metric: str
-    """Name in lmms-eval's results, without its filter ",none"."""
+    """Name in lmms-eval's results, without its filter ",none"; A+B is the sum of two."""
     factor: float
     """lmms-eval's number times this is the papers' number."""
     scale: str
@@ -63,6 +68,17 @@ class Benchmark:
     """Where the score of one item stands, see ``eval.items``; None where there is none."""
     note: str | None
     """A remark that goes into every result."""
+    submission_entries: int | None = None
+    """Entries that the server wants, where they are more than the items."""
+    watched_answer: str | None = None
+    """An answer whose share is told beside the score."""
+    averaged: bool = True
+    """Whether the score counts in an average over benchmarks."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names in lmms-eval's results whose sum is the score."""
+        return self.metric.split("+")
 
 
 @dataclass(frozen=True)
@@ -159,8 +175,9 @@ def _benchmark(where: str, key: str, values: Mapping[str, Any]) -> Benchmark:
     for name in values:
         if name not in keys:
             raise unknown(f"{where}: key", name, keys)
+    optional = [field.name for field in fields(Benchmark) if field.default is not MISSING]
     for name in keys:
-        if name not in values:
+        if name not in values and name not in optional:
             raise TodreError(f"{where}: key {name!r} is missing; allowed: {', '.join(keys)}.")
     samples = values["tasks"]
     _check_mapping(f"{where}: tasks", samples)
@@ -195,6 +212,11 @@ def _check_types(where: str, mark: Benchmark) -> None:
         "submission": not isinstance(mark.submission, (str, type(None))),
         "item_metric": not isinstance(mark.item_metric, (str, type(None))),
         "note": not isinstance(mark.note, (str, type(None))),
+        "submission_entries": not (
+            mark.submission_entries is None or _is_count(mark.submission_entries)
+        ),
+        "watched_answer": not isinstance(mark.watched_answer, (str, type(None))),
+        "averaged": not isinstance(mark.averaged, bool),
     }
     for name, is_wrong in wrong.items():
         if is_wrong:
@@ -213,6 +235,7 @@ def scores(
     results: Mapping[str, Any],
     samples: Mapping[str, Sequence[Record]],
     folder: Path | None = None,
+    pictures: Pictures | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the ``benchmarks`` part of a run's JSON, by key of the benchmark.
 
@@ -221,19 +244,23 @@ def scores(
         results: lmms-eval's results JSON.
         samples: per task, the records of lmms-eval's samples file, in any order.
         folder: lmms-eval's output path, with submission files in ``submissions``.
+        pictures: what each item shows, as the log of answers tells.
 
     Returns:
         Per benchmark: ``task``, ``metric``, ``score`` on the papers' scale (None where a server
         must give it), ``scale``, ``num_samples``, ``status`` (``complete``; ``submission``: send
         the file ``submission`` to the server; ``skipped``: ``--limit`` left no item of the
         metric), ``note``, and ``items``: [number, score] for intervals, where tasks are numbered
-        one after the other.
+        one after the other, with ``groups``: the number of each item's image, None if unknown;
+        ``watched_answer``: what is told beside the score; ``averaged``: whether it counts in an
+        average.
 
     Raises:
         TodreError: a task has no result, its metric is missing or not a finite number, its records
             are not as many as it has items, or a submission file is missing or incomplete.
     """
-    return {mark.key: _scored(mark, results, samples, folder) for mark in suite.benchmarks}
+    known = pictures or {}
+    return {mark.key: _scored(mark, results, samples, folder, known) for mark in suite.benchmarks}
 
 
 def _scored(
@@ -241,12 +268,14 @@ def _scored(
     results: Mapping[str, Any],
     samples: Mapping[str, Sequence[Record]],
     folder: Path | None,
+    pictures: Pictures,
 ) -> dict[str, Any]:
     records = {task: samples.get(task, ()) for task in mark.tasks}
     sizes = {task: _size(task, results, records[task]) for task in mark.tasks}
     values = {task: _value(mark, task, results) for task in mark.tasks}
     is_limited = any(size["effective"] < size["original"] for size in sizes.values())
     found: dict[str, Any] = {"status": "complete", "score": None, "submission": None, "items": None}
+    found |= {"groups": None, "watched_answer": _watched(mark, records)}
     notes = [mark.note, *_size_notes(mark, sizes), *_answer_notes(records)]
     if mark.submission is not None:
         found["submission"] = str(_submission(mark, folder, sum(map(len, records.values()))))
@@ -256,9 +285,10 @@ def _scored(
         total = sum(number * weight for number, weight in zip(numbers, weights, strict=True))
         found["score"] = mark.factor * total / sum(weights)
         found["items"] = _items(mark, records)
+        found["groups"] = _groups(mark, records, pictures)
     elif mark.submission is not None:
         found["status"] = "submission"
-        notes.append("the server must give the score; it was not asked or did not answer")
+        notes.append(WAITING)
     elif is_limited:
         found["status"] = "skipped"
         notes.append(f"no item of {mark.metric} among those asked")
@@ -270,6 +300,7 @@ def _scored(
         "task": "+".join(mark.tasks),
         "metric": mark.metric,
         "scale": mark.scale,
+        "averaged": mark.averaged,
         "num_samples": sum(map(len, records.values())),
         "note": "; ".join(note for note in notes if note) or None,
         **found,
@@ -293,13 +324,14 @@ def _size(task: str, results: Mapping[str, Any], records: Sequence[Record]) -> d
 
 def _value(mark: Benchmark, task: str, results: Mapping[str, Any]) -> float | None:
     """Return lmms-eval's number; None where it gave none."""
-    value = results["results"][task].get(f"{mark.metric},none")
-    if value is None:
+    values = [results["results"][task].get(f"{metric},none") for metric in mark.metrics]
+    if None in values:
         return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
-        raise TodreError(f"task {task!r}: metric {mark.metric!r} is {value!r}; expected: a number.")
-    return float(value)
+    for metric, value in zip(mark.metrics, values, strict=True):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise TodreError(f"task {task!r}: metric {metric!r} is {value!r}; expected: a number.")
+    return float(sum(values))
 
 
 def _size_notes(mark: Benchmark, sizes: Mapping[str, Mapping[str, int]]) -> Iterable[str]:
@@ -322,16 +354,50 @@ def _texts(answer: Any) -> list[str]:
     return [str(part).strip() for part in parts if part is not None]
 
 
+def _watched(mark: Benchmark, records: Mapping[str, Sequence[Record]]) -> dict[str, Any] | None:
+    """Return how often a benchmark's watched answer was given, whatever its case and full stop."""
+    if mark.watched_answer is None:
+        return None
+    answers = [record.get("filtered_resps") for group in records.values() for record in group]
+    said = [" ".join(_texts(answer)).lower().rstrip(". ") for answer in answers]
+    share = said.count(mark.watched_answer.lower()) / len(said)
+    return {"answer": mark.watched_answer, "share": share}
+
+
 def _items(mark: Benchmark, records: Mapping[str, Sequence[Record]]) -> list[list[float]] | None:
     if mark.item_metric is None:
         return None
-    items: list[list[float]] = []
+    return [[start + i, score] for _, start, i, score in _numbered(mark, mark.item_metric, records)]
+
+
+def _groups(
+    mark: Benchmark, records: Mapping[str, Sequence[Record]], pictures: Pictures
+) -> list[int] | None:
+    """Return the number of each item's image, in the order of the items; None if one is unknown.
+
+    An item without an image is by itself.
+    """
+    if mark.item_metric is None:
+        return None
+    numbers: dict[Any, int] = {}
+    found = []
+    for task, start, doc_id, _ in _numbered(mark, mark.item_metric, records):
+        shown = pictures.get((task, doc_id), UNKNOWN)
+        if shown == UNKNOWN:
+            return None
+        found.append(numbers.setdefault(shown or start + doc_id, len(numbers)))
+    return found
+
+
+def _numbered(
+    mark: Benchmark, item_metric: str, records: Mapping[str, Sequence[Record]]
+) -> Iterator[tuple[str, int, int, float]]:
+    """Yield task, number of its first item in the benchmark, ``doc_id`` and score of the items."""
     start = 0
     for task, group in records.items():
-        for number, score in item_scores(mark.item_metric, task, group):
-            items.append([start + number, score])
+        for doc_id, score in item_scores(item_metric, task, group):
+            yield task, start, doc_id, score
         start += 1 + max(record["doc_id"] for record in group)
-    return items
 
 
 def _submission(mark: Benchmark, folder: Path | None, num_items: int) -> Path:

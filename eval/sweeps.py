@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.config_keys import check_keys, with_changes
-from eval.published import LAYERS, RowSpec, models, rows, suite_rows
+from eval.known_models import num_layers_of
+from eval.published import RowSpec, models, rows, suite_rows
 from eval.runs import RUN_KEYS, Run, resolve
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import read_mapping
@@ -80,10 +81,10 @@ def table(where: str, content: Mapping[str, Any]) -> list[Run]:
 
 def _rows(name: str, version: str | None, model: str) -> list[RowSpec]:
     if model in models(name):
-        return rows(name, version, model, LAYERS.get(model))
+        return rows(name, version, model, num_layers_of(model))
     if name in _ABLATIONS:  # the same settings of ToDRE for any model
-        return rows(name, version, num_layers=LAYERS.get(model))
-    return suite_rows(name, LAYERS.get(model))
+        return rows(name, version, num_layers=num_layers_of(model))
+    return suite_rows(name, num_layers_of(model))
 
 
 def sweep(where: str, content: Mapping[str, Any], changes: Sequence[str] = ()) -> list[Run]:

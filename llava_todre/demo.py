@@ -44,6 +44,8 @@ ROW_OF_PICTURES = 5
 _ONE_SHEET = 7
 _MAX_NEW_TOKENS = 8
 _PICTURE_SCALE = 2
+_MEANS = ("kept_tokens", "mean_visual_tokens_per_layer", "withdrawn_share", "prefill_flops")
+"""What a stored run holds the means of."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def run_demo(
         for run in runs:
             progress.set_postfix_str(run.name)
             file = out / "runs" / f"{run.name}.json"
-            result = None if fresh else _finished(file, version, run)
+            result = None if fresh else _finished(file, version, run, num_images)
             if result is None:
                 result = {"version": version, "run": asdict(run)}
                 result |= _evaluate(run, samples, ask, model, progress)
@@ -346,11 +348,25 @@ def _fingerprint(model_path: Path, num_images: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _finished(file: Path, version: str, run: Run) -> dict[str, Any] | None:
+def _finished(file: Path, version: str, run: Run, num_images: int) -> dict[str, Any] | None:
     """Return the stored result of a run, unless it is absent, damaged or of something else."""
     try:
-        result: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError):
+        result: Any = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(result, dict):
         return None
     same = result.get("version") == version and result.get("run") == asdict(run)
-    return result if same else None
+    return result if same and _is_whole(result, num_images) else None
+
+
+def _is_whole(result: dict[str, Any], num_images: int) -> bool:
+    """Return whether a stored run has an answer to every question, and its means."""
+    means = (result.get(key) for key in _MEANS)
+    return all(isinstance(mean, (int, float)) for mean in means) and all(
+        isinstance(result.get(part), dict)
+        and isinstance(result[part].get(task), list)
+        and len(result[part][task]) == num_images
+        for part in ("hits", "answers")
+        for task in TASKS
+    )

@@ -1,4 +1,6 @@
-"""How much text and visual tokens attend to each other in one decoder layer (ToDRE Eq. 7).
+"""How much text and visual tokens attend to each other in one decoder layer (ToDRE Eq. 8).
+
+That equation is Eq. 7 in the paper's first version.
 
 Symbols: H query heads, G key heads (grouped-query attention when G < H), R query rows, N keys, E
     head width.
@@ -48,7 +50,7 @@ def attention_mass(
 ) -> float:
     """Return the share of attention that rows pay to columns, mean over heads and rows.
 
-    This is either ratio of ToDRE Eq. 7: since every softmax row sums to one, the denominator is the
+    This is either ratio of ToDRE Eq. 8: since every softmax row sums to one, the denominator is the
     number of rows.
 
     Args:

@@ -65,7 +65,7 @@ class Kind(IntEnum):
     VISUAL = 1
     """Patch tokens."""
     TEXT = 2
-    """Text after the first visual token: the set T of ToDRE Eq. 7."""
+    """Text after the first visual token: the set T of ToDRE Eq. 8."""
     NEWLINE = 3
     """``image_newline`` tokens: visual, but without content."""
 

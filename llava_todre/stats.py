@@ -22,7 +22,7 @@ class Probe:
     dropped: int
     """Prompt tokens dropped, patch and newline tokens alike."""
     text_to_visual: float | None = None
-    """Share of the text's attention that goes to visual tokens (ToDRE Eq. 7), when measured."""
+    """Share of the text's attention that goes to visual tokens (ToDRE Eq. 8), when measured."""
     visual_to_text: float | None = None
     """Share of the visual tokens' attention that goes to the text, when measured."""
 

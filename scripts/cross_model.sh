@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second paper's table of other models: Qwen2.5-VL-7B over image and video benchmarks; why not
+# Table 3 of v2, other models: Qwen2.5-VL-7B over image and video benchmarks; why not
 # InternVL2-8B, says configs/runs/cross_model.yaml.
 # GPUS=0,1,..  LIMIT=items per task  MODEL=name or path  SUITE=one of both  OUT=folder; arguments go
 # to `python -m eval run`.

@@ -181,7 +181,7 @@ def layer_view(cls: type[LayerView] = LayerView, **given: Any) -> LayerView:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureAll(Pruner):
-    """Measures Eq. 7 after every layer and never drops anything."""
+    """Measures Eq. 8 after every layer and never drops anything."""
 
     retain_ratio: float = 1.0
     all_text: bool = False

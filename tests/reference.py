@@ -193,7 +193,7 @@ def presence(kinds: Tensor, num_layers: int, plan: dict[int, int]) -> Tensor:
 
 
 def mass(attention: Tensor, rows: Tensor, columns: Tensor) -> float:
-    """Return ToDRE Eq. 7 from an (H, N, N) map: what rows pay to columns, of all they pay."""
+    """Return ToDRE Eq. 8 from an (H, N, N) map: what rows pay to columns, of all they pay."""
     if not bool(rows.any()):
         return 0.0
     return float(attention[:, rows][:, :, columns].sum() / attention[:, rows].sum())

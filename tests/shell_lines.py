@@ -135,7 +135,7 @@ def _python(words: Words, settings: Settings) -> None:
     elif options.command in ("docs", "readme"):
         assert evaluation.main([options.command, "--check"]) == 0
     elif options.command == "compare" or (
-        options.command == "table" and all(folder.exists() for folder in options.results)
+        options.command == "table" and all(folder.exists() for folder in options.results or ())
     ):
         assert evaluation.main(rest) == 0
 

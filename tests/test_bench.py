@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,7 +74,7 @@ def test_everything_is_measured_judged_printed_and_stored(
     assert verdicts.pop("prefill speed-up at 10 % / what FLOPs allow, 7B on a GPU") == (
         "not measured"
     )
-    assert len(verdicts) == 8 and set(verdicts.values()) <= {"pass", "miss"}
+    assert len(verdicts) == 8 and set(verdicts.values()) <= {"pass", "unclear", "miss"}
     for title in ("Time of an answer", "Loads", "Selection", "What pruning adds", "Bars"):
         assert title in text
     for key in ("device", "versions", "git_commit", "torch_threads"):
@@ -160,8 +163,31 @@ def test_runs_take_turns_and_every_other_turn_is_backwards() -> None:
 
 def test_percentiles_are_of_the_ratios_turn_by_turn() -> None:
     got = timing.ratios([2.0, 6.0, 12.0], [1.0, 2.0, 3.0])
-    assert got == pytest.approx({"median": 3.0, "p20": 2.4, "p80": 3.6, "count": 3})
-    assert timing.percentiles([5.0]) == {"median": 5.0, "p20": 5.0, "p80": 5.0, "count": 1}
+    middle = {"median": 3.0, "p20": 2.4, "p80": 3.6, "count": 3}
+    assert got == pytest.approx(middle | {"low": 2.0, "high": 4.0})
+    one = timing.percentiles([5.0])
+    assert set(one.values()) == {5.0, 1}
+
+
+def test_the_interval_of_a_median_holds_it_in_95_of_100_cases() -> None:
+    """By ranks: of 20 values the 6th from either end, as tables of the sign test have it."""
+    found = timing.percentiles([float(value) for value in range(1, 21)])
+    assert (found["low"], found["high"]) == (6.0, 15.0)
+    draw = random.Random(3)
+    held = 0
+    for _ in range(500):
+        found = timing.percentiles([draw.expovariate(1.0) for _ in range(24)])
+        held += found["low"] <= math.log(2) <= found["high"]
+    assert held / 500 > 0.93
+
+
+def test_computing_time_is_not_waiting() -> None:
+    with timing.one_thread():
+        assert torch.get_num_threads() == 1
+        waited = timing.computing(lambda: time.sleep(0.05))
+        worked = timing.computing(lambda: [number**2 for number in range(200_000)])
+    assert timing.seconds(lambda: time.sleep(0.05)) >= 0.05 > 10 * waited
+    assert worked > waited
 
 
 def test_prompts_share_their_first_words_and_end_together(tiny: LlavaLlamaForCausalLM) -> None:
@@ -299,6 +325,22 @@ def test_every_goal_can_be_met_and_missed() -> None:
     assert verdicts(result("13b", True))[:2] == ["not measured"] * 2
     nothing = {"decoder": {}, "on_gpu": False, "methods": []}
     assert verdicts(nothing) == ["not measured"] * 9
+
+
+def test_a_miss_that_noise_may_explain_is_unclear() -> None:
+    def verdict(median: float, low: float, high: float, index: int = 8) -> str:
+        given = result()
+        found = {"median": median, "low": low, "high": high}
+        given["attached_but_off"] = {"added": found}
+        given["loads"] = {"per_picture": found, "batched": found}
+        return verdicts(given)[index]
+
+    assert verdict(0.009, -0.05, 0.05) == "pass"
+    assert verdict(0.046, 0.008, 0.08) == "unclear", "a machine with other work"
+    assert verdict(0.046, 0.030, 0.08) == "miss", "certain"
+    assert (
+        verdict(5.5, 5.0, 6.1, index=6) == "unclear" and verdict(5.5, 5.0, 5.9, index=6) == "miss"
+    )
 
 
 def test_on_a_gpu_a_part_is_judged_by_what_it_adds_to_the_whole() -> None:

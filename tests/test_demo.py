@@ -68,8 +68,18 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
         return evaluate(run, *rest)
 
     monkeypatch.setattr(demo, "_evaluate", spy)
-    whole = (out / "runs" / "todre_0.25.json").read_text()
-    (out / "runs" / "todre_0.25.json").write_text(whole[: len(whole) // 2])
+    file = out / "runs" / "todre_0.25.json"
+    whole = file.read_text()
+    damages = [whole[: len(whole) // 2], "null", "{}", "[]"]
+    for key in ("hits", "answers", "kept_tokens"):
+        damages.append(json.dumps({k: v for k, v in json.loads(whole).items() if k != key}))
+    damages.append(json.dumps(json.loads(whole) | {"hits": {"exist": [1]}}))
+    version, run = json.loads(whole)["version"], Run("todre", 0.25)
+    num_images = results["num_images"]
+    assert demo._finished(file, version, run, num_images) is not None
+    for damage in damages:
+        file.write_text(damage)
+        assert demo._finished(file, version, run, num_images) is None, damage[:80]
     again = small_demo(out)
     assert repeated == ["todre_0.25"]
     assert [row["accuracy"] for row in again["rows"]] == [

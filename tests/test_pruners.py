@@ -420,5 +420,5 @@ def test_without_visual_tokens_nothing_is_measured():
 @pytest.mark.parametrize("text_set", ["after_image", "all"])
 @pytest.mark.parametrize("kinds", [[SYSTEM, VISUAL], [SYSTEM, VISUAL, TEXT, VISUAL]])
 def test_a_prompt_that_ends_with_an_image_keeps_it(kinds, text_set):
-    """Its last token predicts the answer (and Eq. 7 has no value for an empty T)."""
+    """Its last token predicts the answer (and Eq. 8 has no value for an empty T)."""
     assert Todre(text_set=text_set).at_layer(measured_view(kinds, 0.0, 0.0)) is None

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from eval.bench.sizes import SIZES
 
 Result = Mapping[str, Any]
-Verdict = Literal["pass", "miss", "not measured"]
+Percentiles = Mapping[str, float]
+Verdict = Literal["pass", "miss", "unclear", "not measured"]
+"""Unclear: the median is on the wrong side, but so near that this machine's noise may be why."""
 RATIO = 0.10
 
 
@@ -21,14 +23,20 @@ class Bar:
     limit: float
     at_most: bool
     unit: Literal["", "%", "x"]
-    value: Callable[[Result], float | None]
-    """The median a result gives; None where it says nothing about this."""
+    value: Callable[[Result], Percentiles | None]
+    """What a result gives; None where it says nothing about this."""
 
-    def verdict(self, value: float | None) -> Verdict:
-        """Return whether a value is on the right side."""
-        if value is None:
+    def verdict(self, found: Percentiles | None) -> Verdict:
+        """Return whether the median is on the right side, and if not, whether that is certain."""
+        if found is None:
             return "not measured"
-        return "pass" if (value <= self.limit if self.at_most else value >= self.limit) else "miss"
+        if self._holds(found["median"]):
+            return "pass"
+        nearest = found.get("low" if self.at_most else "high", found["median"])
+        return "unclear" if self._holds(nearest) else "miss"
+
+    def _holds(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
 
     def written(self, value: float | None) -> str:
         """Return a value, or the limit, with its unit."""
@@ -41,14 +49,15 @@ def judged(result: Result) -> list[dict[str, Any]]:
     """Return a row per goal."""
     made = []
     for bar in BARS:
-        value = bar.value(result)
+        found = bar.value(result)
+        value = None if found is None else found["median"]
         made.append(
             {
                 "what": bar.what,
                 "value": value,
                 "written": bar.written(value),
                 "goal": ("at most " if bar.at_most else "at least ") + bar.written(bar.limit),
-                "verdict": bar.verdict(value),
+                "verdict": bar.verdict(found),
             }
         )
     return made
@@ -63,49 +72,50 @@ def _row(result: Result) -> Result | None:
     return None
 
 
-def _of_limit(size: str) -> Callable[[Result], float | None]:
-    def value(result: Result) -> float | None:
+def _of_limit(size: str) -> Callable[[Result], Percentiles | None]:
+    def value(result: Result) -> Percentiles | None:
         row = _row(result)
         matches = result["decoder"] == asdict(SIZES[size].decoder)
         matches = matches and (result["on_gpu"] or not SIZES[size].needs_gpu)
-        return row["prefill_of_limit"]["median"] if row is not None and matches else None
+        return row["prefill_of_limit"] if row is not None and matches else None
 
     return value
 
 
-def _selection(result: Result) -> float | None:
+def _selection(result: Result) -> Percentiles | None:
     row = _row(result)
-    return None if row is None else row["selection_of_prefill"]["median"]
+    return None if row is None else row["selection_of_prefill"]
 
 
-def _probe(index: int) -> Callable[[Result], float | None]:
-    def value(result: Result) -> float | None:
+def _probe(index: int) -> Callable[[Result], Percentiles | None]:
+    def value(result: Result) -> Percentiles | None:
         found = result.get("probe")
         return _on_top(result, found[index]) if found else None
 
     return value
 
 
-def _cls(result: Result) -> float | None:
+def _cls(result: Result) -> Percentiles | None:
     return _on_top(result, result["cls_row"]) if result.get("cls_row") else None
 
 
-def _on_top(result: Result, part: Result) -> float:
+def _on_top(result: Result, part: Result) -> Percentiles:
     """Return what a part adds: on a GPU the difference, on a CPU its own time, see ``parts``."""
-    return part["added" if result["on_gpu"] else "inside"]["median"]
+    found: Percentiles = part["added" if result["on_gpu"] else "inside"]
+    return found
 
 
-def _load(name: str) -> Callable[[Result], float | None]:
-    def value(result: Result) -> float | None:
+def _load(name: str) -> Callable[[Result], Percentiles | None]:
+    def value(result: Result) -> Percentiles | None:
         found = result.get("loads")
-        return found[name]["median"] if found else None
+        return found[name] if found else None
 
     return value
 
 
-def _off(result: Result) -> float | None:
+def _off(result: Result) -> Percentiles | None:
     found = result.get("attached_but_off")
-    return found["added"]["median"] if found else None
+    return found["added"] if found else None
 
 
 BARS = (

@@ -149,7 +149,7 @@ def measured(
         "loads": loads(model, repeats),
         "probe": probe(model, {PROBED[0]: repeats, PROBED[1]: _CHEAP * repeats}),
         "cls_row": cls_row(model, _CHEAP * repeats),
-        "attached_but_off": attached_but_off(model, PROBED[-1], 2 * _CHEAP * repeats),
+        "attached_but_off": attached_but_off(model, PROBED[-1], 4 * _CHEAP * repeats),
         "selection": selection(repeats, device),
     }
 

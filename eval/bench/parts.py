@@ -1,5 +1,8 @@
 """What pruning adds, part by part: selection, probes, the row of [CLS], and being attached at all.
 
+What is judged by a bar of few percent is measured as computing time on one thread, turn by turn: on
+a CPU with other work the clock says more about that work.
+
 Symbols: N candidate tokens, D width, K kept tokens, V views.
 """
 
@@ -15,7 +18,16 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 
 from eval.bench.answers import SYSTEM_TOKENS, picture
-from eval.bench.timing import in_turns, percentiles, ratios, say, seconds
+from eval.bench.timing import (
+    computing,
+    in_turns,
+    kind_of_time,
+    one_thread,
+    percentiles,
+    ratios,
+    say,
+    seconds,
+)
 from llava_todre.model.images import process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.vision import cls_attention
@@ -77,13 +89,15 @@ def plain_greedy(features: Tensor, budget: int) -> Tensor:
     return torch.tensor(picked, device=rows.device)
 
 
-def _steady(run: Callable[[], object]) -> float:
+def _steady(
+    run: Callable[[], object], measure: Callable[[Callable[[], object]], float] = seconds
+) -> float:
     """Return the seconds of one call; short ones are repeated, or the clock would be measured."""
-    spent = seconds(run)
+    spent = measure(run)
     if spent > _SHORT_S:
         return spent
-    times = int(_SHORT_S / spent) + 1
-    return seconds(lambda: [run() for _ in range(times)]) / times
+    times = int(_SHORT_S / max(spent, 1e-7)) + 1
+    return measure(lambda: [run() for _ in range(times)]) / times
 
 
 class _TimedWithdrawal(Withdrawal):
@@ -92,7 +106,7 @@ class _TimedWithdrawal(Withdrawal):
     spent = 0.0
 
     def begin(self, hidden_states: Tensor, cache: Cache | None) -> None:
-        self.spent += seconds(lambda: super(_TimedWithdrawal, self).begin(hidden_states, cache))
+        self.spent += computing(lambda: super(_TimedWithdrawal, self).begin(hidden_states, cache))
 
     def enter(
         self,
@@ -104,13 +118,13 @@ class _TimedWithdrawal(Withdrawal):
     ) -> LayerInputs:
         entered = []
         enter = super().enter
-        self.spent += seconds(lambda: entered.append(enter(layer, inputs, cache, flash, module)))
+        self.spent += computing(lambda: entered.append(enter(layer, inputs, cache, flash, module)))
         return entered[0]
 
     def leave(
         self, layer: int, decoder: Any, inputs: LayerInputs, output: Tensor, cache: Cache | None
     ) -> None:
-        self.spent += seconds(
+        self.spent += computing(
             lambda: super(_TimedWithdrawal, self).leave(layer, decoder, inputs, output, cache)
         )
 
@@ -138,7 +152,7 @@ def probe(model: LlavaLlamaForCausalLM, visual: Mapping[int, int]) -> list[dict[
         if withdrawal is not None:
             cache.withdrawal = withdrawal
         with torch.inference_mode():
-            spent = seconds(
+            spent = computing(
                 lambda: model.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
             )
         assert withdrawal is None or len(withdrawal.probes[0]) == len(depths)
@@ -148,14 +162,16 @@ def probe(model: LlavaLlamaForCausalLM, visual: Mapping[int, int]) -> list[dict[
     for count, repeats in visual.items():
         say(f"probes in a prompt of {count} visual tokens")
         kinds = {"without": None, "with": Withdrawal, "inside": _TimedWithdrawal}
-        timed = in_turns(
-            {name: partial(prefill, count, kind) for name, kind in kinds.items()}, repeats
-        )
+        with one_thread():
+            timed = in_turns(
+                {name: partial(prefill, count, kind) for name, kind in kinds.items()}, repeats
+            )
         plain = [spent for spent, _ in timed["without"]]
         made.append(
             {
                 "visual_tokens": count,
                 "probes": len(depths),
+                "clock": kind_of_time(),
                 "inside": ratios([inside for _, inside in timed["inside"]], plain),
                 "added": _added(ratios([spent for spent, _ in timed["with"]], plain)),
             }
@@ -181,13 +197,13 @@ def cls_row(model: LlavaLlamaForCausalLM, repeats: int) -> dict[str, Any]:
     pixels = pixels.to(model.device, model.dtype)
     pixels = pixels if pixels.ndim == 4 else pixels[None]
     layer = tower.vision_tower.encoder.layers[-1]
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         hidden = tower.vision_tower.pre_layrnorm(tower.vision_tower.embeddings(pixels))
         timed = in_turns(
             {
-                "without": lambda: seconds(lambda: tower(pixels)),
-                "with": lambda: seconds(lambda: tower(pixels, [("cls_attention", -1)])),
-                "inside": lambda: _steady(lambda: cls_attention(layer, hidden)),
+                "without": lambda: computing(lambda: tower(pixels)),
+                "with": lambda: computing(lambda: tower(pixels, [("cls_attention", -1)])),
+                "inside": lambda: _steady(lambda: cls_attention(layer, hidden), computing),
             },
             repeats,
         )
@@ -218,12 +234,13 @@ def attached_but_off(model: LlavaLlamaForCausalLM, visual: int, repeats: int) ->
             logits[name] = output.logits
 
         with torch.inference_mode():
-            return seconds(decode)
+            return computing(decode)
 
     model.set_pruner("todre", retain_ratio=1.0, probe_depths=())
-    timed = in_turns(
-        {"plain": partial(run, "plain", plain), "ours": partial(run, "ours", model)}, repeats
-    )
+    with one_thread():
+        timed = in_turns(
+            {"plain": partial(run, "plain", plain), "ours": partial(run, "ours", model)}, repeats
+        )
     return {
         "visual_tokens": visual,
         "same_logits": torch.equal(logits["plain"], logits["ours"]),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.bench.answers import STAGES
+from eval.bench.timing import CLOCK, COMPUTING
 
 Result = Mapping[str, Any]
 MISSING = "not measured"
@@ -152,7 +153,8 @@ def _selection(result: Result) -> list[list[str]]:
 
 
 def _added(result: Result) -> list[list[str]]:
-    table = [["part", "own time", "added to the whole"]]
+    own = {CLOCK: "own time", COMPUTING: "own computing time, one thread"}
+    table = [["part", own[result["probe"][0].get("clock", CLOCK)], "added to the whole"]]
     for row in result["probe"]:
         name = f"{row['probes']} probes / prefill of {row['visual_tokens']} visual tokens"
         table.append([name, _share(row["inside"]), _share(row["added"])])

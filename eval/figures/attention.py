@@ -33,7 +33,7 @@ class Observer(Pruner):
 
 
 def ratios(view: LayerView) -> dict[str, tuple[float, float]]:
-    """Return (text to visual, visual to text) of ToDRE Eq. 7, for both readings of its set T.
+    """Return (text to visual, visual to text) of ToDRE Eq. 8, for both readings of its set T.
 
     ``after_image`` is the text behind the first visual token, ``all`` every token that is not
     visual, the system prompt included.

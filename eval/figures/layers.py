@@ -36,7 +36,7 @@ SHOWN = {
 
 
 def gather(sources: Sources) -> Data:
-    """Return both ratios of Eq. 7 per layer, over questions about held-out pictures."""
+    """Return both ratios of Eq. 8 per layer, over questions about held-out pictures."""
     tokenizer, model = opened(sources.model)
     pictures = sources.pictures(PICTURES)
     samples = held_out(pictures)

@@ -107,7 +107,7 @@ def drawn(name: str, data: Data) -> Any:
     try:
         with styled():
             return spec_of(name).draw(data)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise TodreError(
             f"figure {name!r} cannot be drawn from this data ({type(error).__name__}: {error}); "
             f"make it again with `python -m eval figure {name}`."

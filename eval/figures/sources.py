@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.measured_results import checked_bench, checked_demo
+from eval.shapes import read_json
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.mini import TEST_SEED
@@ -52,11 +53,13 @@ class Sources:
         Raises:
             TodreError: the file cannot be read, or is something else.
         """
-        return _read(self.methods, "methods", {"rows", "tasks"}, "results.json of a demo")
+        found = _read(self.methods, "methods", {"rows", "tasks"}, "results.json of a demo")
+        return checked_demo(found, self.methods)
 
     def benched(self) -> Data:
         """Return a result of the bench."""
-        return _read(self.bench, "bench", {"methods", "decoder"}, "a result of `eval bench`")
+        found = _read(self.bench, "bench", {"methods", "decoder"}, "a result of `eval bench`")
+        return checked_bench(found, self.bench)
 
     def whose(self) -> str:
         """Return which model a live run was of, for the note below a figure."""
@@ -66,15 +69,10 @@ class Sources:
 
 
 def _read(file: Path, key: str, parts: set[str], allowed: str) -> Data:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TodreError(f"{key} {str(file)!r} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise TodreError(f"{key} {str(file)!r} is not JSON ({error}).") from None
+    found = read_json(file)
     if not (isinstance(found, dict) and parts <= set(found)):
         raise TodreError(f"{key} {str(file)!r} does not fit; allowed: {allowed}.")
-    return found
+    return dict(found)
 
 
 @functools.lru_cache(maxsize=1)

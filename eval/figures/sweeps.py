@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from eval.compare import relative_interval
+from eval.compare import groups_of, relative_interval
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import BLUE, PAGE, VERMILION, letter, new_figure
-from eval.matching import Run, load_runs
 from eval.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
+from eval.results import Run, load_runs
 from eval.tables import sheets
 from llava_todre.errors import TodreError
 from llava_todre.pruners.todre import Todre, TodreV1
@@ -28,7 +29,10 @@ def gather(sources: Sources, table: str) -> Data:
         sources: its ``runs``.
         table: 5, over tau, or 6, over probe layers.
     """
-    (sheet,) = sheets(table, load_runs([sources.runs]), suite=SUITE, version=OURS)
+    sheet, *others = sheets(table, load_runs([sources.runs]), suite=SUITE, version=OURS)
+    if others:
+        models = ", ".join(each.model for each in (sheet, *others))
+        raise TodreError(f"runs {str(sources.runs)!r} are of {models}; expected: one model.")
     found = {row.label: (row, sheet.used[names[0]]) for row, _, names in sheet.rows if names}
     if "vanilla" not in found or len(found) < 3:
         raise TodreError(
@@ -36,7 +40,7 @@ def gather(sources: Sources, table: str) -> Data:
             " `make reproduce-mini`."
         )
     _, full = found.pop("vanilla")
-    ours = [{"at": _setting(row)} | _scored(run, full) for row, run in found.values()]
+    ours = _ordered([{"at": _setting(row)} | _scored(run, full) for row, run in found.values()])
     return {
         "ours": ours,
         "unpruned_tokens": full["tokens"]["mean_visual_tokens_per_layer"],
@@ -68,16 +72,14 @@ def _setting(row: RowSpec) -> float | str:
 
 
 def _scored(run: Run, full: Run) -> Data:
-    pairs = [
-        (run["benchmarks"][key]["items"], full["benchmarks"][key]["items"])
-        for key in full["benchmarks"]
-    ]
+    parts = [(run["benchmarks"][key], full["benchmarks"][key]) for key in full["benchmarks"]]
+    pairs = [(ours["items"], unpruned["items"]) for ours, unpruned in parts]
     scores = [
         [each["benchmarks"][key]["score"] for key in full["benchmarks"]] for each in (run, full)
     ]
     return {
         "accuracy": relative_average(*scores),
-        "interval": list(relative_interval(pairs)),
+        "interval": list(relative_interval(pairs, [groups_of(*each) for each in parts])),
         "tokens": run["tokens"]["mean_visual_tokens_per_layer"],
         "withdrawn": 100 * run["tokens"]["withdrawn_share"],
     }
@@ -96,7 +98,23 @@ def _published(table: str, version: str) -> list[Data]:
                     "minutes": minutes + seconds / 60,
                 }
             )
-    return printed
+    return _ordered(printed)
+
+
+def _ordered(points: Sequence[Data]) -> list[Data]:
+    """Return points by their threshold or layer; several layers at once come after single ones."""
+
+    def key(point: Data) -> tuple[bool, float]:
+        if _is_single(point):
+            return False, float(Fraction(point["at"]))
+        return True, float(point["at"].startswith("4/8"))
+
+    return sorted(points, key=key)
+
+
+def _is_single(point: Mapping[str, Any]) -> bool:
+    at = point["at"]
+    return not isinstance(at, str) or ("," not in at and "all" not in at)
 
 
 def draw(data: Data, table: str) -> Any:
@@ -168,10 +186,7 @@ def _places(points: Sequence[Mapping[str, Any]], names: list[Any] | None) -> lis
 
 def _joined(points: Sequence[Mapping[str, Any]]) -> int:
     """Return how many of the points form a curve: all of tau, the single layers of the others."""
-    return sum(
-        not isinstance(p["at"], str) or ("," not in p["at"] and "all" not in p["at"])
-        for p in points
-    )
+    return sum(map(_is_single, points))
 
 
 def _shares(axes: Any, x: list[float], points: Sequence[Data], cost: list[float]) -> None:

@@ -68,7 +68,9 @@ def of_runs(
     first = runs[next(iter(logged))]
     expected = _expected(folder, first)
     for benchmark, part in first["benchmarks"].items():
-        if part["items"] is None or "+" in part["task"]:  # several tasks share their numbers
+        if part["items"] is None or "+" in part.get(
+            "task", "+"
+        ):  # several tasks share their numbers
             continue
         scores = {label: _scores(runs[label], benchmark) for label in logged}
         for place, (doc_id, _) in zip(found, part["items"], strict=False):

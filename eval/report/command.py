@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from eval.compare import read_json
+from eval.measured_results import checked_demo
 from eval.report import charts, demo, runs
+from eval.shapes import read_json
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
@@ -55,5 +56,5 @@ def report(folder: Path, model_path: str | None = None) -> str:
     stored = [] if demo.is_demo(results) else runs.stored(folder)
     tokenizer, model, _, _ = load_pretrained_model(model_path or bundled_checkpoint())
     if not stored:
-        return demo.report(results, model, tokenizer, charts.of_demo(file))
+        return demo.report(checked_demo(results, file), model, tokenizer, charts.of_demo(file))
     return runs.report(stored, folder, model, tokenizer, charts.of_runs(folder))

@@ -18,11 +18,13 @@ def origin(stored: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, A
         stored: result files; where they differ, all values are told.
         configs: one per run.
     """
-    times = sorted({str(each["time_utc"]) for each in stored})
+    times = sorted({str(each.get("time_utc")) for each in stored})
     rows = [["time (UTC)", " to ".join(dict.fromkeys((times[0], times[-1])))]]
     rows += [[key, _values(each.get(key) for each in stored)] for key in _KEYS if key in stored[0]]
-    packages = dict.fromkeys(name for each in stored for name in each["versions"])
-    rows += [[name, _values(each["versions"].get(name) for each in stored)] for name in packages]
+    packages = dict.fromkeys(name for each in stored for name in each.get("versions", {}))
+    rows += [
+        [name, _values(each.get("versions", {}).get(name) for each in stored)] for name in packages
+    ]
     settings = text("\n".join(json.dumps(config) for config in configs))
     block = Html(f'<div class="wide"><pre>{settings}</pre></div>')
     return [

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.all_runs import as_tables
 from eval.drawing import Table, stacked
-from eval.matching import Run, load_runs, model_key
-from eval.published import models
+from eval.matching import model_key
+from eval.published import table_spec
 from eval.report.answers import of_runs
 from eval.report.origin import origin
-from eval.report.page import Html, heading, page, paragraph, table
+from eval.report.page import Html, folded, heading, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, answers, with_pictures
+from eval.results import Run, load_runs
 from eval.tables import sheets
 from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.arguments import draws, item_seed, with_seed
@@ -30,7 +32,7 @@ _TABLES = {
     "cross_model": None,
 }
 """Tables of the papers that runs fill, and which version of the paper where they differ."""
-_OF_THE_PAPER_ONLY = ("2", "cross_model")  # not drawn for models that are not in it
+_OF_THEIR_BENCHMARKS = ("2", "cross_model")  # not drawn of other benchmarks
 
 
 def stored(folder: Path) -> list[Run]:
@@ -63,6 +65,7 @@ def report(
         _lead(runs),
         [
             ("Tables", _tables(runs)),
+            ("All runs", _all(runs)),
             ("Figures", charts),
             ("Pictures and answers", _examples(done, folder, model, tokenizer)),
             ("Failed runs", [table(["run", "reason"], failed, left=2)] if failed else []),
@@ -86,14 +89,23 @@ def _tables(runs: Sequence[Run]) -> list[Html]:
     parts: list[Html] = []
     told: set[str] = set()
     for suite in dict.fromkeys(str(run["config"]["suite"]) for run in runs):
-        keys = {model_key(run) for run in runs if run["config"]["suite"] == suite}
+        has = {key for run in runs if run["config"]["suite"] == suite for key in run["benchmarks"]}
         for number, version in _TABLES.items():
-            if number in _OF_THE_PAPER_ONLY and not keys & set(models(number)):
+            if number in _OF_THEIR_BENCHMARKS and not has & set(table_spec(number).benchmarks):
                 continue
             for sheet in sheets(number, runs, suite, version=version):
                 if set(sheet.used) - told:
                     parts += _as_html(stacked(sheet))
                     told |= set(sheet.used)
+    return parts
+
+
+def _all(runs: Sequence[Run]) -> list[Html]:
+    """Return every run once, whether it is in one of the tables or not."""
+    parts: list[Html] = []
+    for made in as_tables(runs):
+        drawn = table(made.header, made.rows, made.left, wraps=False)
+        parts.append(folded(made.title, drawn, *(paragraph(note, "note") for note in made.notes)))
     return parts
 
 

@@ -161,6 +161,13 @@ class Shown:
     seconds: tuple[float, ...] = ()
     """When each frame of the video is seen, as far as the file tells."""
 
+    @property
+    def name(self) -> str | None:
+        """What stands for all of it, the same for every item that shows it; None for nothing."""
+        if not self.digests:
+            return None
+        return hashlib.sha256(_as_json(self.digests).encode()).hexdigest()[:16]
+
 
 def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Shown:
     """Return what an item shows.

@@ -15,10 +15,14 @@ A line is an item and its answer:
     prefill_flops, prefill_flops_unpruned
     seconds                         of the batch, waiting for its pictures included, per item; the
                                     first question about a picture pays for what all of them share
+    cpu_seconds                     the same in time that the processors computed for this process,
+                                    which other work on the machine hardly changes
     peak_memory_mib                 of the process so far, on GPUs if it uses any
+    pictures                        hash of the pictures or the video, or null: items about the same
+                                    ones are no independent draws
 
-Every process writes to a file of its own and reads those of all. A line that a kill cut short is as
-if it were not there.
+Every process writes to a file of its own and reads those of all. A line that a kill cut short, or
+that is damaged otherwise, is as if it were not there: its item is answered again.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,17 @@ from llava_todre.files import write_whole
 Line = dict[str, Any]
 Place = tuple[str, int, int]
 """Hash of the batch, ``doc_id``, ``repeat``."""
+_TEXTS = ("task", "split", "batch", "prompt", "answer")
+_NUMBERS = (
+    "doc_id",
+    "repeat",
+    "visual_tokens",
+    "kept_tokens",
+    "mean_visual_tokens_per_layer",
+    "seconds",
+    "peak_memory_mib",
+)
+_OR_NULL = ("withdrawn_from", "prefill_flops", "prefill_flops_unpruned")
 
 
 class AnswerLog:
@@ -108,9 +124,24 @@ def _lines(file: Path) -> Iterator[Line]:
     for text in file.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:  # the last line before a kill, or nothing
+        except (ValueError, RecursionError):  # the last line before a kill, or nothing
             continue
-        yield line
+        if _is_whole(line):
+            yield line
+
+
+def _is_whole(line: Any) -> bool:
+    """Return whether a line holds everything that is read from it."""
+    return (
+        isinstance(line, dict)
+        and all(key in line and (line[key] is None or _is_number(line[key])) for key in _OR_NULL)
+        and all(isinstance(line.get(key), str) for key in _TEXTS)
+        and all(_is_number(line.get(key)) for key in _NUMBERS)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def _stem(task: str, split: str) -> str:

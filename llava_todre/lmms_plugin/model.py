@@ -171,7 +171,7 @@ class LlavaTodre(lmms):
         ):
             memory = Memory()
             for batch in batches:
-                start = time.perf_counter()
+                start = Moment()
                 look = next(looked_at)
                 lines = self._team.agreed(look.finished)
                 if lines is None:
@@ -226,7 +226,8 @@ class LlavaTodre(lmms):
             if all(lines):
                 return Look(name, finished=[line for line in lines if line])
             pairs = zip(batch.items, shown, strict=True)
-            return Look(name, [self._request(item, visuals) for item, visuals in pairs])
+            requests = [self._request(item, visuals) for item, visuals in pairs]
+            return Look(name, requests, [visuals.name for visuals in shown])
 
     def _shown(self, item: Item) -> Shown:
         document = self.task_dict[item.task][item.split][item.doc_id]
@@ -246,14 +247,14 @@ class LlavaTodre(lmms):
             self._views.pop(next(iter(self._views)))
         return Request(item.prompt, views, shown.is_video, shown.seconds)
 
-    def _compute(self, batch: Batch, look: Look, memory: Memory, start: float) -> list[Line]:
+    def _compute(self, batch: Batch, look: Look, memory: Memory, start: Moment) -> list[Line]:
         """Return the lines of a batch and log them.
 
         Args:
             batch: the items.
             look: what they show.
             memory: of the pictures before.
-            start: when the wait for this batch began, on the performance counter.
+            start: when the wait for this batch began.
         """
         settings, until = generation(batch.items[0].gen_kwargs, self.max_new_tokens)
         if draws(self.pruner):
@@ -264,7 +265,7 @@ class LlavaTodre(lmms):
         with _named(batch):
             remembered = memory if batch.asks_again else None
             given = self._backend.answer(look.requests, remembered, settings)
-        seconds = (time.perf_counter() - start) / len(batch.items)
+        spent = {key: now / len(batch.items) for key, now in Moment().since(start).items()}
         lines = [
             {
                 "task": item.task,
@@ -275,10 +276,11 @@ class LlavaTodre(lmms):
                 "prompt": item.prompt,
                 "gen_kwargs": dict(item.gen_kwargs),
                 **self._told(result, until),
-                "seconds": seconds,
+                **spent,
                 "peak_memory_mib": peak_memory_mib(self.device),
+                "pictures": pictures,
             }
-            for item, result in zip(batch.items, given, strict=True)
+            for item, result, pictures in zip(batch.items, given, look.pictures, strict=True)
         ]
         if self._log:
             self._log.append(lines)
@@ -317,11 +319,28 @@ class LlavaTodre(lmms):
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Now, on the clock, and in the time that this process has computed."""
+
+    seconds: float = field(default_factory=time.perf_counter)
+    cpu_seconds: float = field(default_factory=time.process_time)
+
+    def since(self, start: Moment) -> dict[str, float]:
+        """Return what has passed since an earlier moment."""
+        return {
+            "seconds": self.seconds - start.seconds,
+            "cpu_seconds": self.cpu_seconds - start.cpu_seconds,
+        }
+
+
+@dataclass(frozen=True)
 class Look:
     """What is known about a batch before the model runs."""
 
     name: str
     requests: list[Request] = field(default_factory=list)
+    pictures: list[str | None] = field(default_factory=list)
+    """Per item what stands for its pictures."""
     finished: list[Line] | None = None
     """The lines of an earlier start."""
 

@@ -127,7 +127,7 @@ class LayerView:
         return attention_rows(self.queries(rows), self.keys(), rows, self.scaling)
 
     def attention_ratios(self, text: Tensor) -> tuple[float, float]:
-        """Return (text to visual, visual to text) attention shares of ``layer``, ToDRE Eq. 7.
+        """Return (text to visual, visual to text) attention shares of ``layer``, ToDRE Eq. 8.
 
         The second is exactly 0 unless some text of the set precedes some visual token, because
         attention is causal.

@@ -38,7 +38,7 @@ class Todre(Pruner):
     Stage 1 keeps a diverse subset, grown greedily from a pivot token by cosine similarity in the
     embedding space of the decoder (section 4.1, Algorithm 1). Stage 2 measures the attention
     between text and visual tokens after the probe layers and withdraws all visual tokens from the
-    following layer on once both shares are below ``tau`` (section 4.2, Eq. 7). Where the paper is
+    following layer on once both shares are below ``tau`` (section 4.2, Eq. 8). Where the paper is
     silent: kept tokens stay in reading order, probe layers are ``floor(depth * layers)`` counted
     from 0, and T is the text after the first visual token.
     """
@@ -65,9 +65,9 @@ class Todre(Pruner):
     probe_depths: tuple[float, ...] = (7 / 8,)
     """Depths in (0, 1] at which Stage 2 measures; () switches Stage 2 off."""
     tau: float = 0.10
-    """Threshold on both attention shares of Eq. 7."""
+    """Threshold on both attention shares of Eq. 8."""
     text_set: TextSet = "after_image"
-    """The set T of Eq. 7: text after the first visual token, or ``all`` text including the system
+    """The set T of Eq. 8: text after the first visual token, or ``all`` text including the system
     prompt."""
     seed: int = 0
     """For ``pivot = "random"``."""

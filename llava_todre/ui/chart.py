@@ -1,4 +1,4 @@
-"""The two attention ratios of ToDRE Eq. 7 over the decoder layers, as SVG that fits any width."""
+"""The two attention ratios of ToDRE Eq. 8 over the decoder layers, as SVG that fits any width."""
 
 from __future__ import annotations
 

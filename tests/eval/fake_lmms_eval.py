@@ -20,6 +20,8 @@ from llava_todre.lmms_plugin.log import AnswerLog
 
 SIZE = 96
 STATS = {
+    "prompt": "A question?",
+    "answer": "yes",
     "visual_tokens": 320,
     "kept_tokens": 80,
     "mean_visual_tokens_per_layer": 81.5,
@@ -27,6 +29,7 @@ STATS = {
     "prefill_flops": 1e9,
     "prefill_flops_unpruned": 4e9,
     "seconds": 0.25,
+    "cpu_seconds": 0.5,
     "peak_memory_mib": 100.0,
 }
 
@@ -70,7 +73,17 @@ def evaluate(options: argparse.Namespace, fault: str) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(options.pause)
                 place = {"task": task, "split": "test", "doc_id": doc_id, "repeat": 0}
-                log.append([{**place, "batch": f"batch{doc_id}", **STATS}])
+                shown = {"pictures": f"picture {doc_id // 2}"}
+                if fault == "text only" and doc_id == 0:
+                    shown = {"pictures": None, "visual_tokens": 0, "kept_tokens": 0}
+                    shown |= {"mean_visual_tokens_per_layer": 0.0, "withdrawn_from": None}
+                    shown |= {"prefill_flops": 1e6, "prefill_flops_unpruned": 1e6}
+                if fault == "old log":
+                    shown = {"pictures": None, "cpu_seconds": None}
+                line = {**place, "batch": f"batch{doc_id}", **STATS, **shown}
+                if fault == "old log":
+                    del line["pictures"], line["cpu_seconds"]
+                log.append([line])
             score = zlib.crc32(f"{task} {doc_id} {arguments['method']}".encode()) % 2
             samples[task].append({"doc_id": doc_id, "exact_match": float(score)})
     write(options, fault, samples)

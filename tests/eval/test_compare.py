@@ -16,15 +16,15 @@ from eval import compare as module
 from eval.compare import (
     compare,
     difference_interval,
+    drawn_over,
+    groups_of,
     is_mean,
     mcnemar,
     mean_interval,
     paired_means,
-    read_run,
     relative_interval,
     render,
 )
-from eval.matching import load_runs
 from llava_todre import TodreError
 from llava_todre.intervals import RESAMPLES
 
@@ -44,6 +44,7 @@ def result(name: str, benchmarks: dict[str, Any], **changes: Any) -> dict[str, A
         else {
             "score": 100 * sum(score for _, score in items) / len(items),
             "scale": "percent",
+            "num_samples": len(items),
             "status": "complete",
             "items": [list(item) for item in items],
         }
@@ -54,7 +55,7 @@ def result(name: str, benchmarks: dict[str, Any], **changes: Any) -> dict[str, A
         "name": name,
         "status": "complete",
         "error": None,
-        "config": {"model": {}, "options": {}},
+        "config": {"model": {}, "method": "todre", "options": {}, "suite": "image"},
         "benchmarks": stored,
     } | changes
 
@@ -129,6 +130,77 @@ def test_intervals_equal_a_plain_loop_over_items() -> None:
     assert relative_interval(pairs) == pytest.approx(share, abs=1.0)
     single = middle([100 * means[0][0] for means in slow])
     assert mean_interval(pairs[0][0]) == pytest.approx(single, abs=1.7)
+
+
+def clustered(seed: int, num_images: int) -> tuple[Items, Items, dict[int, int]]:
+    """Return two runs on images with one to six questions each, hard images hard throughout."""
+    stream = random.Random(seed)
+    first: Items = []
+    second: Items = []
+    images = {}
+    for image in range(num_images):
+        chance = stream.choice((0.1, 0.95))
+        for _ in range(stream.randint(1, 6)):
+            images[len(first)] = image
+            first.append((len(first), float(stream.random() < chance)))
+            second.append((len(second), float(stream.random() < chance)))
+    return first, second, images
+
+
+def test_images_are_drawn_with_all_of_their_items() -> None:
+    first, second, images = clustered(1, 80)
+    stream = random.Random(5)
+    items_of: dict[int, list[int]] = {}
+    for doc_id, image in images.items():
+        items_of.setdefault(image, []).append(doc_id)
+    leads, means = [], []
+    for _ in range(6_000):
+        drawn_images = stream.choices(list(items_of), k=len(items_of))
+        picked = [doc_id for image in drawn_images for doc_id in items_of[image]]
+        means.append(100 * sum(first[i][1] for i in picked) / len(picked))
+        leads.append(means[-1] - 100 * sum(second[i][1] for i in picked) / len(picked))
+    assert mean_interval(first, images) == pytest.approx(middle(means), abs=1.2)
+    assert difference_interval([(first, second)], [images]) == pytest.approx(middle(leads), abs=1.2)
+    assert width(mean_interval(first, images)) > 1.3 * width(mean_interval(first))
+
+
+def test_eighteen_answers_that_are_one_are_worth_one() -> None:
+    """As in POPE, if an image decides: 50 images are 50 draws, not 900."""
+    hits = drawn(3, 50, 0.6)
+    repeated = [(18 * i + n, score) for i, score in hits for n in range(18)]
+    images = {doc_id: doc_id // 18 for doc_id, _ in repeated}
+    assert mean_interval(repeated, images) == mean_interval(hits)
+    assert width(mean_interval(repeated)) == pytest.approx(
+        width(mean_interval(hits)) / 18**0.5, 0.1
+    )
+
+
+def test_a_benchmark_says_what_is_drawn() -> None:
+    stored = {"items": [[0, 1.0], [1, 0.0], [2, 1.0]], "score": 66.7, "scale": "percent"}
+    assert (groups_of(stored), drawn_over(stored)) == (None, module.UNKNOWN)
+    alone = stored | {"groups": [0, 1, 2]}
+    assert (groups_of(alone), drawn_over(alone)) == (None, "items")
+    shared = stored | {"groups": [0, 1, 1]}
+    assert (groups_of(shared), drawn_over(shared)) == ({0: 0, 1: 1, 2: 1}, "images")
+    assert groups_of(stored, shared) == groups_of(shared), "one of two runs knows"
+
+
+def test_a_comparison_tells_what_was_drawn() -> None:
+    first, second, images = clustered(2, 30)
+
+    def run(name: str, items: Items, **more: Any) -> dict[str, Any]:
+        found = result(name, {"pope": items, "gqa": items})
+        found["benchmarks"]["pope"] |= more
+        return found
+
+    with_images = {"groups": [images[i] for i, _ in first]}
+    pair = run("a", first, **with_images), run("b", second)
+    rows = {row.benchmark: row for row in compare(*pair)}
+    assert rows["pope"].interval == difference_interval([(first, second)], [images])
+    assert rows["gqa"].interval == difference_interval([(first, second)])
+    text = render(*pair)
+    assert "over images: pope; over items (whether they share images is not on record): gqa" in text
+    assert "takes items about one image for independent" in text
 
 
 def test_a_paired_interval_is_narrower_than_one_of_strangers() -> None:
@@ -279,40 +351,3 @@ def test_the_command_reads_two_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     line = next(line for line in capsys.readouterr().out.splitlines() if line[:3] == "gqa")
     p_value = compare(result("a", {"gqa": first}), result("b", {"gqa": second}))[0].p_value
     assert line.endswith(f"{p_value:.2g}")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"name": 3}, "has name 3; allowed: text"),
-        ({"status": "weird"}, "has status 'weird'; allowed: complete, failed"),
-        ({"config": 3}, "has config 3; allowed: keys"),
-        ({"config": {"model": {}, "options": []}}, "has config.options"),
-        ({"benchmarks": [1]}, "has benchmarks"),
-        ({"benchmarks": {"gqa": 1}}, "has benchmarks.gqa 1"),
-        ({"benchmarks": {"gqa": {"score": "high"}}}, "has gqa.score 'high'; allowed: a number"),
-        ({"benchmarks": {"gqa": {"score": float("nan")}}}, "has gqa.score nan"),
-        ({"benchmarks": {"gqa": {"items": [[0, "x"], 3]}}}, "has gqa.items"),
-    ],
-)
-def test_a_damaged_run_is_one_line_with_file_and_key(
-    tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    file = tmp_path / "a.json"
-    file.write_text(json.dumps(result("a", {"gqa": paired(4, 5)[0]}) | change))
-    for read in (read_run, lambda file: load_runs([file.parent])):
-        with pytest.raises(TodreError, match=message) as caught:
-            read(file)
-        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_no_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(TodreError, match="cannot be read"):
-        read_run(tmp_path / "missing.json")
-    file = tmp_path / "cut.json"
-    file.write_text("{")
-    with pytest.raises(TodreError, match="is not JSON"):
-        read_run(file)
-    file.write_text('{"format": 2, "benchmarks": {}}')
-    with pytest.raises(TodreError, match="not the result of a run"):
-        read_run(file)

@@ -300,8 +300,8 @@ def _wrong(tmp_path: Path) -> Iterator[tuple[list[str], str]]:
     results = Sources().demo()
     del results["rows"][0]["first_token_speedup"]
     old.write_text(json.dumps(results))
-    yield ["radar", "--methods", str(empty)], "'radar' cannot be made of the stored results"
-    yield ["pareto", "--methods", str(old)], "results (KeyError: 'first_token_speedup')"
+    yield ["radar", "--methods", str(empty)], "has no runs; expected: keys"
+    yield ["pareto", "--methods", str(old)], "has no rows.0.first_token_speedup; expected: keys"
     yield ["paretto"], "figure 'paretto' is unknown. Did you mean 'pareto'? Allowed: all, decoding,"
     yield ["layers", "--samples", "0"], "samples 0 is out of range"
     yield ["pareto", "--methods", str(tmp_path / "no.json")], "no.json' cannot be read"

@@ -115,6 +115,42 @@ def test_time_is_that_of_the_scored_items_and_shared_by_processes(tmp_path: Path
     assert complete(split, work, log_dir, processes=2)["seconds"] == pytest.approx(18 * 0.25)
 
 
+def test_means_are_over_prompts_that_show_something(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    """ScienceQA has questions without an image, on which nothing can be pruned."""
+    assert evaluate("--limit", "3", fault="text only")[0] == 0
+    found = records(tmp_path / "out")["todre"]
+    tokens = found["tokens"]
+    tasks = len(found["benchmarks"])
+    assert (tokens["prompts"], tokens["prompts_with_visuals"]) == (3 * tasks, 2 * tasks)
+    assert (tokens["visual_tokens"], tokens["kept_tokens"]) == (320, 80)
+    assert (tokens["prefill_flops"], tokens["withdrawn_share"]) == (1e9, 0.0)
+    assert evaluate("--limit", "1", fault="text only")[0] == 0  # nobody saw anything
+    tokens = next(
+        json.loads(file.read_text())["tokens"] for file in (tmp_path / "out").glob("*limit1-*.json")
+    )
+    assert tokens["prompts_with_visuals"] == 0 and tokens["kept_tokens"] is None
+
+
+def test_computing_time_and_images_of_items_come_from_the_log(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert evaluate("--limit", "4")[0] == 0
+    found = records(tmp_path / "out")["todre"]
+    assert found["cpu_seconds"] == 4 * 0.5 * len(found["benchmarks"])
+    assert {tuple(mark["groups"]) for mark in found["benchmarks"].values()} == {(0, 0, 1, 1)}
+
+
+def test_a_log_of_an_earlier_version_tells_neither(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert evaluate(fault="old log")[0] == 0
+    found = records(tmp_path / "out")["todre"]
+    assert found["cpu_seconds"] is None
+    assert {mark["groups"] for mark in found["benchmarks"].values()} == {None}
+
+
 def test_what_is_done_is_not_done_again(evaluate: Callable[..., Any], tmp_path: Path) -> None:
     evaluate()
     before = {file: file.read_bytes() for file in (tmp_path / "out").glob("*.json")}

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -308,6 +309,8 @@ def test_a_run_stopped_between_questions_about_one_picture_ends_alike(
         return without_times(read_answers(folder))
 
     whole = lines(tmp_path / "whole")
+    shown = Counter(line["pictures"] for line in whole)
+    assert len(shown) == 4 and set(shown.values()) == {3}, "items about one picture share its name"
     with monkeypatch.context() as patch:
         Calls(patch, fail_at=fail_at)
         with pytest.raises(RuntimeError):
@@ -463,9 +466,8 @@ def whole(documents, tmp_path_factory):
 
 
 def without_times(lines):
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "peak_memory_mib")} for line in lines
-    ]
+    times = ("seconds", "cpu_seconds", "peak_memory_mib")
+    return [{k: v for k, v in line.items() if k not in times} for line in lines]
 
 
 @pytest.mark.parametrize("finished", [0, 1, 2])
@@ -605,7 +607,9 @@ def test_a_line_tells_what_the_answer_took(documents, whole):
     assert line["withdrawn_from"] == stats.withdrawn_from
     assert 0 < line["prefill_flops"] < line["prefill_flops_unpruned"]
     assert line["seconds"] > 0 and line["peak_memory_mib"] > 100
+    assert line["cpu_seconds"] > 0 and len(line["pictures"]) == 16
     text_only = whole[1][1]
+    assert text_only["pictures"] is None
     assert text_only["visual_tokens"] == text_only["kept_tokens"] == 0
     assert text_only["prefill_flops"] == text_only["prefill_flops_unpruned"]
 

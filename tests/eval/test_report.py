@@ -131,7 +131,10 @@ def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
     count = run["benchmarks"]["count"]
     item, score = next(pair for pair in count["items"] if pair[1] == 0.0)
     count["items"] = [[item, score]]
-    line = {"task": count["task"], "split": "test", "doc_id": item, "repeat": 0}
+    line = {"task": count["task"], "split": "test", "doc_id": item, "repeat": 0, "batch": "b"}
+    numbers = ("visual_tokens", "kept_tokens", "mean_visual_tokens_per_layer", "prefill_flops")
+    numbers += ("prefill_flops_unpruned", "seconds", "peak_memory_mib")
+    line |= {"withdrawn_from": None, **dict.fromkeys(numbers, 1)}
     line |= {"prompt": "How <many>?", "answer": "nine & more"}
     log = tmp_path / "logs" / name
     (log / "abc").mkdir(parents=True)
@@ -151,6 +154,14 @@ def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
     text = report(tmp_path)
     assert "How &lt;many&gt;?" in text and "nine &amp; more" in text
     assert read(text).marks == ["wrong"] and "kept by" not in text
+
+
+def test_a_run_of_no_table_stands_among_all_runs(tmp_path: Path) -> None:
+    run = json.loads(next(REPRODUCED.glob("*-todre-1-tau-0.05-*.json")).read_text())
+    run["config"]["options"] = {"retain_ratio": 0.3, "tau": 0.07}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    shutil.copy(next(REPRODUCED.glob("*vanilla*.json")), tmp_path)
+    assert "retain_ratio=0.3, tau=0.07" in read(report(tmp_path)).cells
 
 
 def test_a_failed_run_is_told_with_its_reason(tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ def test_suites_list_the_papers_benchmarks_in_the_papers_order() -> None:
         "ablation": PUBLISHED["ablation_benchmarks"],
         "mini": list(TASKS),
     }.items():
-        assert [mark.key for mark in load_suite(name).benchmarks] == columns, name
+        marks = load_suite(name).benchmarks
+        assert [mark.key for mark in marks if mark.averaged] == columns, name
+        extra = [mark.key for mark in marks if not mark.averaged]
+        assert extra == (["mme_total"] if "mme" in columns else []), name
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -63,7 +66,7 @@ def test_a_derived_suite_differs_only_in_what_it_says() -> None:
     image, local = load_suite("image"), load_suite("image_local")
     differ = [a.key for a, b in zip(image.benchmarks, local.benchmarks, strict=True) if a != b]
     assert differ == ["vizwiz", "vqav2"]
-    assert load_suite("ablation").benchmarks == image.benchmarks[:4]
+    assert load_suite("ablation").benchmarks == image.benchmarks[:5]
     assert not any(mark.submission for mark in local.benchmarks)
     videos = load_suite("video_local").benchmarks
     assert not any(mark.submission for mark in videos)
@@ -118,6 +121,9 @@ def test_a_suite_is_read_with_its_defaults(folder: Path) -> None:
         ("split: test", "split: 3", "split 3 is of the wrong kind"),
         ("item_metric: null", "item_metric: 3", "item_metric 3 is of the wrong kind"),
         ("note: null", "note: 3", "note 3 is of the wrong kind"),
+        ("note: null", "note: null, averaged: 1", "averaged 1 is of the wrong kind"),
+        ("note: null", "note: null, watched_answer: 1", "watched_answer 1 is of the wrong kind"),
+        ("note: null", "note: null, submission_entries: 0", "submission_entries 0 is of the wrong"),
         ("metric: m,", "", "key 'metric' is missing"),
         ("note: null", "note: null, nte: 1", "key 'nte' is unknown. Did you mean 'note'"),
         ("{one_task: 4}", "{}", "tasks {} must give a number of items"),
@@ -249,7 +255,54 @@ def test_a_score_is_on_the_papers_scale_with_its_items() -> None:
         "note": None,
         "submission": None,
         "items": [[0, 0.0], [1, 1.0]],
+        "groups": None,
+        "watched_answer": None,
+        "averaged": True,
     }
+
+
+def test_the_total_of_mme_is_the_sum_of_perception_and_cognition() -> None:
+    total = {mark.key: mark for mark in load_suite("image").benchmarks}["mme_total"]
+    assert total.metrics == ["mme_perception_score", "mme_cognition_score"] and not total.averaged
+    mark = replace(total, key="one", tasks=("a",), samples={"a": 2})
+    results = _results({"a": None}, {"a": 2})
+    results["results"]["a"] |= {
+        "mme_perception_score,none": 1510.7,
+        "mme_cognition_score,none": 350,
+    }
+    found = _one(mark, results, _samples(a=[0, 1]))
+    assert found["score"] == pytest.approx(1860.7)
+    assert (found["scale"], found["items"], found["averaged"]) == ("points", None, False)
+    del results["results"]["a"]["mme_cognition_score,none"]
+    with pytest.raises(TodreError, match=r"metric 'mme_perception_score\+mme_cognition"):
+        _one(mark, results, _samples(a=[0, 1]))
+
+
+def test_items_about_the_same_picture_are_told_across_tasks() -> None:
+    results = _results({"a": 0.5, "b": 1.0}, {"a": 2, "b": 3})
+    samples = _samples(a=[0, 1], b=[1, 1, 1])
+    shown = {("a", 0): "x", ("a", 1): "y", ("b", 0): "y", ("b", 1): None, ("b", 2): "x"}
+
+    def groups(pictures: Any) -> Any:
+        suite = Suite("s", (PAIR,), None, None)
+        return scores(suite, results, samples, None, pictures)["one"]["groups"]
+
+    assert groups(shown) == [0, 1, 1, 2, 0], "an item without a picture is by itself"
+    assert groups(shown | {("b", 2): suites.UNKNOWN}) is None
+    assert groups(None) is None, "logs of earlier versions do not tell"
+
+
+def test_the_share_of_a_watched_answer_is_told_beside_the_score() -> None:
+    vizwiz = {mark.key: mark for mark in load_suite("image").benchmarks}["vizwiz"]
+    assert vizwiz.watched_answer == "unanswerable"
+    samples = _samples(a=[0, 1, 1, 0])
+    said = ("Unanswerable.", " unanswerable", "unanswerable question", "blue")
+    for record, answer in zip(samples["a"], said, strict=True):
+        record["filtered_resps"] = [answer]
+    found = _one(
+        replace(MARK, watched_answer="unanswerable"), _results({"a": 1}, {"a": 4}), samples
+    )
+    assert found["watched_answer"] == {"answer": "unanswerable", "share": 0.5}
 
 
 @pytest.mark.parametrize(("combine", "expected"), [("mean", 75.0), ("weighted", 80.0)])

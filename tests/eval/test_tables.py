@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import random
 import re
 from pathlib import Path
 from typing import Any
@@ -15,84 +14,16 @@ import pytest
 
 from eval import drawing, table_command
 from eval.drawing import Cell, Table, render, stacked
-from eval.matching import identity, load_runs, model_key
+from eval.matching import identity, model_key
 from eval.published import TABLES, table_spec
-from eval.tables import Sheet, sheets
+from eval.results import load_runs
+from eval.seeds import members, over_seeds
+from eval.sweeps import plan
+from eval.tables import Sheet, sheets, unshown
 from llava_todre import TodreError
+from tests.eval.planted import FULL, LESS, hits, planted, pruned, scored
 
-IMAGE = table_spec("1").benchmarks
-FULL = dict(zip(IMAGE, (1500.0, 70.0, 60.0, 80.0, 65.0, 55.0, 50.0, 75.0), strict=True))
-LESS = dict(zip(IMAGE, (1350.0, 63.0, 54.0, 72.0, 58.5, 49.5, 45.0, 60.0), strict=True))
 MINI = ("colour", "where")
-
-
-def scored(score: float | None, num_samples: int = 100, **changes: Any) -> dict[str, Any]:
-    """Return a benchmark's part of a run."""
-    return {
-        "task": "some_task",
-        "metric": "exact_match",
-        "score": score,
-        "scale": "percent",
-        "num_samples": num_samples,
-        "status": "complete",
-        "note": None,
-        "submission": None,
-        "items": None,
-    } | changes
-
-
-def hits(percent: int, seed: int = 0, num_items: int = 100) -> dict[str, Any]:
-    """Return a benchmark with items of which so many are right."""
-    right = [1] * (percent * num_items // 100)
-    right += [0] * (num_items - len(right))
-    random.Random(seed).shuffle(right)
-    return scored(float(percent), num_items, items=[[i, hit] for i, hit in enumerate(right)])
-
-
-def planted(
-    method: str,
-    options: dict[str, Any] | None = None,
-    scores: dict[str, Any] | None = None,
-    model: dict[str, Any] | None = None,
-    suite: str = "image",
-    limit: int | None = None,
-    **changes: Any,
-) -> dict[str, Any]:
-    """Return a run; a plain number among the scores is a benchmark of 100 samples."""
-    benchmarks = {
-        key: scored(value) if isinstance(value, float) else value
-        for key, value in (scores or {}).items()
-    }
-    name = "_".join([method, *map(str, (options or {}).values()), suite, str(limit)])
-    return {
-        "format": 1,
-        "name": name,
-        "status": "complete",
-        "error": None,
-        "config": {
-            "model": {"key": "llava_next_7b", "protocol": "paper"} if model is None else model,
-            "method": method,
-            "options": options or {},
-            "suite": suite,
-            "limit": limit,
-            "seed": 0,
-            "batch_size": 1,
-        },
-        "benchmarks": benchmarks,
-        "seconds": 4390.2,
-        "items_per_second": 2.5,
-        "tokens": {"prefill_flops": 6.5e12},
-        "peak_memory_mib": 14336.0,
-        "time_utc": "2026-11-01T10:00:00+00:00",
-        "git_commit": "0123456789abcdef",
-        "git_dirty": False,
-        "versions": {"python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"},
-        "device": "a device",
-    } | changes
-
-
-def pruned(ratio: float = 0.10, method: str = "todre", **given: Any) -> dict[str, Any]:
-    return planted(method, {"retain_ratio": ratio}, **{"scores": LESS} | given)
 
 
 def sheet(runs: list[dict[str, Any]], table: str = "1", **given: Any) -> Sheet:
@@ -184,11 +115,6 @@ def test_a_score_of_zero_is_shown_as_zero() -> None:
     assert (row["gqa"].ours, row["gqa"].difference) == ("0.0", "-59.4")
 
 
-def test_a_complete_benchmark_without_a_score_is_an_error() -> None:
-    with pytest.raises(TodreError, match="no score for 'gqa'"):
-        sheet([pruned(scores={"gqa": scored(None)})])
-
-
 def test_different_sample_counts_are_flagged() -> None:
     found = sheet([planted("vanilla", scores=FULL), pruned(scores=LESS | {"gqa": scored(54, 99)})])
     assert cells(found, "todre 10%")["gqa"].samples == "99!"
@@ -246,6 +172,24 @@ def test_the_time_is_that_of_a_run_over_just_these_benchmarks() -> None:
     four = {key: FULL[key] for key in table_spec("4").benchmarks}
     row = cells(sheet([planted("vanilla", scores=four)], "4"), "vanilla")
     assert row["time"] == Cell("73:10", published="77:04")
+
+
+def test_a_time_that_other_work_decides_stands_in_no_table() -> None:
+    """On processors, that is: on a GPU a run is alone."""
+    four = {key: FULL[key] for key in table_spec("4").benchmarks}
+    on_cpu = planted("vanilla", scores=four, device="AMD EPYC, 2 cores")
+    row = cells(sheet([on_cpu], "4"), "vanilla")
+    assert row["time"] == Cell(published="77:04")
+    computed = on_cpu | {"cpu_seconds": 61.2}
+    row = cells(sheet([computed], "4"), "vanilla")
+    assert row["time"] == Cell("1:01", published="77:04")
+    assert "what its processors computed" in said(sheet([computed], "4"))
+    assert cells(sheet([on_cpu], "3"), "vanilla")["samples_per_s"] == Cell(published="1.5")
+    mini = [run | {"device": "AMD EPYC, 2 cores"} for run in mini_runs()]
+    assert "time" not in sheet(mini, "5", suite="mini").columns
+    assert "time:" not in said(sheet(mini, "5", suite="mini"))
+    known = [run | {"cpu_seconds": 30.0} for run in mini]
+    assert cells(sheet(known, "5", suite="mini"), "vanilla")["time"] == Cell("0:30")
 
 
 @pytest.mark.parametrize(
@@ -324,7 +268,8 @@ def test_a_run_with_a_score_comes_before_one_with_a_submission() -> None:
 
 def test_below_the_table_stand_device_versions_commits_and_number_of_runs() -> None:
     dirty = pruned(git_commit="fedcba9876543210", git_dirty=True, device="another device")
-    found = sheet([planted("vanilla", scores=FULL), dirty, pruned(0.3, name="unused")])
+    unused = planted("todre", {"retain_ratio": 0.3, "tau": 0.2}, LESS, name="unused")
+    found = sheet([planted("vanilla", scores=FULL), dirty, unused])
     assert (
         "Ours: 2 runs; a device, another device; torch 2.13.0, transformers 5.23.0;"
         " commit 0123456789, fedcba9876 with local changes."
@@ -352,12 +297,146 @@ def test_published_numbers_are_always_labelled() -> None:
             assert "not a result of this project" in said(found)
 
 
-def test_other_models_have_published_numbers_only() -> None:
-    found = sheets("cross_model", [planted("vanilla", scores=FULL)])
-    assert [s.model for s in found] == ["qwen2_5_vl_7b", "internvl2_8b"]
-    for each in found:
-        assert not any(cell.ours for _, row, _ in each.rows for cell in row.values())
-        assert "Published only" in said(each)
+def test_a_model_that_nobody_can_run_here_has_published_numbers_only() -> None:
+    qwen, internvl = sheets("cross_model", [])
+    assert (qwen.model, internvl.model) == ("qwen2_5_vl_7b", "internvl2_8b")
+    assert not any(cell.ours for _, row, _ in internvl.rows for cell in row.values())
+    assert "Published only" in said(internvl)
+    assert cells(qwen, "todre 25%")["gqa"].ours == "not run"
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"key": "qwen2_5_vl_7b"}, {"pretrained": "/data/Qwen2.5-VL-7B-Instruct"}],
+    ids=["key", "path"],
+)
+def test_finished_runs_of_other_models_stand_in_their_table(model: dict[str, Any]) -> None:
+    runs = [planted("vanilla", scores=FULL, model=model), pruned(0.25, model=model)]
+    found = sheet(runs, "cross_model")
+    row = cells(found, "todre 25%")
+    assert (row["gqa"].ours, row["gqa"].published, row["gqa"].difference) == (
+        "54.0",
+        "57.3",
+        "-3.3",
+    )
+    assert row["average"].ours == "88.8 (8 of 12)"
+    assert "no runs of this model" not in said(found) and unshown([found], runs) == []
+
+
+def test_a_model_without_a_table_of_the_papers_has_its_own_per_suite() -> None:
+    """As `MODEL=llava_1_5_7b bash scripts/table1_image.sh` ends."""
+    model = {"key": "llava_1_5_7b"}
+    runs = [
+        planted("vanilla", {"retain_ratio": 1.0}, FULL, model),
+        pruned(0.25, model=model),
+        planted("vanilla", {}, {"where": 50.0}, model, "own"),
+    ]
+    found = sheets("1", runs)
+    assert [each.model for each in found] == [
+        "llava_next_7b",
+        "llava_next_13b",
+        *2 * ["llava_1_5_7b"],
+    ]
+    image, own = found[2:]
+    assert "Suite image, in the shape of: Image benchmarks" in image.title
+    assert cells(image, "todre 25%")["average"].ours == "88.8"
+    assert cells(image, "random 10%")["gqa"].ours == "not run"
+    assert cells(own, "vanilla")["where"].ours == "50.0" and list(own.columns) == [
+        "where",
+        "average",
+    ]
+    assert unshown(found, runs) == []
+    (only,) = sheets("1", runs[:2], suite="image", model="llava_1_5_7b")
+    assert cells(only, "todre 25%") == cells(image, "todre 25%")
+
+
+def test_ablations_of_a_model_that_the_papers_did_not_ablate_are_shown() -> None:
+    model = {"key": "llava_next_13b"}
+    runs = [
+        planted("vanilla", {}, {"gqa": 60.0}, model, "ablation"),
+        planted("todre", {"retain_ratio": 1.0, "tau": 0.05}, {"gqa": 57.0}, model, "ablation"),
+    ]
+    found = sheets("5", runs)[-1]
+    assert found.model == "llava_next_13b" and "no published numbers" in found.title
+    assert cells(found, "todre stage 2, tau 0.05")["average"].ours == "95.0"
+
+
+# -------------------------------------------------------------------- runs of no printed row
+
+
+def test_every_run_with_a_budget_has_a_row_and_the_others_are_counted() -> None:
+    more = [
+        pruned(method="visionzip"),
+        planted("divprune+todre", {"retain_ratio": 0.25}, LESS, name="combined"),
+        *(planted("todre", {"retain_tokens": n}, LESS, name=f"{n}") for n in (64, 192, 128)),
+    ]
+    odd = [
+        planted("todre", {"retain_ratio": 0.1, "tau": 0.05}, LESS, name="tau"),
+        planted("todre", {"retain_ratio": 0.1, "probe_depths": [0.3]}, LESS, name="layers"),
+        planted("vanilla", {}, {"where": 50.0}, suite="mini", name="another suite"),
+    ]
+    runs = [planted("vanilla", scores=FULL), *more, *odd]
+    found = sheets("1", runs)
+    labels = [row.label for row, _, _ in found[0].rows]
+    assert labels[-3:] == ["todre, 192 tokens", "todre, 128 tokens", "todre, 64 tokens"]
+    assert labels[0] == "vanilla" and {"visionzip 10%", "divprune+todre 25%"} <= set(labels)
+    assert cells(found[0], "todre, 64 tokens")["gqa"] == Cell("54.0", samples="100")
+    assert {run["name"] for run in unshown(found, runs)} == {"tau", "layers", "another suite"}
+
+
+def test_the_command_counts_what_fits_no_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [pruned(), planted("todre", {"retain_ratio": 0.1, "tau": 0.05}, LESS, name="tau")]
+    for run in runs:
+        (tmp_path / f"{run['name']}.json").write_text(json.dumps(run))
+    line = "1 runs fit no row (python -m eval table all shows them)."
+    run_command("1", "--results", str(tmp_path))
+    assert line in capsys.readouterr().out
+    run_command("1", "--results", str(tmp_path), "--format", "csv")
+    printed, told = capsys.readouterr()
+    assert line in told and line not in printed
+    (tmp_path / "tau.json").unlink()
+    run_command("1", "--results", str(tmp_path))
+    assert "fit no row" not in capsys.readouterr().out
+
+
+def seeds_of(*scores: float, **given: Any) -> list[dict[str, Any]]:
+    """Return runs of a random method that differ in their seed."""
+    found = []
+    for seed, score in enumerate(scores):
+        run = planted("random", {"retain_ratio": 0.25}, {"gqa": hits(int(score), seed)}, **given)
+        run["config"]["seed"] = seed
+        found.append(run | {"name": f"random seed {seed}"})
+    return found
+
+
+def test_seeds_are_averaged_with_their_spread() -> None:
+    full = planted("vanilla", {}, {"gqa": hits(80)})
+    runs = [full, *seeds_of(40, 50, 60)]
+    (found,) = sheets("1", runs, model="llava_next_7b")
+    row = cells(found, "random 25%")
+    assert row["gqa"].ours == "50.0 ± 10.0"
+    assert row["average"].ours == "62.5 ± 12.5 (1 of 8)"
+    low, high = interval(row["gqa"])
+    assert 40 < low < 50 < high < 60, "of the items' means over the seeds"
+    assert "random 25%: mean ± standard deviation over seeds 0, 1, 2." in said(found)
+    assert "Ours: 4 runs" in said(found) and "seed 0 | 1 | 2" in said(found)
+    assert unshown([found], runs) == []
+
+
+def test_of_two_runs_with_one_seed_the_newest_counts() -> None:
+    first, second = seeds_of(40, 60)
+    old = first | {"time_utc": "2026-01-01", "name": "old"}
+    old["benchmarks"] = {"gqa": hits(10)}
+    merged, alone = sorted(over_seeds([old, first, second]), key=lambda run: len(members(run)))[
+        ::-1
+    ]
+    assert merged["benchmarks"]["gqa"]["score"] == 50.0 and alone == old
+    failed = first | {"status": "failed", "error": "x", "benchmarks": {}}
+    assert len(over_seeds([failed, second])) == 2
+    other = second | {"config": second["config"] | {"limit": 5}}
+    assert len(over_seeds([first, other])) == 2
 
 
 # -------------------------------------------------------------------------------- intervals
@@ -390,6 +469,50 @@ def mini_runs() -> list[dict[str, Any]]:
         planted("todre", {"retain_ratio": 1.0, "tau": 0.15}, less, **given),
         planted("visionzip", {"retain_ratio": 0.10}, less, **given),
     ]
+
+
+def test_benchmarks_at_which_the_unpruned_model_scores_0_are_in_no_count() -> None:
+    full = FULL | {"gqa": 0.0, "vqav2": scored(None, status="submission")}
+    found = sheet([planted("vanilla", scores=full), pruned(scores=LESS)])
+    average = cells(found, "todre 10%")["average"]
+    assert average.ours == "90.0 (6 of 8)"
+    assert average.difference == "-5.8"  # the papers' over the same six: 95.8
+    assert "as the unpruned model scores 0 there: GQA." in said(found)
+    nothing = sheet([planted("vanilla", scores={"gqa": 0.0}), pruned(scores={"gqa": 0.0})])
+    assert cells(nothing, "todre 10%")["average"].ours == ""
+
+
+def test_mmes_total_is_shown_and_not_averaged() -> None:
+    total = {"mme_total": scored(1800.0, scale="points", averaged=False)}
+    model = {"key": "llava_1_5_7b"}
+    full, less = (
+        planted("vanilla", {}, FULL | total, model),
+        pruned(scores=LESS | total, model=model),
+    )
+    found = sheets("1", [full, less], model="llava_1_5_7b")[0]
+    row = cells(found, "todre 10%")
+    assert (row["mme_total"].ours, row["average"].ours) == ("1800.0", "88.8")
+    papers = sheet([planted("vanilla", {}, FULL | total), pruned(scores=LESS | total)])
+    assert cells(papers, "todre 10%")["average"].ours == "88.8"
+
+
+def test_a_watched_answer_stands_beside_the_score() -> None:
+    told = scored(54.0, watched_answer={"answer": "unanswerable", "share": 0.312})
+    found = sheet([pruned(scores={"vizwiz": told})])
+    assert cells(found, "todre 10%")["vizwiz"].answers == "31% unanswerable"
+    assert "31% unanswerable" in render([found], "text")
+
+
+def test_intervals_say_what_was_drawn() -> None:
+    pope = hits(60) | {"groups": [i // 18 for i in range(100)]}
+    single = hits(60) | {"groups": [*range(100)]}
+    runs = [planted("vanilla", {}, {"pope": pope, "gqa": single, "scienceqa": hits(60)})]
+    row = cells(sheet(runs), "vanilla")
+    assert interval(row["pope"]) != interval(row["gqa"])
+    assert (
+        "bootstrap over images: POPE; over items: GQA; over items (whether they share images is"
+        " not on record): ScienceQA, paired"
+    ) in said(sheet(runs))
 
 
 def test_the_average_has_an_interval_where_all_benchmarks_have_items() -> None:
@@ -458,7 +581,7 @@ def test_runs_of_the_bundled_model_stay_out_of_the_papers_tables() -> None:
 def test_a_suite_nobody_ran_is_an_error_with_those_that_were() -> None:
     with pytest.raises(TodreError, match="suite 'minl' is unknown.*Did you mean 'mini'"):
         sheet(mini_runs(), suite="minl")
-    with pytest.raises(TodreError, match="table '2' has no counterpart"):
+    with pytest.raises(TodreError, match="table '2' has none of the benchmarks of these runs"):
         sheet(mini_runs(), "2", suite="mini")
 
 
@@ -601,3 +724,23 @@ def test_one_version_of_the_paper_can_be_shown_alone() -> None:
     assert [spec.label for spec, _, _ in found.rows].count("todre_v1 10%") == 0
     assert cells(found, "globalcom2 10%")["vizwiz"].published == "56.6"
     assert "v1 (" not in said(found)
+
+
+def test_what_a_script_plans_for_another_model_fills_its_own_table() -> None:
+    """As `MODEL=llava_1_5_7b bash scripts/table1_image.sh` does: no cell stays without a run."""
+    configs = Path(__file__).resolve().parents[2] / "configs" / "runs"
+    for name, table in (
+        ("table1_image", "1"),
+        ("table2_video", "2"),
+        ("cross_model", "cross_model"),
+    ):
+        planned = plan([configs / f"{name}.yaml"], ["model=llava_1_5_7b"])
+        assert len(planned) == {"1": 11, "2": 11, "cross_model": 3}[table]
+        runs = []
+        for run in planned:
+            stored = planted("x", scores=dict.fromkeys(run.config()["benchmarks"], 50.0))
+            runs.append(stored | {"name": run.name, "config": run.config()})
+        found = sheets(table, runs)
+        own = found[-1]
+        assert own.model == "llava_1_5_7b" and unshown(found, runs) == []
+        assert "not run" not in {cell.ours for _, row, _ in own.rows for cell in row.values()}
