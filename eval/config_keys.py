@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import parse_yaml
+
+_LONGEST_SHOWN = 80
 
 
 def check_keys(
@@ -35,10 +36,7 @@ def with_changes(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str,
         path, equals, text = line.partition("=")
         if not equals or not path:
             raise TodreError(f"set {line!r} is not of the form KEY=VALUE.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise TodreError(f"set {line!r} has a value that is not valid YAML.") from None
+        value = parse_yaml(text, f"set {line[:_LONGEST_SHOWN]!r}: the value")
         *parents, key = path.split(".")
         level = changed
         for parent in parents:

@@ -5,7 +5,6 @@ A suite is a file ``configs/suites/NAME.yaml``; ``image.yaml`` explains every ke
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,11 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval import mini_data
 from eval.items import Record, item_scores
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import read_json, read_mapping
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = ROOT / "configs" / "suites"
@@ -121,11 +119,7 @@ def prepare(suite: Suite) -> None:
 def _read(name: str) -> dict[str, Any]:
     """Return a suite's keys, with those of its base, and its defaults in every benchmark."""
     where = f"suite {name!r}"
-    try:
-        content = yaml.safe_load((SUITES / f"{name}.yaml").read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TodreError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
-    _check_mapping(where, content)
+    content = read_mapping(SUITES / f"{name}.yaml", "suite")
     for key in content:
         if key not in _SUITE_KEYS:
             raise unknown(f"{where}: key", key, _SUITE_KEYS)
@@ -343,10 +337,8 @@ def _submission(mark: Benchmark, folder: Path | None, num_items: int) -> Path:
         raise TodreError(
             f"benchmark {mark.key!r}: no submission file {mark.submission!r} in {where}."
         )
-    try:
-        entries = len(json.loads(files[-1].read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise TodreError(f"submission {str(files[-1])!r} cannot be read: {error}") from None
+    content = read_json(files[-1], "submission")
+    entries = len(content) if isinstance(content, (list, dict)) else 0
     if entries != num_items:
         raise TodreError(
             f"submission {str(files[-1])!r} has {entries} entries; expected: {num_items}."

@@ -11,14 +11,14 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import parse_yaml
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.pruners.base import require_int
 from llava_todre.pruners.method_file import named_or_from_file
 
 _STAGES = ("before.", "inside.")
+_LONGEST_SHOWN = 80
 
 
 def text(key: str, value: Any) -> str | None:
@@ -49,10 +49,7 @@ def option(value: Any) -> Any:
         return value
     if ";" in value:
         return tuple(option(part) for part in value.split(";") if part.strip())
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise TodreError(f"value {value!r} of a model argument is not valid YAML.") from None
+    parsed = parse_yaml(value, f"value {value[:_LONGEST_SHOWN]!r} of a model argument")
     return tuple(parsed) if isinstance(parsed, list) else parsed
 
 
