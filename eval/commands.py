@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from eval.launch import Launch, Report, command, execute, shell_line, stop_on_signals, visible_gpus
+from eval.outcome import lmms_eval_version
 from eval.slurm import submit
 from eval.suites import load_suite
 from eval.sweeps import plan
@@ -110,6 +111,15 @@ def _tell(report: Report, launch: Launch) -> int:
     failures = {**report.failed_before, **report.failed}
     for name, reason in failures.items():
         _say(f"FAILED {name}: {reason}")
+    if report.superseded:
+        _say(
+            f"{len(report.superseded)} results were of a suite that was edited since (or of an "
+            f"earlier version); they are in {launch.out / 'superseded'}, the runs were repeated "
+            "with the answers in their logs"
+        )
+    others = sorted(report.versions - {str(lmms_eval_version())})
+    if others:
+        _say(f"some results are of lmms-eval {', '.join(others)}; here is {lmms_eval_version()}")
     if report.failed_before and not launch.retry_failed:
         _say(f"{len(report.failed_before)} runs failed earlier; --retry-failed repeats them")
     _say(f"{len(report.done)} runs complete, {len(failures)} failed; results in {launch.out}")

@@ -4,6 +4,7 @@
     <out>/logs/<name>.txt  what lmms-eval printed
     <out>/logs/<name>/     the model's log of answers, with which an interrupted run goes on
     <out>/raw/<name>/      what lmms-eval wrote
+    <out>/superseded/      results of suites that were edited afterwards
 
 Nothing else is kept about a run, so it may be killed at any moment and started again. A lock keeps
 two commands from working on the same run; the children hold it too, and end when we do.
@@ -15,6 +16,7 @@ import ctypes
 import fcntl
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,6 +35,7 @@ import torch
 from eval.outcome import (
     complete,
     failed,
+    is_current,
     last_error,
     read_record,
     results_files,
@@ -105,9 +108,15 @@ class Report:
     """Name -> reason."""
     failed_before: dict[str, str] = field(default_factory=dict)
     """The same, of runs that were not repeated."""
+    superseded: list[str] = field(default_factory=list)
+    """Runs whose stored result was of the suite as it stood before an edit."""
+    versions: set[str] = field(default_factory=set)
+    """Of lmms-eval, in results that were found."""
 
     def add(self, record: Mapping[str, Any], is_old: bool = False) -> None:
         """Note a run that has ended, or that was found."""
+        if is_old:
+            self.versions.add(str((record.get("versions") or {}).get("lmms_eval")))
         if record["status"] == "complete":
             self.done.append(record["name"])
         else:
@@ -200,6 +209,9 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
         record = stored[run.name]
         if record is None or (record["status"] == "failed" and launch.retry_failed):
             waiting[run.name] = run
+        elif not is_current(record, run):
+            waiting[run.name] = run
+            report.superseded += [run.name] * (record["status"] == "complete")
         else:
             report.add(record, is_old=True)
     if not waiting:
@@ -228,6 +240,8 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
                     report.add(record)
                     progress.end(run, report.failed.get(run.name))
                 else:
+                    if record is not None and record["status"] == "complete":
+                        _set_aside(launch.file(run), record)
                     crew.start(run, lock)
                 del waiting[run.name]
                 if not crew.free:
@@ -241,6 +255,14 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
             progress.count(child.run.name for child in crew.children.values())
             time.sleep(_POLL_SECONDS)
     return report
+
+
+def _set_aside(file: Path, record: Mapping[str, Any]) -> None:
+    """Move a result out of the way, to where no table looks."""
+    when = re.sub(r"\D", "", str(record.get("time_utc")))
+    place = file.parent / "superseded" / f"{file.stem}.{when}.json"
+    place.parent.mkdir(exist_ok=True)
+    os.replace(file, place)
 
 
 def _check_installed(program: Sequence[str]) -> None:

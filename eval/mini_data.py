@@ -18,6 +18,7 @@ from typing import Any
 import llava_todre.mini
 from llava_todre.errors import TodreError
 from llava_todre.mini import NUM_IMAGES, TASKS, TEST_SEED, held_out
+from llava_todre.mini.heldout import check_num_images
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "tasks" / "mini" / "data"
 _SOURCES = ("heldout.py", "questions.py", "render.py", "scenes.py", "shapes.py")
@@ -31,12 +32,11 @@ def prepare(folder: Path = FOLDER, num_images: int = NUM_IMAGES) -> Path:
         num_images: rows. Row i is the same however many there are.
 
     Raises:
-        TodreError: a number below 1, no package ``datasets``, or a folder that cannot be written.
+        TodreError: such a number, no package ``datasets``, or a folder that cannot be written.
     """
-    if num_images < 1:
-        raise TodreError(f"num_images {num_images} is out of range; allowed: 1 or more.")
+    check_num_images(num_images)
     file, stamp = folder / "mini.parquet", folder / "mini.json"
-    wanted = _stamp(num_images)
+    wanted = stamp(num_images)
     if file.is_file() and stamp.is_file() and stamp.read_text() == wanted:
         return file
     draft = folder / f"draft.{os.getpid()}"
@@ -56,8 +56,8 @@ def prepare(folder: Path = FOLDER, num_images: int = NUM_IMAGES) -> Path:
     return file
 
 
-def _stamp(num_images: int) -> str:
-    """Return what the data depends on."""
+def stamp(num_images: int = NUM_IMAGES) -> str:
+    """Return what the data depends on, as text."""
     package = Path(llava_todre.mini.__file__).parent
     sources = b"".join((package / name).read_bytes() for name in _SOURCES)
     digest = hashlib.sha256(sources + Path(__file__).read_bytes()).hexdigest()

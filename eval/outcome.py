@@ -79,11 +79,17 @@ def failed(run: Run, reason: str) -> dict[str, Any]:
 
 def _record(run: Run, **outcome: Any) -> dict[str, Any]:
     origin = provenance()
+    origin["versions"]["lmms_eval"] = lmms_eval_version()
+    known = {"format": FORMAT, "name": run.name, "config": run.config()}
+    return {**known, "suite_digest": run.suite_digest, **outcome, **origin}
+
+
+def lmms_eval_version() -> str | None:
+    """Return the version of lmms-eval that is installed, if one is."""
     try:
-        origin["versions"]["lmms_eval"] = version("lmms_eval")
+        return version("lmms_eval")
     except PackageNotFoundError:
-        origin["versions"]["lmms_eval"] = None
-    return {"format": FORMAT, "name": run.name, "config": run.config(), **outcome, **origin}
+        return None
 
 
 def last_error(log: Path, returncode: int) -> str:
@@ -115,6 +121,14 @@ def read_record(file: Path) -> dict[str, Any] | None:
     except TodreError:
         return None
     return dict(record)
+
+
+def is_current(record: Mapping[str, Any], run: Run) -> bool:
+    """Return whether a stored result is of the suite as it stands now.
+
+    One from before results told that is not: nobody knows, and its answers are in the log.
+    """
+    return record.get("suite_digest") == run.suite_digest
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.config_keys import check_keys
-from eval.suites import Suite, load_suite
+from eval.suite_digest import suite_digest
+from eval.suites import Suite, check_limit, load_suite
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import read_mapping
 from llava_todre.hf.load import BACKENDS
@@ -54,7 +55,9 @@ _ALLOWED = {
 }
 _WEIGHTS = ("*.json", "*.safetensors", "*.bin", "*.model")
 _LARGE_FILE = 64 * 2**20
-"""Bytes; of larger files only the size goes into a checkpoint's fingerprint."""
+"""Bytes; of larger files a checkpoint's fingerprint takes the size and samples."""
+_SAMPLES, _SAMPLE = 512, 8192
+"""Places of a large file, and bytes at each: other weights of the same shapes differ in most."""
 _LONGEST_NAME = 120
 
 
@@ -65,7 +68,7 @@ class Run:
     model_key: str
     """Name of the model config, or the last part of an inline model's path."""
     model: Mapping[str, Any]
-    """All keys of :data:`MODEL_DEFAULTS`; for a local checkpoint its ``fingerprint`` too."""
+    """All keys of :data:`MODEL_DEFAULTS`; for local folders ``fingerprint``s too."""
     method: str
     options: Mapping[str, Any]
     """The budget, and every knob that is not the method's default."""
@@ -80,6 +83,11 @@ class Run:
     def suite(self) -> Suite:
         """The benchmarks."""
         return load_suite(self.suite_name)
+
+    @property
+    def suite_digest(self) -> str:
+        """Hash of all in the suite that can change a score."""
+        return suite_digest(self.suite)
 
     @property
     def expected(self) -> dict[str, int]:
@@ -143,12 +151,13 @@ class Run:
         frames = {mark.frames for mark in self.suite.benchmarks} - {None}
         folder = local_folder(self.model["pretrained"])
         arguments = {
-            **{key: value for key, value in self.model.items() if key != "fingerprint"},
+            **{key: self.model[key] for key in MODEL_DEFAULTS},
             "pretrained": self.model["pretrained"] if folder is None else shown_path(folder),
             "method": self.method,
             **self.options,
             "seed": self.seed,
             "max_frames": frames.pop() if frames else None,
+            "num_items": "".join(f"{task}:{count};" for task, count in self.expected.items()),
             "log_dir": log_dir,
         }
         if arguments["backend"] == "auto":
@@ -175,8 +184,8 @@ def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
     for key in ("method", "suite"):
         if not isinstance(config[key], str):
             raise TodreError(f"{where}: {key} {config[key]!r} is not a name.")
-    marks = load_suite(config["suite"]).benchmarks
-    frames = {mark.frames for mark in marks if mark.frames is not None}
+    suite = load_suite(config["suite"])
+    frames = {mark.frames for mark in suite.benchmarks if mark.frames is not None}
     if len(frames) > 1:
         raise TodreError(
             f"{where}: suite {config['suite']!r} takes {sorted(frames)} frames; allowed: one count."
@@ -184,13 +193,15 @@ def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
     if "seed" in options:
         raise TodreError(f"{where}: option 'seed' is the key 'seed' of the run; give it there.")
     limit = config.get("limit")
+    if limit is not None:
+        check_limit(where, suite, _integer(where, "limit", limit, 1))
     return Run(
         model_key=model_key,
         model=model,
         method=config["method"],
         options=canonical_options(config["method"], options),
         suite_name=config["suite"],
-        limit=limit if limit is None else _integer(where, "limit", limit, 1),
+        limit=limit,
         seed=_integer(where, "seed", config.get("seed", 0), 0),
         batch_size=_integer(where, "batch_size", config.get("batch_size", 1), 1),
     )
@@ -239,6 +250,9 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
             f"{where}: pretrained {settings['pretrained']!r} does not exist; "
             "allowed: a checkpoint's folder, or a hub id owner/name."
         )
+    clip_text = local_folder(settings["clip_text"] or "")
+    if clip_text is not None:
+        settings["clip_text_fingerprint"] = _fingerprint(clip_text)
     return key, settings
 
 
@@ -262,7 +276,7 @@ def _known_model(given: Any) -> tuple[str, dict[str, Any]]:
 def local_folder(pretrained: str) -> Path | None:
     """Return the folder of a checkpoint on disk, sought here and in the checkout; else None."""
     for folder in (Path(pretrained).expanduser(), ROOT / pretrained):
-        if folder.is_dir():
+        if pretrained and folder.is_dir():
             return folder
     return None
 
@@ -281,7 +295,13 @@ def _fingerprint(folder: Path) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
-        digest.update(file.read_bytes() if size <= _LARGE_FILE else b"")
+        with file.open("rb") as stream:
+            if size <= _LARGE_FILE:
+                digest.update(stream.read())
+                continue
+            for place in range(_SAMPLES):
+                stream.seek((size - _SAMPLE) * place // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:12]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from eval import mini_data
 from eval.items import Record, item_scores
 from llava_todre.errors import TodreError, unknown
-from llava_todre.files import read_json, read_mapping
+from llava_todre.files import parse_yaml, read_json, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = ROOT / "configs" / "suites"
@@ -61,6 +61,8 @@ class Benchmark:
     """Where the score of one item stands, see ``eval.items``; None where there is none."""
     note: str | None
     """A remark that goes into every result."""
+    block: int = 1
+    """Items are scored together in blocks of so many, which a limit must not cut."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,16 @@ def load_suite(name: str) -> Suite:
     return Suite(name, benchmarks, ROOT / include if include else None, data)
 
 
+def check_limit(where: str, suite: Suite, limit: int) -> None:
+    """Raise a TodreError if so many items of each task cannot be scored."""
+    for mark in suite.benchmarks:
+        if limit % mark.block and limit < max(mark.samples.values()):
+            raise TodreError(
+                f"{where}: limit {limit} does not fit {mark.key!r}, which is scored in blocks of "
+                f"{mark.block} items; allowed: a multiple of {mark.block}."
+            )
+
+
 def prepare(suite: Suite) -> None:
     """Make the data that a suite draws on this machine; nothing for the others."""
     if suite.data == "mini":
@@ -119,7 +131,8 @@ def prepare(suite: Suite) -> None:
 def _read(name: str) -> dict[str, Any]:
     """Return a suite's keys, with those of its base, and its defaults in every benchmark."""
     where = f"suite {name!r}"
-    content = read_mapping(SUITES / f"{name}.yaml", "suite")
+    content = parse_yaml(read_text(SUITES / f"{name}.yaml", "suite"), where)
+    _check_mapping(where, content)
     for key in content:
         if key not in _SUITE_KEYS:
             raise unknown(f"{where}: key", key, _SUITE_KEYS)
@@ -154,7 +167,7 @@ def _benchmark(where: str, key: str, values: Mapping[str, Any]) -> Benchmark:
         if name not in keys:
             raise unknown(f"{where}: key", name, keys)
     for name in keys:
-        if name not in values:
+        if name not in values and name != "block":
             raise TodreError(f"{where}: key {name!r} is missing; allowed: {', '.join(keys)}.")
     samples = values["tasks"]
     _check_mapping(f"{where}: tasks", samples)
@@ -188,6 +201,7 @@ def _check_types(where: str, mark: Benchmark) -> None:
         "metric": not isinstance(mark.metric, str),
         "submission": not isinstance(mark.submission, (str, type(None))),
         "item_metric": not isinstance(mark.item_metric, (str, type(None))),
+        "block": not _is_count(mark.block),
         "note": not isinstance(mark.note, (str, type(None))),
     }
     for name, is_wrong in wrong.items():

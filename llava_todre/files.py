@@ -200,5 +200,7 @@ def _repeated(values: Iterable[Any]) -> Any:
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    text = " ".join(str(error).split())[:_LONGEST_REASON]
-    return text if isinstance(error, (yaml.YAMLError, ValueError)) else "a value does not fit its tag"
+    text = " ".join(str(error).replace('"<unicode string>",', "").split())[:_LONGEST_REASON]
+    return (
+        text if isinstance(error, (yaml.YAMLError, ValueError)) else "a value does not fit its tag"
+    )

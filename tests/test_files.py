@@ -20,7 +20,7 @@ YAML = {
     "impossible date": ("a: 2026-02-30", "day is out of range for month|day must be in range"),
     "5,000 digits": ("a: " + "9" * 5000, "a number in line 1 is too long"),
     "5,000 hexadecimal digits": ("a: 0x" + "f" * 5000, "a number in line 1 is too long"),
-    "sexagesimal": ("a: 1" + ":59" * 100_000, "a number in line 1 is too long"),
+    "sexagesimal": ("a: 1" + ":59" * 80_000, "a number in line 1 is too long"),
     "nested": ("[" * 20_000, "nested too deeply"),
     "nested blocks": ("- " * 20_000, "nested too deeply"),
     "alias bomb": (LAUGHS, "more than 100,000 values"),

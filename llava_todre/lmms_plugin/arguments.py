@@ -38,6 +38,15 @@ def whole(key: str, value: Any) -> int:
     return int(value)
 
 
+def item_counts(value: Any) -> dict[str, int]:
+    """Return how many items each task must have, from ``task:96;other:3000``."""
+    counts: dict[str, int] = {}
+    for part in filter(None, str(value).split(";")):
+        task, _, count = part.rpartition(":")
+        counts[task] = whole("num_items", count)
+    return counts
+
+
 def option(value: Any) -> Any:
     """Return an option of a method as the method knows it.
 
@@ -54,7 +63,11 @@ def option(value: Any) -> Any:
 
 
 def build_pruner(
-    method: str, options: Mapping[str, Any], seed: int | None, arguments: Iterable[str]
+    method: str,
+    options: Mapping[str, Any],
+    seed: int | None,
+    arguments: Iterable[str],
+    default_seed: int = 0,
 ) -> tuple[Pruner, int]:
     """Return the method of a run, and the seed of the run.
 
@@ -62,14 +75,15 @@ def build_pruner(
         method: a name of the registry, two of them joined as A+B, or a YAML file that holds
             ``method`` and any of its options.
         options: model arguments that are not the model's own; they override the file's.
-        seed: of the run; when None, that of the file, or 0.
+        seed: of the run; when None, that of the file, or else ``default_seed``.
         arguments: the model's own arguments, which a misspelt option may have meant.
+        default_seed: see there.
     """
     method, knobs = named_or_from_file(method)
     _check_names(method, options, arguments)
     knobs |= {key: option(value) for key, value in options.items()}
-    chosen = knobs.pop("seed", 0) if seed is None else seed
-    knobs.pop("seed", None)
+    of_file = knobs.pop("seed", default_seed)
+    chosen = of_file if seed is None else seed
     require_int("seed", chosen)
     return with_seed(create_pruner(method, **knobs), chosen), chosen
 

@@ -9,6 +9,8 @@ A line is an item and its answer:
     task, split, doc_id, repeat     the item; repeat counts questions about one document, from 0
     batch                           hash of all that was asked together with it, pictures included
     prompt, gen_kwargs, answer      what went in and came out, as lmms-eval has it
+    failed                          only where the model cannot read the prompt: why; the answer is
+                                    empty then, and all counts are 0
     visual_tokens, kept_tokens      patch tokens before pruning, and those the decoder got
     mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
     withdrawn_from                  first decoder layer without visual tokens, or null

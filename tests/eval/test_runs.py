@@ -210,7 +210,7 @@ def test_lmms_eval_and_the_model_read_the_same_run_out_of_model_args(
     run = resolve(CONFIG | {"method": method, "options": options, "seed": 5})
     given = simple_parse_args_string(run.model_args("out, put/log"))
     assert given["log_dir"] == "'out, put/log'", "its quotes are taken off by the model"
-    own = [*runs.MODEL_DEFAULTS, "method", "seed", "log_dir", "max_frames"]
+    own = [*runs.MODEL_DEFAULTS, "method", "seed", "log_dir", "max_frames", "num_items"]
     knobs = {key: value for key, value in given.items() if key not in own}
     pruner, seed = build_pruner(given["method"], knobs, given["seed"], own)
     assert seed == 5
