@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from llava_todre.errors import TodreError, unknown
@@ -22,6 +23,16 @@ def check_keys(
     for key in required:
         if config.get(key) is None:
             raise TodreError(f"{where}: key {key!r} is missing; allowed: {', '.join(allowed)}.")
+
+
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """Let every TodreError inside begin with where it happened."""
+    try:
+        yield
+    except TodreError as error:
+        text = str(error)
+        raise TodreError(text if where in text else f"{where}: {text}") from None
 
 
 def with_changes(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:

@@ -48,6 +48,10 @@ from llava_todre.errors import TodreError
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 15.0
+_NOTHING_LOST = (
+    "Make room or choose another folder with --out; the same command then goes on with the answers "
+    "that are in the logs."
+)
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl's number of it, Linux only
 
@@ -226,6 +230,7 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
             place = str(launch.out / folder)
             raise TodreError(f"out {place!r} cannot be a folder: {error.strerror}.") from None
     with (
+        _told_with_what_to_do(launch.out),
         Progress([*waiting.values()], launch.out / "logs") as progress,
         _Crew(launch, slots) as crew,
     ):
@@ -247,9 +252,11 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
                 if not crew.free:
                     break
             for child in crew.ended():
-                record = child.record(launch)
-                write_record(launch.file(child.run), record)
-                os.close(child.lock)
+                try:
+                    record = child.record(launch)
+                    _store(launch.file(child.run), record)
+                finally:
+                    os.close(child.lock)
                 report.add(record)
                 progress.end(child.run, report.failed.get(child.run.name))
             progress.count(child.run.name for child in crew.children.values())
@@ -271,6 +278,24 @@ def _check_installed(program: Sequence[str]) -> None:
             f"{program[1]} is not installed: pip install -e '.[eval]', and then "
             "pip install --no-deps lmms_eval==0.7.3."
         )
+
+
+def _store(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a result; where that is impossible, say what to do."""
+    try:
+        write_record(file, record)
+    except TodreError as error:
+        raise TodreError(f"{error} {_NOTHING_LOST}") from None
+
+
+@contextmanager
+def _told_with_what_to_do(out: Path) -> Iterator[None]:
+    """Turn the first file that cannot be written into one line."""
+    try:
+        yield
+    except OSError as error:
+        file = str(error.filename or out)
+        raise TodreError(f"{file!r} cannot be written: {error.strerror}. {_NOTHING_LOST}") from None
 
 
 @contextmanager

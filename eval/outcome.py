@@ -56,6 +56,7 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
     _check_counts(run, results, samples)
     benchmarks = scores(run.suite, results, samples, work)
     lines = _scored_lines(log_dir, samples)
+    _mark_failed(benchmarks, lines)
     seconds = sum(line["seconds"] for line in lines) / (1 if run.is_split else processes)
     return _record(
         run,
@@ -64,11 +65,32 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
         benchmarks=benchmarks,
         seconds=seconds,
         items_per_second=len(lines) / seconds if seconds else None,
-        tokens={key: fmean(line[key] for line in lines) for key in _MEANS}
-        | {"withdrawn_share": fmean(line["withdrawn_from"] is not None for line in lines)},
+        failed_items=sum("failed" in line for line in lines),
+        tokens=_tokens([line for line in lines if "failed" not in line]),
         peak_memory_mib=max(line["peak_memory_mib"] for line in lines),
         processes=processes,
     )
+
+
+def _tokens(lines: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Return means over what was read; None where nothing was."""
+    if not lines:
+        return None
+    means = {key: fmean(line[key] for line in lines) for key in _MEANS}
+    return means | {"withdrawn_share": fmean(line["withdrawn_from"] is not None for line in lines)}
+
+
+def _mark_failed(
+    benchmarks: Mapping[str, dict[str, Any]], lines: Sequence[Mapping[str, Any]]
+) -> None:
+    """Say in the benchmarks how many of their items the model could not read, and why."""
+    for mark in benchmarks.values():
+        tasks = mark["task"].split("+")
+        reasons = [line["failed"] for line in lines if "failed" in line and line["task"] in tasks]
+        mark["failed_items"] = len(reasons)
+        if reasons:
+            text = f"{len(reasons)} items failed and count as wrong: {reasons[0]}"
+            mark["note"] = "; ".join(filter(None, (mark["note"], text.removesuffix("."))))
 
 
 def failed(run: Run, reason: str) -> dict[str, Any]:

@@ -59,6 +59,8 @@ _LARGE_FILE = 64 * 2**20
 _SAMPLES, _SAMPLE = 512, 8192
 """Places of a large file, and bytes at each: other weights of the same shapes differ in most."""
 _LONGEST_NAME = 120
+_LARGEST_SEED = 2**32 - 1
+"""Of NumPy, which lmms-eval seeds, too."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,9 @@ def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
         raise TodreError(
             f"{where}: suite {config['suite']!r} takes {sorted(frames)} frames; allowed: one count."
         )
+    budget = [key for key in ("retain_ratio", "retain_tokens") if options.get(key) is not None]
+    if len(budget) > 1:
+        raise TodreError(f"{where}: options {' and '.join(budget)} were both given; allowed: one.")
     if "seed" in options:
         raise TodreError(f"{where}: option 'seed' is the key 'seed' of the run; give it there.")
     limit = config.get("limit")
@@ -202,7 +207,7 @@ def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
         options=canonical_options(config["method"], options),
         suite_name=config["suite"],
         limit=limit,
-        seed=_integer(where, "seed", config.get("seed", 0), 0),
+        seed=_integer(where, "seed", config.get("seed", 0), 0, _LARGEST_SEED),
         batch_size=_integer(where, "batch_size", config.get("batch_size", 1), 1),
     )
 
@@ -344,7 +349,9 @@ def _as_argument(value: Any) -> str:
     return f"'{text}'" if "," in text else text
 
 
-def _integer(where: str, key: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TodreError(f"{where}: {key} {value!r} is out of range; allowed: {least} or more.")
-    return value
+def _integer(where: str, key: str, value: Any, least: int, most: int | None = None) -> int:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not is_number or value < least or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"{least} to {most}"
+        raise TodreError(f"{where}: {key} {value!r} is out of range; allowed: {allowed}.")
+    return int(value)

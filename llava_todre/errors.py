@@ -11,7 +11,7 @@ class TodreError(ValueError):
 
 
 class PromptTooLongError(TodreError):
-    """A prompt has more tokens than the model can read: bad for one question, not for the others."""
+    """A prompt is longer than the model can read: bad for one question, not for the others."""
 
 
 def unknown(key: str, value: object, allowed: Iterable[str]) -> TodreError:

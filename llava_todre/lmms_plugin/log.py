@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_todre.errors import TodreError
-from llava_todre.files import write_whole
+from llava_todre.files import unwritable, write_whole
 
 Line = dict[str, Any]
 Place = tuple[str, int, int]
@@ -56,12 +56,12 @@ class AnswerLog:
         self._finished: dict[tuple[str, str], dict[Place, Line]] = {}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
-                write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
-                write_whole(log_dir / "current", fingerprint)
         except OSError as error:
             reason = error.strerror
             raise TodreError(f"log_dir {str(log_dir)!r} cannot be used: {reason}.") from None
+        if rank == 0:
+            write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
+            write_whole(log_dir / "current", fingerprint)
 
     def finished(self, task: str, split: str) -> dict[Place, Line]:
         """Return the answers of earlier starts to a task, by all processes; read once."""
@@ -81,12 +81,19 @@ class AnswerLog:
             file = self._folder / f"{stem}.rank{self._rank}.jsonl"
             files[file] = files.get(file, "") + json.dumps(line, default=str) + "\n"
         for file, text in files.items():
-            with file.open("a+b") as stream:
-                end = stream.seek(0, os.SEEK_END)
-                if end > 0:
-                    stream.seek(end - 1)
-                    text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
-                stream.write(text.encode())
+            try:
+                _append(file, text)
+            except OSError as error:
+                raise unwritable(file, error) from None
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a+b") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        if end > 0:
+            stream.seek(end - 1)
+            text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
+        stream.write(text.encode())
 
 
 def read_answers(log_dir: Path) -> list[Line]:

@@ -316,9 +316,7 @@ class LlavaTodre(lmms):
         except PromptTooLongError as error:
             if len(requests) == 1:
                 return [str(error)]
-        return [
-            given for request in requests for given in self._given([request], memory, settings)
-        ]
+        return [given for request in requests for given in self._given([request], memory, settings)]
 
     def _told(self, result: Answer, until: tuple[str, ...]) -> Line:
         """Return the answer and what it took."""
