@@ -43,6 +43,8 @@ def item_counts(value: Any) -> dict[str, int]:
     counts: dict[str, int] = {}
     for part in filter(None, str(value).split(";")):
         task, _, count = part.rpartition(":")
+        if not task:
+            raise TodreError(f"num_items {part!r} is not of the form task:96.")
         counts[task] = whole("num_items", count)
     return counts
 
