@@ -35,18 +35,18 @@ def prepare(folder: Path = FOLDER, num_images: int = NUM_IMAGES) -> Path:
         TodreError: such a number, no package ``datasets``, or a folder that cannot be written.
     """
     check_num_images(num_images)
-    file, stamp = folder / "mini.parquet", folder / "mini.json"
+    file, claim = folder / "mini.parquet", folder / "mini.json"
     wanted = stamp(num_images)
-    if file.is_file() and stamp.is_file() and stamp.read_text() == wanted:
+    if file.is_file() and claim.is_file() and claim.read_text() == wanted:
         return file
     draft = folder / f"draft.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stamp.unlink(missing_ok=True)  # a kill between the two files leaves no wrong claim
+        claim.unlink(missing_ok=True)  # a kill between the two files leaves no wrong claim
         _write(draft, num_images)
         os.replace(draft, file)
         draft.write_text(wanted)
-        os.replace(draft, stamp)
+        os.replace(draft, claim)
     except OSError as error:
         reason = error.strerror or error
         raise TodreError(f"folder {str(folder)!r} cannot be written: {reason}.") from None

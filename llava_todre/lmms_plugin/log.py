@@ -19,8 +19,8 @@ A line is an item and its answer:
                                     first question about a picture pays for what all of them share
     peak_memory_mib                 of the process so far, on GPUs if it uses any
 
-Every process writes to a file of its own and reads those of all. A line that a kill cut short is as
-if it were not there.
+Every process writes to a file of its own and reads those of all. A line that a kill cut short, or
+that is damaged in another way, is as if it were not there.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from llava_todre.errors import TodreError
 from llava_todre.files import unwritable, write_whole
 
 Line = dict[str, Any]
+_ITEM = ("task", "split", "doc_id", "repeat", "batch", "answer")
 Place = tuple[str, int, int]
 """Hash of the batch, ``doc_id``, ``repeat``."""
 
@@ -117,9 +118,10 @@ def _lines(file: Path) -> Iterator[Line]:
     for text in file.read_bytes().split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:  # the last line before a kill, or nothing
+        except (ValueError, RecursionError):  # the last line before a kill, or nothing
             continue
-        yield line
+        if isinstance(line, dict) and all(key in line for key in _ITEM):
+            yield line
 
 
 def _stem(task: str, split: str) -> str:
