@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from llava_todre.command import run_command
+from llava_todre.errors import TodreError
 
 # What takes seconds to import is imported inside, where Ctrl-C is caught.
 
@@ -14,7 +16,7 @@ from llava_todre.command import run_command
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
-    return run_command("eval", lambda: _run(parser().parse_args(given)), "--debug" in given)
+    return run_command("eval", lambda: _run(given), "--debug" in given)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(arguments: list[str]) -> int:
     from eval import commands, compare, table_command
     from eval.bench import command as bench
     from eval.docs import check_docs, write_docs
@@ -57,6 +59,10 @@ def _run(options: argparse.Namespace) -> int:
     from eval.report import command as report
     from eval.vtw import find_layer
 
+    for argument in arguments:  # "" would be the working folder where a path is asked for
+        if argument == "" or re.fullmatch("--[a-z-]+=", argument):
+            raise TodreError(f"argument {argument!r} is empty; leave it out or give a value.")
+    options = parser().parse_args(arguments)
     match options.command:
         case "run" | "sweep":
             return commands.run(options)

@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     parsed = _parser().parse_args(arguments)
-    _COMMANDS[parsed.command](parsed[parsed.command])
+    options = parsed[parsed.command]
+    for key, value in vars(options).items():
+        if value == "" and key != "question":  # "" would be the working folder
+            raise TodreError(f"{key} '' is empty; leave it out or give a value.")
+    _COMMANDS[parsed.command](options)
     return 0
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from eval.__main__ import main as evaluation
+from llava_todre.cli import main as todre
 from llava_todre.command import run_command
 from llava_todre.errors import TodreError
 
@@ -83,3 +85,29 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(module: str, tmp_path: Pa
     )
     assert done.returncode == 130
     assert done.stderr.endswith(": interrupted\n") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convert", "--model", "x", "--out", ""], "out '' is empty"),
+        (["demo", "--out="], "out '' is empty"),
+        (["generate", "--model", "", "--image", "x", "--question", "y"], "model '' is empty"),
+        (["demo", "--num-images", "1000000000000"], "num_images 1000000000000 is out of range"),
+        (["demo", "--num-images", "-1"], "num_images -1 is out of range"),
+    ],
+)
+def test_values_that_would_be_taken_for_something_else_are_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert todre(arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["", "--out="])
+def test_empty_arguments_of_eval_are_refused(
+    argument: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*(["--out"] if not argument else []), argument]
+    assert evaluation(["run", "configs/runs/mini.yaml", "--dry-run", *given]) == 1
+    assert f"argument {argument!r} is empty" in capsys.readouterr().err
