@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
-from eval import commands, compare, server_command, submissions, table_command
-from eval.bench import command as bench
-from eval.docs import check_docs, write_docs
-from eval.figures import command as figures
-from eval.readme import check_readme, write_readme
-from eval.report import command as report
-from eval.vtw import find_layer
+from llava_todre.command import run_command
 from llava_todre.errors import TodreError
+
+# What takes seconds to import is imported inside, where Ctrl-C is caught.
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except TodreError as error:
-        print(f"eval: error: {error}", file=sys.stderr)
-        return 1
+    given = sys.argv[1:] if arguments is None else arguments
+    return run_command("eval", lambda: _run(given), "--debug" in given)
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    from eval import commands, compare, server_command, submissions, table_command
+    from eval.bench import command as bench
+    from eval.figures import command as figures
+    from eval.report import command as report
+
     whole = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
+    whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parsers = whole.add_subparsers(dest="command", required=True)
     commands.add_parsers(parsers)
     table_command.add_parser(parsers)
@@ -52,7 +52,19 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(arguments: list[str]) -> int:
+    from eval import commands, compare, server_command, submissions, table_command
+    from eval.bench import command as bench
+    from eval.docs import check_docs, write_docs
+    from eval.figures import command as figures
+    from eval.readme import check_readme, write_readme
+    from eval.report import command as report
+    from eval.vtw import find_layer
+
+    for argument in arguments:  # "" would be the working folder where a path is asked for
+        if argument == "" or re.fullmatch("--[a-z-]+=", argument):
+            raise TodreError(f"argument {argument!r} is empty; leave it out or give a value.")
+    options = parser().parse_args(arguments)
     match options.command:
         case "run" | "sweep":
             return commands.run(options)

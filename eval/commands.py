@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval.launch import Launch, Report, command, execute, shell_line, stop_on_signals, visible_gpus
+from eval.outcome import lmms_eval_version
 from eval.slurm import submit
 from eval.suites import load_suite
 from eval.sweeps import plan
+from llava_todre.command import INTERRUPTED
 from llava_todre.errors import TodreError
+from llava_todre.files import parse_yaml
 
 OUT = Path("outputs/eval")
-_INTERRUPTED = 130
 
 
 def add_parsers(commands: Any) -> None:
@@ -68,7 +68,7 @@ def add_parsers(commands: Any) -> None:
             action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="parameter of submitit, e.g. slurm_partition=gpu or timeout_min=600",
+            help="parameter of submitit: timeout_min=1440 (required), slurm_partition=gpu, ...",
         )
 
 
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
             report = execute(runs, launch)
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on where it stopped")
-        return _INTERRUPTED
+        return INTERRUPTED
     return _tell(report, launch)
 
 
@@ -110,6 +110,15 @@ def _tell(report: Report, launch: Launch) -> int:
     failures = {**report.failed_before, **report.failed}
     for name, reason in failures.items():
         _say(f"FAILED {name}: {reason}")
+    if report.superseded:
+        _say(
+            f"{len(report.superseded)} results were of a suite that was edited since (or of an "
+            f"earlier version); they are in {launch.out / 'superseded'}, the runs were repeated "
+            "with the answers in their logs"
+        )
+    others = sorted(report.versions - {str(lmms_eval_version())})
+    if others:
+        _say(f"some results are of lmms-eval {', '.join(others)}; here is {lmms_eval_version()}")
     if report.failed_before and not launch.retry_failed:
         _say(f"{len(report.failed_before)} runs failed earlier; --retry-failed repeats them")
     _say(f"{len(report.done)} runs complete, {len(failures)} failed; results in {launch.out}")
@@ -151,4 +160,4 @@ def _pairs(lines: list[str]) -> dict[str, Any]:
     for key, equals, value in pairs:
         if not (key and equals and value):
             raise TodreError(f"slurm-set {key + equals + value!r} is not of the form KEY=VALUE.")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    return {key: parse_yaml(value, f"slurm-set {key!r}: the value") for key, _, value in pairs}

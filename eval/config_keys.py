@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import yaml
-
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import parse_yaml
+
+_LONGEST_SHOWN = 80
 
 
 def check_keys(
@@ -23,6 +25,16 @@ def check_keys(
             raise TodreError(f"{where}: key {key!r} is missing; allowed: {', '.join(allowed)}.")
 
 
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """Let every TodreError inside begin with where it happened."""
+    try:
+        yield
+    except TodreError as error:
+        text = str(error)
+        raise TodreError(text if where in text else f"{where}: {text}") from None
+
+
 def with_changes(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
     """Return the config with ``key=value`` lines applied; dots lead into nested mappings.
 
@@ -35,10 +47,7 @@ def with_changes(config: Mapping[str, Any], changes: Iterable[str]) -> dict[str,
         path, equals, text = line.partition("=")
         if not equals or not path:
             raise TodreError(f"set {line!r} is not of the form KEY=VALUE.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise TodreError(f"set {line!r} has a value that is not valid YAML.") from None
+        value = parse_yaml(text, f"set {line[:_LONGEST_SHOWN]!r}: the value")
         *parents, key = path.split(".")
         level = changed
         for parent in parents:

@@ -4,6 +4,7 @@
     <out>/logs/<name>.txt  what lmms-eval printed
     <out>/logs/<name>/     the model's log of answers, with which an interrupted run goes on
     <out>/raw/<name>/      what lmms-eval wrote
+    <out>/superseded/      results of suites that were edited afterwards
 
 Nothing else is kept about a run, so it may be killed at any moment and started again. A lock keeps
 two commands from working on the same run; the children hold it too, and end when we do.
@@ -15,6 +16,7 @@ import ctypes
 import fcntl
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,6 +35,7 @@ import torch
 from eval.outcome import (
     complete,
     failed,
+    is_current,
     last_error,
     read_record,
     results_files,
@@ -45,6 +48,10 @@ from llava_todre.errors import TodreError
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 15.0
+_NOTHING_LOST = (
+    "Make room or choose another folder with --out; the same command then goes on with the answers "
+    "that are in the logs."
+)
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl's number of it, Linux only
 
@@ -105,9 +112,15 @@ class Report:
     """Name -> reason."""
     failed_before: dict[str, str] = field(default_factory=dict)
     """The same, of runs that were not repeated."""
+    superseded: list[str] = field(default_factory=list)
+    """Runs whose stored result was of the suite as it stood before an edit."""
+    versions: set[str] = field(default_factory=set)
+    """Of lmms-eval, in results that were found."""
 
     def add(self, record: Mapping[str, Any], is_old: bool = False) -> None:
         """Note a run that has ended, or that was found."""
+        if is_old:
+            self.versions.add(str((record.get("versions") or {}).get("lmms_eval")))
         if record["status"] == "complete":
             self.done.append(record["name"])
         else:
@@ -200,6 +213,9 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
         record = stored[run.name]
         if record is None or (record["status"] == "failed" and launch.retry_failed):
             waiting[run.name] = run
+        elif not is_current(record, run):
+            waiting[run.name] = run
+            report.superseded += [run.name] * (record["status"] == "complete")
         else:
             report.add(record, is_old=True)
     if not waiting:
@@ -214,6 +230,7 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
             place = str(launch.out / folder)
             raise TodreError(f"out {place!r} cannot be a folder: {error.strerror}.") from None
     with (
+        _told_with_what_to_do(launch.out),
         Progress([*waiting.values()], launch.out / "logs") as progress,
         _Crew(launch, slots) as crew,
     ):
@@ -228,19 +245,31 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
                     report.add(record)
                     progress.end(run, report.failed.get(run.name))
                 else:
+                    if record is not None and record["status"] == "complete":
+                        _set_aside(launch.file(run), record)
                     crew.start(run, lock)
                 del waiting[run.name]
                 if not crew.free:
                     break
             for child in crew.ended():
-                record = child.record(launch)
-                write_record(launch.file(child.run), record)
-                os.close(child.lock)
+                try:
+                    record = child.record(launch)
+                    _store(launch.file(child.run), record)
+                finally:
+                    os.close(child.lock)
                 report.add(record)
                 progress.end(child.run, report.failed.get(child.run.name))
             progress.count(child.run.name for child in crew.children.values())
             time.sleep(_POLL_SECONDS)
     return report
+
+
+def _set_aside(file: Path, record: Mapping[str, Any]) -> None:
+    """Move a result out of the way, to where no table looks."""
+    when = re.sub(r"\D", "", str(record.get("time_utc")))
+    place = file.parent / "superseded" / f"{file.stem}.{when}.json"
+    place.parent.mkdir(exist_ok=True)
+    os.replace(file, place)
 
 
 def _check_installed(program: Sequence[str]) -> None:
@@ -249,6 +278,24 @@ def _check_installed(program: Sequence[str]) -> None:
             f"{program[1]} is not installed: pip install -e '.[eval]', and then "
             "pip install --no-deps lmms_eval==0.7.3."
         )
+
+
+def _store(file: Path, record: Mapping[str, Any]) -> None:
+    """Write a result; where that is impossible, say what to do."""
+    try:
+        write_record(file, record)
+    except TodreError as error:
+        raise TodreError(f"{error} {_NOTHING_LOST}") from None
+
+
+@contextmanager
+def _told_with_what_to_do(out: Path) -> Iterator[None]:
+    """Turn the first file that cannot be written into one line."""
+    try:
+        yield
+    except OSError as error:
+        file = str(error.filename or out)
+        raise TodreError(f"{file!r} cannot be written: {error.strerror}. {_NOTHING_LOST}") from None
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import llava_todre.mini
 from llava_todre.errors import TodreError
 from llava_todre.mini import NUM_IMAGES, TASKS, TEST_SEED, held_out
+from llava_todre.mini.heldout import check_num_images
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "tasks" / "mini" / "data"
 _SOURCES = ("heldout.py", "questions.py", "render.py", "scenes.py", "shapes.py")
@@ -31,22 +32,21 @@ def prepare(folder: Path = FOLDER, num_images: int = NUM_IMAGES) -> Path:
         num_images: rows. Row i is the same however many there are.
 
     Raises:
-        TodreError: a number below 1, no package ``datasets``, or a folder that cannot be written.
+        TodreError: such a number, no package ``datasets``, or a folder that cannot be written.
     """
-    if num_images < 1:
-        raise TodreError(f"num_images {num_images} is out of range; allowed: 1 or more.")
-    file, stamp = folder / "mini.parquet", folder / "mini.json"
-    wanted = _stamp(num_images)
-    if file.is_file() and stamp.is_file() and stamp.read_text() == wanted:
+    check_num_images(num_images)
+    file, claim = folder / "mini.parquet", folder / "mini.json"
+    wanted = stamp(num_images)
+    if file.is_file() and claim.is_file() and claim.read_text() == wanted:
         return file
     draft = folder / f"draft.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stamp.unlink(missing_ok=True)  # a kill between the two files leaves no wrong claim
+        claim.unlink(missing_ok=True)  # a kill between the two files leaves no wrong claim
         _write(draft, num_images)
         os.replace(draft, file)
         draft.write_text(wanted)
-        os.replace(draft, stamp)
+        os.replace(draft, claim)
     except OSError as error:
         reason = error.strerror or error
         raise TodreError(f"folder {str(folder)!r} cannot be written: {reason}.") from None
@@ -56,8 +56,8 @@ def prepare(folder: Path = FOLDER, num_images: int = NUM_IMAGES) -> Path:
     return file
 
 
-def _stamp(num_images: int) -> str:
-    """Return what the data depends on."""
+def stamp(num_images: int = NUM_IMAGES) -> str:
+    """Return what the data depends on, as text."""
     package = Path(llava_todre.mini.__file__).parent
     sources = b"".join((package / name).read_bytes() for name in _SOURCES)
     digest = hashlib.sha256(sources + Path(__file__).read_bytes()).hexdigest()

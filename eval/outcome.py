@@ -59,6 +59,7 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
     benchmarks = scores(run.suite, results, samples, work, pictures)
     if run.limit is None:
         complete_submissions(run.suite.benchmarks, benchmarks)
+    _mark_failed(benchmarks, lines)
     seconds = sum(line["seconds"] for line in lines) / (1 if run.is_split else processes)
     return _record(
         run,
@@ -68,7 +69,8 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
         seconds=seconds,
         cpu_seconds=None if run.is_split else _cpu_seconds(lines),
         items_per_second=len(lines) / seconds if seconds else None,
-        tokens=_tokens(lines),
+        failed_items=sum("failed" in line for line in lines),
+        tokens=_tokens([line for line in lines if "failed" not in line]),
         peak_memory_mib=max(line["peak_memory_mib"] for line in lines),
         processes=processes,
     )
@@ -100,6 +102,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(known) if len(known) == len(values) else None
 
 
+def _mark_failed(
+    benchmarks: Mapping[str, dict[str, Any]], lines: Sequence[Mapping[str, Any]]
+) -> None:
+    """Say in the benchmarks how many of their items the model could not read, and why."""
+    for mark in benchmarks.values():
+        tasks = mark["task"].split("+")
+        reasons = [line["failed"] for line in lines if "failed" in line and line["task"] in tasks]
+        mark["failed_items"] = len(reasons)
+        if reasons:
+            text = f"{len(reasons)} items failed and count as wrong: {reasons[0]}"
+            mark["note"] = "; ".join(filter(None, (mark["note"], text.removesuffix("."))))
+
+
 def failed(run: Run, reason: str) -> dict[str, Any]:
     """Return the JSON of a run that failed: the reason, and nothing that looks like a score."""
     keys = ("seconds", "cpu_seconds", "items_per_second", "tokens", "peak_memory_mib")
@@ -109,11 +124,17 @@ def failed(run: Run, reason: str) -> dict[str, Any]:
 
 def _record(run: Run, **outcome: Any) -> dict[str, Any]:
     origin = provenance()
+    origin["versions"]["lmms_eval"] = lmms_eval_version()
+    known = {"format": FORMAT, "name": run.name, "config": run.config()}
+    return {**known, "suite_digest": run.suite_digest, **outcome, **origin}
+
+
+def lmms_eval_version() -> str | None:
+    """Return the version of lmms-eval that is installed, if one is."""
     try:
-        origin["versions"]["lmms_eval"] = version("lmms_eval")
+        return version("lmms_eval")
     except PackageNotFoundError:
-        origin["versions"]["lmms_eval"] = None
-    return {"format": FORMAT, "name": run.name, "config": run.config(), **outcome, **origin}
+        return None
 
 
 def last_error(log: Path, returncode: int) -> str:
@@ -138,6 +159,14 @@ def read_record(file: Path) -> dict[str, Any] | None:
         return read_run(file, with_servers=False)
     except TodreError:
         return None
+
+
+def is_current(record: Mapping[str, Any], run: Run) -> bool:
+    """Return whether a stored result is of the suite as it stands now.
+
+    One from before results told that is not: nobody knows, and its answers are in the log.
+    """
+    return record.get("suite_digest") == run.suite_digest
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

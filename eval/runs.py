@@ -20,7 +20,8 @@ from typing import Any
 
 from eval.config_keys import check_keys
 from eval.known_models import key_of, known_models, settings_of
-from eval.suites import Suite, load_suite
+from eval.suite_digest import suite_digest
+from eval.suites import Suite, check_limit, load_suite
 from llava_todre.errors import TodreError, unknown
 from llava_todre.hf.load import BACKENDS
 from llava_todre.model.chat_template import TEMPLATES, planned_template
@@ -55,8 +56,12 @@ _ALLOWED = {
 }
 _WEIGHTS = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
 _LARGE_FILE = 64 * 2**20
-"""Bytes; of larger files only the size goes into a checkpoint's fingerprint."""
+"""Bytes; of larger files a checkpoint's fingerprint takes the size and samples."""
+_SAMPLES, _SAMPLE = 512, 8192
+"""Places of a large file, and bytes at each: other weights of the same shapes differ in most."""
 _LONGEST_NAME = 120
+_LARGEST_SEED = 2**32 - 1
+"""Of NumPy, which lmms-eval seeds, too."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Run:
     model_key: str
     """Name of the model config, or the last part of an inline model's path."""
     model: Mapping[str, Any]
-    """All keys of :data:`MODEL_DEFAULTS`; for a local checkpoint its ``fingerprint`` too."""
+    """All keys of :data:`MODEL_DEFAULTS`; for local folders ``fingerprint``s too."""
     method: str
     options: Mapping[str, Any]
     """The budget, and every knob that is not the method's default."""
@@ -81,6 +86,11 @@ class Run:
     def suite(self) -> Suite:
         """The benchmarks."""
         return load_suite(self.suite_name)
+
+    @property
+    def suite_digest(self) -> str:
+        """Hash of all in the suite that can change a score."""
+        return suite_digest(self.suite)
 
     @property
     def expected(self) -> dict[str, int]:
@@ -146,12 +156,13 @@ class Run:
         frames = {mark.frames for mark in self.suite.benchmarks} - {None}
         folder = local_folder(self.model["pretrained"])
         arguments = {
-            **{key: value for key, value in self.model.items() if key != "fingerprint"},
+            **{key: self.model[key] for key in MODEL_DEFAULTS},
             "pretrained": self.model["pretrained"] if folder is None else shown_path(folder),
             "method": self.method,
             **self.options,
             "seed": self.seed,
             "max_frames": frames.pop() if frames else None,
+            "num_items": "".join(f"{task}:{count};" for task, count in self.expected.items()),
             "log_dir": log_dir,
         }
         if arguments["backend"] == "auto":
@@ -178,23 +189,28 @@ def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
     for key in ("method", "suite"):
         if not isinstance(config[key], str):
             raise TodreError(f"{where}: {key} {config[key]!r} is not a name.")
-    marks = load_suite(config["suite"]).benchmarks
-    frames = {mark.frames for mark in marks if mark.frames is not None}
+    suite = load_suite(config["suite"])
+    frames = {mark.frames for mark in suite.benchmarks if mark.frames is not None}
     if len(frames) > 1:
         raise TodreError(
             f"{where}: suite {config['suite']!r} takes {sorted(frames)} frames; allowed: one count."
         )
+    budget = [key for key in ("retain_ratio", "retain_tokens") if options.get(key) is not None]
+    if len(budget) > 1:
+        raise TodreError(f"{where}: options {' and '.join(budget)} were both given; allowed: one.")
     if "seed" in options:
         raise TodreError(f"{where}: option 'seed' is the key 'seed' of the run; give it there.")
     limit = config.get("limit")
+    if limit is not None:
+        check_limit(where, suite, _integer(where, "limit", limit, 1))
     return Run(
         model_key=model_key,
         model=model,
         method=config["method"],
         options=canonical_options(config["method"], options),
         suite_name=config["suite"],
-        limit=limit if limit is None else _integer(where, "limit", limit, 1),
-        seed=_integer(where, "seed", config.get("seed", 0), 0),
+        limit=limit,
+        seed=_integer(where, "seed", config.get("seed", 0), 0, _LARGEST_SEED),
         batch_size=_integer(where, "batch_size", config.get("batch_size", 1), 1),
     )
 
@@ -244,6 +260,9 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
         )
     if settings["template"] == AUTO and settings["backend"] != "transformers":
         settings["template"] = planned_template(settings["pretrained"], folder)
+    clip_text = local_folder(settings["clip_text"] or "")
+    if clip_text is not None:
+        settings["clip_text_fingerprint"] = _fingerprint(clip_text)
     return key, settings
 
 
@@ -262,7 +281,7 @@ def _known_model(given: Any) -> tuple[str, dict[str, Any]]:
 def local_folder(pretrained: str) -> Path | None:
     """Return the folder of a checkpoint on disk, sought here and in the checkout; else None."""
     for folder in (Path(pretrained).expanduser(), ROOT / pretrained):
-        if folder.is_dir():
+        if pretrained and folder.is_dir():
             return folder
     return None
 
@@ -281,7 +300,13 @@ def _fingerprint(folder: Path) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
-        digest.update(file.read_bytes() if size <= _LARGE_FILE else b"")
+        with file.open("rb") as stream:
+            if size <= _LARGE_FILE:
+                digest.update(stream.read())
+                continue
+            for place in range(_SAMPLES):
+                stream.seek((size - _SAMPLE) * place // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:12]
 
 
@@ -324,7 +349,9 @@ def _as_argument(value: Any) -> str:
     return f"'{text}'" if "," in text else text
 
 
-def _integer(where: str, key: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise TodreError(f"{where}: {key} {value!r} is out of range; allowed: {least} or more.")
-    return value
+def _integer(where: str, key: str, value: Any, least: int, most: int | None = None) -> int:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not is_number or value < least or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"{least} to {most}"
+        raise TodreError(f"{where}: {key} {value!r} is out of range; allowed: {allowed}.")
+    return int(value)

@@ -5,7 +5,6 @@ A suite is a file ``configs/suites/NAME.yaml``; ``image.yaml`` explains every ke
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -13,12 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from eval import mini_data
 from eval.items import Record, item_scores
 from eval.server_scores import WAITING
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import parse_yaml, read_json, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES = ROOT / "configs" / "suites"
@@ -74,6 +72,8 @@ class Benchmark:
     """An answer whose share is told beside the score."""
     averaged: bool = True
     """Whether the score counts in an average over benchmarks."""
+    block: int = 1
+    """Items are scored together in blocks of so many, which a limit must not cut."""
 
     @property
     def metrics(self) -> list[str]:
@@ -125,6 +125,16 @@ def load_suite(name: str) -> Suite:
     return Suite(name, benchmarks, ROOT / include if include else None, data)
 
 
+def check_limit(where: str, suite: Suite, limit: int) -> None:
+    """Raise a TodreError if so many items of each task cannot be scored."""
+    for mark in suite.benchmarks:
+        if limit % mark.block and limit < max(mark.samples.values()):
+            raise TodreError(
+                f"{where}: limit {limit} does not fit {mark.key!r}, which is scored in blocks of "
+                f"{mark.block} items; allowed: a multiple of {mark.block}."
+            )
+
+
 def prepare(suite: Suite) -> None:
     """Make the data that a suite draws on this machine; nothing for the others."""
     if suite.data == "mini":
@@ -137,10 +147,7 @@ def prepare(suite: Suite) -> None:
 def _read(name: str) -> dict[str, Any]:
     """Return a suite's keys, with those of its base, and its defaults in every benchmark."""
     where = f"suite {name!r}"
-    try:
-        content = yaml.safe_load((SUITES / f"{name}.yaml").read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TodreError(f"{where} cannot be read: {' '.join(str(error).split())}") from None
+    content = parse_yaml(read_text(SUITES / f"{name}.yaml", "suite"), where)
     _check_mapping(where, content)
     for key in content:
         if key not in _SUITE_KEYS:
@@ -211,6 +218,7 @@ def _check_types(where: str, mark: Benchmark) -> None:
         "metric": not isinstance(mark.metric, str),
         "submission": not isinstance(mark.submission, (str, type(None))),
         "item_metric": not isinstance(mark.item_metric, (str, type(None))),
+        "block": not _is_count(mark.block),
         "note": not isinstance(mark.note, (str, type(None))),
         "submission_entries": not (
             mark.submission_entries is None or _is_count(mark.submission_entries)
@@ -409,10 +417,8 @@ def _submission(mark: Benchmark, folder: Path | None, num_items: int) -> Path:
         raise TodreError(
             f"benchmark {mark.key!r}: no submission file {mark.submission!r} in {where}."
         )
-    try:
-        entries = len(json.loads(files[-1].read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise TodreError(f"submission {str(files[-1])!r} cannot be read: {error}") from None
+    content = read_json(files[-1], "submission")
+    entries = len(content) if isinstance(content, (list, dict)) else 0
     if entries != num_items:
         raise TodreError(
             f"submission {str(files[-1])!r} has {entries} entries; expected: {num_items}."

@@ -11,14 +11,14 @@ also as 7/8) and ``stages`` (none, 1, 2, 1+2).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from eval.config_keys import check_keys, with_changes
+from eval.config_keys import check_keys, with_changes, within
 from eval.known_models import num_layers_of
-from eval.published import RowSpec, models, rows, suite_rows
+from eval.published import VERSIONS, RowSpec, models, rows, suite_rows
 from eval.runs import RUN_KEYS, Run, resolve
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import read_mapping
@@ -32,6 +32,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 """What each choice of stages changes about the options; none is the method ``vanilla``."""
 _ABLATIONS = ("4", "5", "6", "pivot")
+_MOST_RUNS = 1000
 _TABLE_KEYS = ("table", "version", *(key for key in RUN_KEYS if key not in ("method", "options")))
 
 
@@ -48,9 +49,19 @@ def plan(files: Iterable[Path], changes: Sequence[str] = ()) -> list[Run]:
     runs: dict[str, Run] = {}
     for file in files:
         content = read_mapping(file, "config")
-        for run in _runs(str(file), content, changes):
-            runs.setdefault(run.name, run)
+        with within(str(file)):
+            found = _runs(str(file), content, changes)
+            if not found:
+                raise TodreError("no run is planned; give at least one.")
+            for run in found:
+                runs.setdefault(run.name, run)
+            if len(runs) > _MOST_RUNS:
+                raise _too_many(len(runs))
     return list(runs.values())
+
+
+def _too_many(count: int) -> TodreError:
+    return TodreError(f"{count:,} runs are planned; allowed: {_MOST_RUNS:,} at most.")
 
 
 def _runs(where: str, content: Mapping[str, Any], changes: Sequence[str]) -> list[Run]:
@@ -68,13 +79,16 @@ def table(where: str, content: Mapping[str, Any]) -> list[Run]:
     """
     check_keys(where, content, _TABLE_KEYS, required=("table", "model", "suite"))
     names = content["table"] if isinstance(content["table"], list) else [content["table"]]
+    version = content.get("version")
+    if version not in (None, *VERSIONS):
+        raise unknown(f"{where}: version", version, VERSIONS)
     shared = {key: content[key] for key in _TABLE_KEYS[2:] if key in content}
     key = resolve({**shared, "method": "vanilla"}, where).model_key
     found = []
     for name in map(str, names):
         found += [
             resolve({**shared, "method": row.method, "options": row.options}, where)
-            for row in _rows(name, content.get("version"), key)
+            for row in _rows(name, version, key)
         ]
     return found
 
@@ -94,18 +108,33 @@ def sweep(where: str, content: Mapping[str, Any], changes: Sequence[str] = ()) -
         raise TodreError(f"{where}: base must hold 'key: value' lines.")
     base = with_changes(content["base"], changes)
     grids = content["grid"] if isinstance(content["grid"], list) else [content["grid"]]
+    for grid in grids:
+        _check_grid(where, grid, [change.partition("=")[0] for change in changes])
+    count = sum(math.prod(map(len, grid.values())) for grid in grids)
+    if count > _MOST_RUNS:
+        raise _too_many(count)
     found = []
     for grid in grids:
-        if not isinstance(grid, Mapping):
-            raise TodreError(f"{where}: grid must hold 'key: [values]' lines.")
-        for key, values in grid.items():
-            if not isinstance(values, list) or not values:
-                raise TodreError(f"{where}: grid key {key!r} is {values!r}; allowed: [values].")
-            if any(change.partition("=")[0] in (key, f"options.{key}") for change in changes):
-                raise TodreError(f"{where}: {key!r} was set, but the grid sets it too.")
         for values in itertools.product(*grid.values()):
             found.append(resolve(_at(where, base, dict(zip(grid, values, strict=True))), where))
     return found
+
+
+def _check_grid(where: str, grid: Any, changed: Sequence[str]) -> None:
+    """Raise unless a grid gives several keys a list of values each, once."""
+    if not isinstance(grid, Mapping) or not grid:
+        raise TodreError(f"{where}: grid must hold 'key: [values]' lines.")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values:
+            shown = f"{values!r}"[:60]
+            raise TodreError(f"{where}: grid key {key!r} is {shown}; allowed: [values].")
+        if SHORT.get(key) in grid:
+            raise TodreError(
+                f"{where}: grid keys {key!r} and {SHORT[key]!r} are the same; give one."
+            )
+        names = {key, SHORT.get(key, key)}
+        if names & {change.removeprefix("options.") for change in changed}:
+            raise TodreError(f"{where}: {key!r} was set, but the grid sets it too.")
 
 
 def _at(where: str, base: Mapping[str, Any], point: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +157,15 @@ def _at(where: str, base: Mapping[str, Any], point: dict[str, Any]) -> dict[str,
 def _depths(where: str, value: Any) -> tuple[float, ...]:
     """Return probe depths, each a number or a fraction such as 7/8."""
     try:
-        return tuple(float(Fraction(str(depth))) for depth in value)
+        if isinstance(value, str):
+            raise TypeError
+        return tuple(_depth(str(depth)) for depth in value)
     except (TypeError, ValueError, ZeroDivisionError):
         raise TodreError(
             f"{where}: layers {value!r}; allowed: a list of depths such as 0.875 or 7/8."
         ) from None
+
+
+def _depth(text: str) -> float:
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)  # no Fraction, for which 1e999999999 is a large number

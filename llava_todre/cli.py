@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from llava_todre.command import run_command
 from llava_todre.errors import TodreError
+from llava_todre.files import parse_yaml
 from llava_todre.version import __version__
 
 # Commands import what they use when they run: `todre --help` should not wait for torch.
@@ -19,21 +20,17 @@ from llava_todre.version import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0 fine, 1 bad input or failure, 2 bad usage)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return run_command("todre", lambda: _run(given), "--debug" in given)
+
+
+def _run(arguments: list[str]) -> int:
     parsed = _parser().parse_args(arguments)
     options = parsed[parsed.command]
-    try:
-        _COMMANDS[parsed.command](options)
-    except KeyboardInterrupt:
-        print("todre: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if parsed.debug or options.debug:
-            raise
-        text = " ".join(str(error).split())
-        if not isinstance(error, TodreError):  # not foreseen, so say how to find out more
-            text = f"{type(error).__name__}: {text[:300]} (--debug shows where)"
-        print(f"todre: error: {text}", file=sys.stderr)
-        return 1
+    for key, value in vars(options).items():
+        if value == "" and key != "question":  # "" would be the working folder
+            raise TodreError(f"{key} '' is empty; leave it out or give a value.")
+    _COMMANDS[parsed.command](options)
     return 0
 
 
@@ -135,10 +132,7 @@ def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
         key, equals, value = item.partition("=")
         if not equals:
             raise TodreError(f"option {item!r} is not of the form KEY=VALUE.")
-        try:
-            knobs[key.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise TodreError(f"option {item!r} has a value that is not valid YAML.") from None
+        knobs[key.replace("-", "_")] = parse_yaml(value, f"option {key!r}: the value")
     for key in ("retain_ratio", "retain_tokens"):
         if options[key] is not None:
             knobs[key] = options[key]

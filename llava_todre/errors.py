@@ -10,6 +10,10 @@ class TodreError(ValueError):
     """Bad input: names the key, the value received and what is allowed, on one line."""
 
 
+class PromptTooLongError(TodreError):
+    """A prompt is longer than the model can read: bad for one question, not for the others."""
+
+
 def unknown(key: str, value: object, allowed: Iterable[str]) -> TodreError:
     """Return the error for a value outside a closed list, with the closest legal name.
 

@@ -9,8 +9,8 @@ installed. Every option of model and method is a model argument:
 ``model`` holds the class, ``arguments`` what stands behind ``--model_args``, ``backend`` the kinds
 of models, ``items`` what one call of lmms-eval asks for, ``grouping`` which documents show the same
 picture, ``ahead`` what is prepared meanwhile, ``video`` the frames of a clip, ``team`` several
-processes with one model, ``log`` the answers that are kept on disk, and ``fingerprint`` what they
-depend on.
+processes with one model, ``log`` the answers that are kept on disk, ``fingerprint`` what they
+depend on, and ``response_cache`` lmms-eval's own store of answers.
 """
 
 from __future__ import annotations

@@ -11,14 +11,14 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
 from llava_todre.errors import TodreError, unknown
+from llava_todre.files import parse_yaml
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.pruners.base import require_int
 from llava_todre.pruners.method_file import named_or_from_file
 
 _STAGES = ("before.", "inside.")
+_LONGEST_SHOWN = 80
 
 
 def text(key: str, value: Any) -> str | None:
@@ -38,6 +38,17 @@ def whole(key: str, value: Any) -> int:
     return int(value)
 
 
+def item_counts(value: Any) -> dict[str, int]:
+    """Return how many items each task must have, from ``task:96;other:3000``."""
+    counts: dict[str, int] = {}
+    for part in filter(None, str(value).split(";")):
+        task, _, count = part.rpartition(":")
+        if not task:
+            raise TodreError(f"num_items {part!r} is not of the form task:96.")
+        counts[task] = whole("num_items", count)
+    return counts
+
+
 def option(value: Any) -> Any:
     """Return an option of a method as the method knows it.
 
@@ -49,15 +60,16 @@ def option(value: Any) -> Any:
         return value
     if ";" in value:
         return tuple(option(part) for part in value.split(";") if part.strip())
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise TodreError(f"value {value!r} of a model argument is not valid YAML.") from None
+    parsed = parse_yaml(value, f"value {value[:_LONGEST_SHOWN]!r} of a model argument")
     return tuple(parsed) if isinstance(parsed, list) else parsed
 
 
 def build_pruner(
-    method: str, options: Mapping[str, Any], seed: int | None, arguments: Iterable[str]
+    method: str,
+    options: Mapping[str, Any],
+    seed: int | None,
+    arguments: Iterable[str],
+    default_seed: int = 0,
 ) -> tuple[Pruner, int]:
     """Return the method of a run, and the seed of the run.
 
@@ -65,14 +77,15 @@ def build_pruner(
         method: a name of the registry, two of them joined as A+B, or a YAML file that holds
             ``method`` and any of its options.
         options: model arguments that are not the model's own; they override the file's.
-        seed: of the run; when None, that of the file, or 0.
+        seed: of the run; when None, that of the file, or else ``default_seed``.
         arguments: the model's own arguments, which a misspelt option may have meant.
+        default_seed: see there.
     """
     method, knobs = named_or_from_file(method)
     _check_names(method, options, arguments)
     knobs |= {key: option(value) for key, value in options.items()}
-    chosen = knobs.pop("seed", 0) if seed is None else seed
-    knobs.pop("seed", None)
+    of_file = knobs.pop("seed", default_seed)
+    chosen = of_file if seed is None else seed
     require_int("seed", chosen)
     return with_seed(create_pruner(method, **knobs), chosen), chosen
 

@@ -9,6 +9,8 @@ A line is an item and its answer:
     task, split, doc_id, repeat     the item; repeat counts questions about one document, from 0
     batch                           hash of all that was asked together with it, pictures included
     prompt, gen_kwargs, answer      what went in and came out, as lmms-eval has it
+    failed                          only where the model cannot read the prompt: why; the answer is
+                                    empty then, and all counts are 0
     visual_tokens, kept_tokens      patch tokens before pruning, and those the decoder got
     mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
     withdrawn_from                  first decoder layer without visual tokens, or null
@@ -36,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_todre.errors import TodreError
-from llava_todre.files import write_whole
+from llava_todre.files import unwritable, write_whole
 
 Line = dict[str, Any]
 Place = tuple[str, int, int]
@@ -70,12 +72,12 @@ class AnswerLog:
         self._finished: dict[tuple[str, str], dict[Place, Line]] = {}
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if rank == 0:
-                write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
-                write_whole(log_dir / "current", fingerprint)
         except OSError as error:
             reason = error.strerror
             raise TodreError(f"log_dir {str(log_dir)!r} cannot be used: {reason}.") from None
+        if rank == 0:
+            write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
+            write_whole(log_dir / "current", fingerprint)
 
     def finished(self, task: str, split: str) -> dict[Place, Line]:
         """Return the answers of earlier starts to a task, by all processes; read once."""
@@ -95,12 +97,19 @@ class AnswerLog:
             file = self._folder / f"{stem}.rank{self._rank}.jsonl"
             files[file] = files.get(file, "") + json.dumps(line, default=str) + "\n"
         for file, text in files.items():
-            with file.open("a+b") as stream:
-                end = stream.seek(0, os.SEEK_END)
-                if end > 0:
-                    stream.seek(end - 1)
-                    text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
-                stream.write(text.encode())
+            try:
+                _append(file, text)
+            except OSError as error:
+                raise unwritable(file, error) from None
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a+b") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        if end > 0:
+            stream.seek(end - 1)
+            text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
+        stream.write(text.encode())
 
 
 def read_answers(log_dir: Path) -> list[Line]:

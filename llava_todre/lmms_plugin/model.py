@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ import torch
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import PromptTooLongError, TodreError, unknown
 from llava_todre.flops import decoder_prefill_flops
 from llava_todre.generate import Answer, Memory, Picture, Request, Views
 from llava_todre.lmms_plugin.ahead import ahead
 from llava_todre.lmms_plugin.arguments import (
     build_pruner,
     draws,
+    item_counts,
     item_seed,
     text,
     whole,
@@ -42,7 +44,8 @@ from llava_todre.lmms_plugin.items import (
     shown_of,
 )
 from llava_todre.lmms_plugin.log import AnswerLog, Line
-from llava_todre.lmms_plugin.processes import join_processes, peak_memory_mib, placement
+from llava_todre.lmms_plugin.processes import all_counts, join_processes, peak_memory_mib, placement
+from llava_todre.lmms_plugin.response_cache import tell_response_cache
 from llava_todre.lmms_plugin.team import Team
 from llava_todre.model.chat_template import TEMPLATES
 from llava_todre.model.prompt import AUTO
@@ -75,6 +78,7 @@ class LlavaTodre(lmms):
         max_new_tokens: Any = 1024,
         log_dir: Any = None,
         seed: Any = None,
+        num_items: Any = None,
         **options: Any,
     ) -> None:
         """Load the model.
@@ -100,8 +104,11 @@ class LlavaTodre(lmms):
             batch_size: items answered together; methods that draw at random answer one by one.
             max_new_tokens: longest answer where the task does not say.
             log_dir: folder for the answers of an interrupted run; None keeps none.
-            seed: of methods that draw at random, and of sampled answers; 0 unless the method's
-                file says otherwise. Every item draws for itself.
+            seed: of methods that draw at random, and of sampled answers; when not given, that of
+                the method's file, or else PyTorch's, which lmms-eval's ``--seed`` sets. Every item
+                draws for itself.
+            num_items: ``task:96;other:3000``: how many items each task has; anything else is an
+                error before the first answer. None takes what there is.
             options: options of the method.
 
         Raises:
@@ -114,7 +121,8 @@ class LlavaTodre(lmms):
             raise unknown("template", template, TEMPLATES)
         own = [key for key in inspect.signature(LlavaTodre).parameters if key != "options"]
         name = text("method", method) or "todre"
-        self.pruner, self.seed = build_pruner(name, options, seed, own)
+        self.pruner, self.seed = build_pruner(name, options, seed, own, torch.initial_seed())
+        self.num_items = None if num_items is None else item_counts(num_items)
         self.max_frames = whole("max_frames", max_frames)
         self.batch_size = whole("batch_size", batch_size)
         self.max_new_tokens = whole("max_new_tokens", max_new_tokens)
@@ -143,6 +151,7 @@ class LlavaTodre(lmms):
         self._device = self.model.device
         self._log: AnswerLog | None = None
         self._views: dict[str, Sequence[Picture | Views]] = {}
+        tell_response_cache(self._fingerprint)
 
     @property
     def device(self) -> torch.device:
@@ -155,8 +164,21 @@ class LlavaTodre(lmms):
         """Answer requests; returns the answers in the order of the requests."""
         items, keys = items_of(requests)
         with self._team.together():
+            self._check_num_items(items)
             answers = self._answers(self._team.items(items))
         return [answers[key] for key in keys]
+
+    def _check_num_items(self, items: Mapping[Key, Item]) -> None:
+        """Raise unless all processes together have as many items as they were told."""
+        if self.num_items is None:
+            return
+        found = all_counts(Counter(item.task for item in items.values() if item.repeat == 0))
+        for task, expected in self.num_items.items():
+            if found[task] != expected:
+                raise TodreError(
+                    f"task {task!r} has {found[task]} items here; the suite expects {expected}. If "
+                    "the data is right, correct the suite."
+                )
 
     def _answers(self, items: Mapping[Key, Item]) -> dict[Key, str]:
         self._open_log()
@@ -264,7 +286,7 @@ class LlavaTodre(lmms):
             torch.manual_seed(item_seed(self.seed, look.name))
         with _named(batch):
             remembered = memory if batch.asks_again else None
-            given = self._backend.answer(look.requests, remembered, settings)
+            given = self._given(look.requests, remembered, settings)
         spent = {key: now / len(batch.items) for key, now in Moment().since(start).items()}
         lines = [
             {
@@ -275,7 +297,7 @@ class LlavaTodre(lmms):
                 "batch": look.name,
                 "prompt": item.prompt,
                 "gen_kwargs": dict(item.gen_kwargs),
-                **self._told(result, until),
+                **(_unread(result) if isinstance(result, str) else self._told(result, until)),
                 **spent,
                 "peak_memory_mib": peak_memory_mib(self.device),
                 "pictures": pictures,
@@ -285,6 +307,20 @@ class LlavaTodre(lmms):
         if self._log:
             self._log.append(lines)
         return lines
+
+    def _given(
+        self, requests: Sequence[Request], memory: Memory | None, settings: Mapping[str, Any]
+    ) -> list[Answer | str]:
+        """Return the answers to a batch; for a prompt the model cannot read, why.
+
+        Where one is too long, the others are asked one by one.
+        """
+        try:
+            return [*self._backend.answer(requests, memory, settings)]
+        except PromptTooLongError as error:
+            if len(requests) == 1:
+                return [str(error)]
+        return [given for request in requests for given in self._given([request], memory, settings)]
 
     def _told(self, result: Answer, until: tuple[str, ...]) -> Line:
         """Return the answer and what it took."""
@@ -301,10 +337,8 @@ class LlavaTodre(lmms):
             "prefill_flops_unpruned": decoder_prefill_flops(shape, unpruned),
         }
 
-    def _open_log(self) -> None:
-        """Open the log afresh, so that it also holds what an earlier call wrote."""
-        if self.log_dir is None:
-            return
+    def _fingerprint(self) -> tuple[str, dict[str, Any]]:
+        """Return a name for all that answers depend on, and what it stands for."""
         settings = {
             "method": repr(self.pruner),
             "seed": self.seed,
@@ -313,7 +347,13 @@ class LlavaTodre(lmms):
             "max_new_tokens": self.max_new_tokens,
             "attn_implementation": self.model.config._attn_implementation,
         }
-        name, parts = fingerprint(*self._backend.parts(), settings)
+        return fingerprint(*self._backend.parts(), settings)
+
+    def _open_log(self) -> None:
+        """Open the log afresh, so that it also holds what an earlier call wrote."""
+        if self.log_dir is None:
+            return
+        name, parts = self._fingerprint()
         if self._team.writes:
             self._log = AnswerLog(Path(self.log_dir), name, self.rank, parts)
 
@@ -343,6 +383,14 @@ class Look:
     """Per item what stands for its pictures."""
     finished: list[Line] | None = None
     """The lines of an earlier start."""
+
+
+def _unread(reason: str) -> Line:
+    """Return the line of an item whose prompt the model cannot read."""
+    counts = ("visual_tokens", "kept_tokens", "mean_visual_tokens_per_layer")
+    flops = ("prefill_flops", "prefill_flops_unpruned")
+    nothing = dict.fromkeys((*counts, *flops), 0)
+    return {"answer": "", "failed": reason, **nothing, "withdrawn_from": None}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
@@ -66,6 +67,15 @@ def placement(
             f"{own.type!r}; for CPU set ACCELERATE_USE_CPU=true for the launcher."
         )
     return {"device": own}
+
+
+def all_counts(own: Counter[str]) -> Counter[str]:
+    """Return the sum of what all processes of this run count."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return own
+    told: list[Counter[str]] = [Counter()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, own)
+    return sum(told, Counter())
 
 
 def peak_memory_mib(device: torch.device) -> float:

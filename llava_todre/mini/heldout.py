@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from llava_todre.errors import TodreError
 from llava_todre.mini.questions import TASKS, Question, ask
 from llava_todre.mini.render import Renderer
 from llava_todre.mini.scenes import (
@@ -25,6 +26,8 @@ from llava_todre.mini.scenes import (
 )
 
 TEST_SEED = 27182
+_MOST_IMAGES = 10_000
+"""What is drawn at once stays in memory, 150 kB each."""
 _NUM_BACKGROUNDS = 48
 _MAX_DRAWS = 20
 
@@ -98,4 +101,13 @@ def held_out(num_images: int, seed: int = TEST_SEED, questions_per_task: int = 1
     A few tasks have fewer distinct questions than asked for (a sign can be read in one way only);
     then there are as many as there can be.
     """
+    check_num_images(num_images)
     return held_out_samples(SeedFamily.TEST, seed, num_images, questions_per_task)
+
+
+def check_num_images(num_images: int) -> None:
+    """Raise a TodreError unless so many pictures can be drawn."""
+    if not 1 <= num_images <= _MOST_IMAGES:
+        raise TodreError(
+            f"num_images {num_images} is out of range; allowed: 1 to {_MOST_IMAGES:,}."
+        )

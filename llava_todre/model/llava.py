@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import PromptTooLongError, TodreError, unknown
 from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.flops import DecoderShape
 from llava_todre.model.clip_text import ClipText
@@ -264,7 +264,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """Return the state of Stage 2 for prompts whose first ``cached`` keys are stored."""
         length, limit = spans.kinds.shape[1], self.config.max_position_embeddings
         if length > limit:
-            raise TodreError(
+            raise PromptTooLongError(
                 f"prompt of {length} tokens is longer than the {limit} the model can read."
             )
         withdrawal = Withdrawal(self.pruner, spans, self.config.num_hidden_layers, cached)

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.files import read_mapping
+from llava_todre.pruners import create_pruner
 
 
 def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
@@ -17,7 +18,8 @@ def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
             or a YAML file with the key ``method`` and any of its options.
 
     Raises:
-        TodreError: the file cannot be read, or is not made of such lines.
+        TodreError: the file cannot be read, is not made of such lines, or has an option that the
+            method does not take.
     """
     if not method.endswith((".yaml", ".yml")):
         return method, {}
@@ -25,4 +27,9 @@ def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
     name = content.pop("method", None)
     if not isinstance(name, str):
         raise TodreError(f"method file {method!r} has no key 'method'; allowed: a name.")
-    return name, {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+    try:
+        create_pruner(name, **{key: value for key, value in options.items() if key != "seed"})
+    except TodreError as error:
+        raise TodreError(f"method file {method!r}: {error}") from None
+    return name, options

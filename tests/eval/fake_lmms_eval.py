@@ -33,6 +33,8 @@ STATS = {
     "peak_memory_mib": 100.0,
 }
 
+UNREAD = dict.fromkeys([key for key in STATS if key.endswith(("tokens", "layer", "unpruned"))], 0)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -71,6 +73,8 @@ def evaluate(options: argparse.Namespace, fault: str) -> None:
                     raise ValueError(f"image of document {doc_id} of {task} is broken")
                 if fault == "killed" and doc_id == 1:
                     os.kill(os.getpid(), signal.SIGKILL)
+                unread = {"failed": "prompt of 9 tokens is longer than the 8 the model can read."}
+                is_unread = fault == "too long" and task.endswith(("exist", "count"))
                 time.sleep(options.pause)
                 place = {"task": task, "split": "test", "doc_id": doc_id, "repeat": 0}
                 shown = {"pictures": f"picture {doc_id // 2}"}
@@ -80,7 +84,8 @@ def evaluate(options: argparse.Namespace, fault: str) -> None:
                     shown |= {"prefill_flops": 1e6, "prefill_flops_unpruned": 1e6}
                 if fault == "old log":
                     shown = {"pictures": None, "cpu_seconds": None}
-                line = {**place, "batch": f"batch{doc_id}", **STATS, **shown}
+                told = unread | UNREAD if is_unread else {}
+                line = {**place, "batch": f"batch{doc_id}", **STATS, **shown, **told}
                 if fault == "old log":
                     del line["pictures"], line["cpu_seconds"]
                 log.append([line])

@@ -24,6 +24,7 @@ from eval import commands, launch
 from eval.launch import Launch, command, execute
 from eval.outcome import complete, last_error, read_record
 from eval.runs import ROOT, Run, resolve
+from llava_todre import files
 from llava_todre.errors import TodreError
 
 FAKE = Path(__file__).with_name("fake_lmms_eval.py")
@@ -237,6 +238,48 @@ def test_a_folder_that_cannot_be_made_is_said_first(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(TodreError, match="out '.*out' cannot be a folder"):
         execute([run_of()], Launch(tmp_path / "out", program=(str(FAKE),)))
+
+
+def test_a_file_that_cannot_be_written_is_one_line_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, how = run_of(), Launch(tmp_path, program=(str(FAKE),))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(TodreError, match="cannot be written: No space left on dev") as raised:
+            execute([run], how)
+        assert f"{run.name}.json'" in str(raised.value) and "goes on" in str(raised.value)
+    answers = logged(tmp_path)
+    assert execute([run], how).done == [run.name] and logged(tmp_path) == answers, "nothing is lost"
+    other = run_of("vanilla")
+    (tmp_path / "raw" / f"{other.name}.lock").mkdir()  # as good as a folder that is read only
+    with pytest.raises(TodreError, match="lock' cannot be written: Is a directory. Make room"):
+        execute([other], how)
+
+
+def test_items_that_the_model_cannot_read_fail_alone_and_are_marked(tmp_path: Path) -> None:
+    run = run_of()
+    how = Launch(tmp_path, program=(str(FAKE), "--fault", "too long"))
+    assert execute([run], how).done == [run.name]
+    record = read_record(how.file(run)) or {}
+    assert record["failed_items"] == 4 and record["tokens"]["kept_tokens"] == 80
+    marks = record["benchmarks"]
+    assert {key: mark["failed_items"] for key, mark in marks.items() if mark["failed_items"]} == {
+        "exist": 2,
+        "count": 2,
+    }
+    assert "2 items failed and count as wrong: prompt of 9 tokens is" in marks["exist"]["note"]
+    assert "items failed" not in str(marks["where"]["note"])
+
+
+def test_how_many_items_there_must_be_is_told_before_the_first_answer(tmp_path: Path) -> None:
+    (_, arguments) = command(run_of(), Launch(tmp_path), (), 1)
+    told = arguments[arguments.index("--model_args") + 1]
+    assert ",num_items=todre_mini_exist:2;todre_mini_colour:2;" in told
 
 
 def test_a_missing_lmms_eval_is_said_once_with_how_to_install_it(tmp_path: Path) -> None:

@@ -644,6 +644,21 @@ def test_repeated_questions_about_a_document_are_items_of_their_own(documents, t
     assert [line["repeat"] for line in lines_in(tmp_path)] == [0, 1]
 
 
+def test_damaged_lines_are_answered_again(documents, whole, tmp_path, monkeypatch):
+    arguments = {"batch_size": 1, "log_dir": str(tmp_path)}
+    build(documents, **arguments).generate_until(requests_for(documents, range(3)))
+    (file,) = tmp_path.glob("*/*.jsonl")
+    lines = file.read_text().splitlines()
+    no_answer = json.dumps({k: v for k, v in json.loads(lines[1]).items() if k != "answer"})
+    file.write_text(
+        "\n".join([lines[0], no_answer, "null", "{}", "[1]", "[" * 99_999, "3", "\xff"])
+    )
+    calls = Calls(monkeypatch)
+    given = build(documents, **arguments).generate_until(requests_for(documents, range(3)))
+    assert given == whole[0][:3] and len(calls.questions) == 2
+    assert [line["doc_id"] for line in read_answers(tmp_path)] == [0, 1, 2]
+
+
 def test_reading_a_log_takes_the_latest_run_and_each_item_once(tmp_path):
     line = {"task": TASK, "split": SPLIT, "doc_id": 1, "repeat": 0, "batch": "b"}
     old, new = AnswerLog(tmp_path, "old", 0, {}), AnswerLog(tmp_path, "new", 0, {})

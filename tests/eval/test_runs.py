@@ -39,7 +39,13 @@ def names(**changes: Any) -> set[str]:
         ({"limit": 0}, "limit 0 is out of range; allowed: 1 or more"),
         ({"limit": 2.5}, "limit 2.5 is out of range"),
         ({"batch_size": True}, "batch_size True is out of range"),
-        ({"seed": -1}, "seed -1 is out of range; allowed: 0 or more"),
+        ({"seed": -1}, "seed -1 is out of range; allowed: 0 to 4294967295"),
+        ({"seed": 2**32}, "seed 4294967296 is out of range"),
+        (
+            {"options": {"retain_ratio": 0.25, "retain_tokens": 9}},
+            "options retain_ratio and retain_tokens were both given",
+        ),
+        ({"suite": "ablation", "limit": 3}, "limit 3 does not fit 'mme', which is scored in bl"),
         ({"model": "minni"}, "model 'minni' is unknown. Did you mean 'mini'?"),
         ({"model": ["mini"]}, "model ['mini'] is unknown"),
         ({"model": {"pretrained": "here"}}, "pretrained 'here' does not exist"),
@@ -131,6 +137,44 @@ def test_a_checkpoint_with_other_weights_is_another_model(tmp_path: Path) -> Non
     assert prints[0] != prints[1] == prints[2]
 
 
+def test_other_weights_of_the_same_size_are_another_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "_LARGE_FILE", 1000)
+    monkeypatch.setattr(runs, "_SAMPLE", 4)
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    prints = set()
+    for content in (b"0" * 9000, b"1" * 9000, b"1" * 4500 + b"0" * 4500, b"1" * 8999 + b"0"):
+        weights.write_bytes(content)
+        runs._fingerprint.cache_clear()
+        prints.add(resolve_model(str(tmp_path))[1]["fingerprint"])
+    assert len(prints) == 4
+
+
+def test_another_clip_in_the_same_folder_is_another_run(tmp_path: Path) -> None:
+    found = set()
+    for content in (b"one", b"two"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        runs._fingerprint.cache_clear()
+        run = resolve(CONFIG | {"model": {"key": "mini", "clip_text": str(tmp_path)}})
+        assert "fingerprint" not in run.model_args("log")
+        found.add(run.name)
+    assert len(found) == 2
+
+
+def test_an_edited_model_file_makes_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    file = tmp_path / "models" / "mini.yaml"
+    file.write_text((runs.CONFIGS / "models" / "mini.yaml").read_text())
+    monkeypatch.setattr(runs, "CONFIGS", tmp_path)
+    before = resolve(CONFIG).name
+    file.write_text(file.read_text().replace("dtype: float32", "dtype: bfloat16"))
+    assert resolve(CONFIG).name != before
+
+
 def test_a_model_is_a_name_a_path_a_hub_id_or_keys() -> None:
     key, settings = resolve_model("mini")
     assert key == "mini" and settings["template"] == "vicuna_v1"
@@ -210,7 +254,7 @@ def test_lmms_eval_and_the_model_read_the_same_run_out_of_model_args(
     run = resolve(CONFIG | {"method": method, "options": options, "seed": 5})
     given = simple_parse_args_string(run.model_args("out, put/log"))
     assert given["log_dir"] == "'out, put/log'", "its quotes are taken off by the model"
-    own = [*runs.MODEL_DEFAULTS, "method", "seed", "log_dir", "max_frames"]
+    own = [*runs.MODEL_DEFAULTS, "method", "seed", "log_dir", "max_frames", "num_items"]
     knobs = {key: value for key, value in given.items() if key not in own}
     pruner, seed = build_pruner(given["method"], knobs, given["seed"], own)
     assert seed == 5

@@ -102,7 +102,7 @@ def test_variables_choose_gpus_items_model_suite_and_folder(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    chosen = {"GPUS": "4,5", "LIMIT": "7", "MODEL": "llava_next_13b", "SUITE": "image_local"}
+    chosen = {"GPUS": "4,5", "LIMIT": "8", "MODEL": "llava_next_13b", "SUITE": "image_local"}
     chosen["OUT"] = str(tmp_path / "a folder")
     (options,) = calls("table1_image", "--dry-run", "--jobs", "2", **chosen)
     assert commands.run(options) == 0
@@ -110,7 +110,7 @@ def test_variables_choose_gpus_items_model_suite_and_folder(
     assert len(lines) == 11, "13B has rows of its own"
     assert [words[0] for words in lines[:3]] == [f"CUDA_VISIBLE_DEVICES={g}" for g in (4, 5, 4)]
     for words in lines:
-        assert words[words.index("--limit") + 1] == "7"
+        assert words[words.index("--limit") + 1] == "8"
         assert "vizwiz_vqa_val" in words[words.index("--tasks") + 1]
         assert words[words.index("--output_path") + 1].startswith(chosen["OUT"])
         assert ",device_map=auto," in words[words.index("--model_args") + 1]

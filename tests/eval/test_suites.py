@@ -133,7 +133,9 @@ def test_a_suite_is_read_with_its_defaults(folder: Path) -> None:
         ("data: null", "data: maxi", "data 'maxi' is unknown"),
         ("defaults:", "default:", "key 'default' is unknown. Did you mean 'defaults'"),
         ("one: {tasks: {one_task: 4}}", "one: 4", "benchmark 'one' must hold"),
-        ("benchmarks:", "benchmarks: [", "cannot be read"),
+        ("benchmarks:", "benchmarks: [", "is not valid YAML"),
+        ("factor: 1", "factor: 1, factor: 2", "key 'factor' is there twice"),
+        ("note: null", "note: null, block: 0", "block 0 is of the wrong kind"),
         ("data: null", "base: none", "base 'none' is unknown"),
         ("data: null", "only: [two]", "only 'two' is unknown"),
         ("data: null", "only: []", "has no benchmarks"),
@@ -396,7 +398,7 @@ def test_a_missing_or_incomplete_submission_is_an_error(sent: Path) -> None:
     for folder in (None, sent / "elsewhere"):
         with pytest.raises(TodreError, match="no submission file 'answers-\\*.json' in"):
             _one(SENT, results, samples, folder)
-    for text, message in (("[1]", "has 1 entries; expected: 2"), ("[1,", "cannot be read")):
+    for text, message in (("[1]", "has 1 entries; expected: 2"), ("[1,", "is not JSON")):
         (sent / "submissions" / "answers-2026.json").write_text(text)
         with pytest.raises(TodreError, match=message):
             _one(SENT, results, samples, sent)

@@ -87,11 +87,31 @@ def test_stages_leave_out_what_they_do_not_name(tmp_path: Path) -> None:
         ({"table": 1, "model": "mini", "suite": "mini", "method": "todre"}, "key 'method'"),
         ({"table": 1, "model": "llava_next_7b", "suite": "image", "version": "v3"}, "'v3'"),
         ({"table": 1, "suite": "image"}, "key 'model' is missing"),
+        ({"table": 4, "model": "mini", "suite": "mini", "version": "v9"}, "version 'v9' is unkn"),
+        ({"table": 4, "model": "mini", "suite": "mini", "version": 2}, "version 2 is unknown"),
+        ({"table": [], "model": "mini", "suite": "mini"}, "no run is planned"),
+        ({"base": BASE, "grid": []}, "no run is planned"),
+        ({"base": BASE, "grid": {}}, "grid must hold"),
+        ({"base": BASE, "grid": {"ratio": [0.1], "retain_ratio": [0.2]}}, "are the same; give one"),
+        ({"base": BASE, "grid": {"layers": [[0.5]], "probe_depths": [[1]]}}, "'layers' and 'probe"),
+        (
+            {"base": BASE | {"options": {"retain_tokens": 9}}, "grid": {"ratio": [0.1]}},
+            "retain_ratio and retain_tokens were both given",
+        ),
+        ({"base": BASE, "grid": {"layers": [["1e999999999"]]}}, "probe_depths inf is out of range"),
+        ({"base": BASE, "grid": {"layers": [["1/1e999999999"]]}}, "probe_depths 0.0 is out of ra"),
+        ({"base": BASE, "grid": {"layers": [["nan"]]}}, "probe_depths nan is out of range"),
+        ({"base": BASE, "grid": {"layers": [["1/0"]]}}, "a list of depths"),
+        ({"base": BASE, "grid": {"layers": ["55"]}}, "layers '55'; allowed: a list of depths"),
+        ({"base": BASE, "grid": {"seed": [*range(400)], "tau": [0.1, 0.2, 0.3]}}, "1,200 runs are"),
+        (BASE | {"options": {"tau": 2.0}}, "tau 2.0 is out of range"),
+        (BASE | {"suite": "none"}, "suite 'none' is unknown"),
     ],
 )
 def test_a_wrong_sweep_is_one_line(tmp_path: Path, content: dict[str, Any], said: str) -> None:
     with pytest.raises(TodreError, match=said) as raised:
         planned(tmp_path, content)
+    assert str(raised.value).startswith(f"{tmp_path / 'config.yaml'}: ")
     assert "\n" not in str(raised.value)
 
 
@@ -101,6 +121,8 @@ def test_changes_reach_the_base_but_not_what_the_grid_sets(tmp_path: Path) -> No
     assert {(run.limit, run.options["retain_ratio"]) for run in found} == {(4, 0.5)}
     with pytest.raises(TodreError, match="'tau' was set, but the grid sets it too"):
         planned(tmp_path, content, "options.tau=0.2")
+    with pytest.raises(TodreError, match="'ratio' was set, but the grid sets it too"):
+        planned(tmp_path, {"base": BASE, "grid": {"ratio": [0.1]}}, "options.retain_ratio=0.5")
 
 
 @pytest.mark.parametrize(
@@ -179,14 +201,56 @@ def test_a_machine_without_slurm_is_told_so(
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TodreError, match="slurm 'slurm' refused: ") as raised:
-        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "slurm", {})
+        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "slurm", {"timeout_min": 60})
     assert "\n" not in str(raised.value)
 
 
 def test_parameters_that_submitit_does_not_know_are_told(tmp_path: Path) -> None:
     pytest.importorskip("submitit")
     with pytest.raises(TodreError, match="slurm 'local' refused: .*slurm_partitoin"):
-        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "local", {"slurm_partitoin": "x"})
+        wrong = {"timeout_min": 60, "slurm_partitoin": "x"}
+        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "local", wrong)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({}, "timeout_min is missing; give the minutes"),
+        ({"slurm_partition": "gpu"}, "timeout_min is missing"),
+        ({"timeout_min": "abc"}, "timeout_min 'abc' is out of range"),
+        ({"timeout_min": 0}, "timeout_min 0 is out of range"),
+        ({"timeout_min": True}, "timeout_min True is out of range"),
+        ({"timeout_min": 1.5}, "timeout_min 1.5 is out of range"),
+        ({"timeout_min": 60, "slurm_time": 5}, "slurm_time is not taken"),
+        ({"timeout_min": 60, "gpus_per_node": "x"}, "refused: .*gpus_per_node"),
+    ],
+)
+def test_jobs_need_a_time_limit_that_is_one(
+    tmp_path: Path, parameters: dict[str, Any], said: str
+) -> None:
+    pytest.importorskip("submitit")
+    with pytest.raises(TodreError, match=said) as raised:
+        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "local", parameters)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_job_may_reach_its_time_limit_as_often_as_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.SlurmExecutor, "affinity", classmethod(lambda cls: 2))
+    monkeypatch.setattr(submitit.SlurmExecutor, "__init__", noting := Noting())
+    with pytest.raises(TodreError, match="this is only a test"):
+        slurm.submit(planned(tmp_path, BASE), Launch(tmp_path), "slurm", {"timeout_min": 60})
+    assert noting.given["max_num_timeout"] >= 1000
+
+
+class Noting:
+    """Stands in for the constructor of an executor."""
+
+    def __call__(self, folder: Path, **given: Any) -> None:
+        self.given = given
+        raise RuntimeError("this is only a test")
 
 
 def test_a_job_at_its_time_limit_is_submitted_again(tmp_path: Path) -> None:

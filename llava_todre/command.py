@@ -1,0 +1,71 @@
+"""What every command does with what goes wrong: one line on standard error, and an exit status.
+
+This file imports next to nothing: it must be there before whatever takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+
+from llava_todre.errors import TodreError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
+_NOBODY_READS = 141
+"""The same for SIGPIPE: whoever read our output, such as ``head -1``, has enough."""
+_LONGEST = 300
+
+
+def run_command(program: str, call: Callable[[], int], debug: bool = False) -> int:
+    """Run a command; returns its exit status, 1 for an error and 130 for Ctrl-C.
+
+    Args:
+        program: what messages begin with.
+        call: does everything, imports included.
+        debug: whether to raise errors, for their traceback.
+    """
+    try:
+        try:
+            return call()
+        finally:  # also on the way out of argparse's --help
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _end(program, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        _forget_output()
+        return _NOBODY_READS
+    except Exception as error:
+        if debug:
+            raise
+        return _end(program, f"error: {_told(error)}", 1)
+
+
+def _told(error: Exception) -> str:
+    """Return one line about an error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, TodreError):
+        return text
+    if isinstance(error, OSError) and error.strerror:  # such as a full disk
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' -> '.join(map(repr, names)) or 'output'}: {error.strerror}."
+    # Not foreseen, so say how to find out more.
+    return f"{type(error).__name__}: {text[:_LONGEST]} (--debug shows where)"
+
+
+def _end(program: str, text: str, status: int) -> int:
+    with contextlib.suppress(OSError):  # standard error may be full, too
+        print(f"{program}: {text}", file=sys.stderr)
+    _forget_output()
+    return status
+
+
+def _forget_output() -> None:
+    """Let the interpreter not try again, at its end, to write what could not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
