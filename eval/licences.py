@@ -6,8 +6,9 @@ python -m eval.licences
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import Distribution, PackageMetadata, distributions
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from typing import Any
 
 from llava_todre.table import markdown_lines
 
@@ -30,7 +31,7 @@ OpenCV for VideoMME, and nothing here opens a network stream with it.
 """
 
 
-def licence(metadata: PackageMetadata) -> str:
+def licence(metadata: Any) -> str:
     """Return the licence that a package states, in its own words."""
     stated = metadata.get("License-Expression") or metadata.get("License") or "UNKNOWN"
     if stated != "UNKNOWN" and len(stated) <= 120 and "\n" not in stated:
