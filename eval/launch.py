@@ -290,12 +290,12 @@ def _store(file: Path, record: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _told_with_what_to_do(out: Path) -> Iterator[None]:
-    """Turn the first file that cannot be written into one line."""
+    """Turn the first file that the system does not let us use into one line."""
     try:
         yield
     except OSError as error:
         file = str(error.filename or out)
-        raise TodreError(f"{file!r} cannot be written: {error.strerror}. {_NOTHING_LOST}") from None
+        raise TodreError(f"{file!r} cannot be used: {error.strerror}. {_NOTHING_LOST}") from None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
+from llava_todre.files import JSON_BYTES, read_text
 from llava_todre.mini import TEST_SEED, held_out
 from llava_todre.model.chat_template import find_template
 from llava_todre.model.images import load_image, process_images
@@ -79,12 +80,11 @@ def _bundled(count: int) -> list[tuple[Image.Image, str]]:
 
 
 def _read(file: Path, count: int) -> Sequence[tuple[Image.Image, str]]:
+    text = read_text(file, "samples", JSON_BYTES)
     try:
-        rows = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         pairs = [(row["image"], row["question"]) for row in rows[:count]]
-    except OSError as error:
-        raise TodreError(f"samples {str(file)!r} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TodreError(
             f"samples {str(file)!r} has a line that does not fit ({error}); allowed: JSON objects "
             "with the keys image and question."

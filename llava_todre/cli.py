@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llava_todre.command import run_command
 from llava_todre.errors import TodreError
-from llava_todre.files import parse_yaml
+from llava_todre.files import parse_yaml, read_mapping
 from llava_todre.version import __version__
 
 # Commands import what they use when they run: `todre --help` should not wait for torch.
@@ -41,6 +41,11 @@ class _Parser(ArgumentParser):
         """Add what all commands share."""
         super().__init__(*args, **kwargs)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Read a file for ``--config``, unless it is none: a pipe, or a key that is there twice."""
+        read_mapping(Path(str(cfg_path)), "config")
+        return super().parse_path(cfg_path, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message on one line and exit with 2."""

@@ -18,7 +18,7 @@ import yaml
 from llava_todre.errors import TodreError
 
 _YAML_BYTES = 256 << 10
-_JSON_BYTES = 256 << 20
+JSON_BYTES = 256 << 20
 _MOST_NODES = 100_000
 """Values in a YAML text, each alias counted as all that it stands for."""
 _LONGEST_NUMBER = 100
@@ -81,7 +81,7 @@ def read_json(file: Path, key: str) -> Any:
     Raises:
         TodreError: the file cannot be read, is no JSON, or names a key twice in one object.
     """
-    text = read_text(file, key, _JSON_BYTES)
+    text = read_text(file, key, JSON_BYTES)
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

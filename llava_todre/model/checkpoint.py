@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_todre.errors import TodreError
+from llava_todre.files import JSON_BYTES, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +87,11 @@ def _weight_patterns(files: list[str]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an error when it is missing, damaged or no object."""
+    if not path.exists():
+        raise TodreError(f"{path.parent} has no {path.name}; is it a checkpoint?")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TodreError(f"{path.parent} has no {path.name}; is it a checkpoint?") from None
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(path, "file", JSON_BYTES))
+    except (ValueError, RecursionError) as error:
         raise TodreError(f"{path} is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise TodreError(f"{path} holds a {type(content).__name__}; a JSON object is needed.")

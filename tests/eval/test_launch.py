@@ -257,7 +257,7 @@ def test_a_file_that_cannot_be_written_is_one_line_with_what_to_do(
     assert execute([run], how).done == [run.name] and logged(tmp_path) == answers, "nothing is lost"
     other = run_of("vanilla")
     (tmp_path / "raw" / f"{other.name}.lock").mkdir()  # as good as a folder that is read only
-    with pytest.raises(TodreError, match="lock' cannot be written: Is a directory. Make room"):
+    with pytest.raises(TodreError, match="lock' cannot be used: Is a directory. Make room"):
         execute([other], how)
 
 

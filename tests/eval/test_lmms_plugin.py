@@ -761,11 +761,22 @@ def test_a_bad_argument_is_one_line(arguments, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["tau: 0.1", "- todre", "a: [", "method: 3"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "tau: 0.1",
+        "- todre",
+        "a: [",
+        "method: 3",
+        "method: todre\ntau: 7",
+        "method: todre\ntau: 0.1\ntau: 0.2",
+        "method: toddre",
+    ],
+)
 def test_a_bad_method_file_is_one_line(tmp_path, content):
     file = tmp_path / "bad.yaml"
     file.write_text(content)
-    with pytest.raises(TodreError, match="method") as caught:
+    with pytest.raises(TodreError, match=f"method file '{file}'") as caught:
         build_pruner(str(file), {}, None, ())
     assert "\n" not in str(caught.value)
 

@@ -144,7 +144,7 @@ def test_what_is_no_file_of_a_run_is_one_line(tmp_path: Path) -> None:
         if read is read_record:
             assert read(tmp_path / "pipe.json") is None
             continue
-        with pytest.raises(TodreError, match=r"pipe.json' is not a file"):
+        with pytest.raises(TodreError, match=r"pipe.json' cannot be read: it is not a regular file"):
             read(tmp_path / "pipe.json")
 
 
