@@ -100,7 +100,7 @@ def read_json(file: Path) -> Any:
     """Return the JSON in a file, or raise a TodreError."""
     try:
         if file.exists() and not file.is_file():
-            raise TodreError(f"result {str(file)!r} is not a file.")
+            raise TodreError(f"result {str(file)!r} cannot be read: it is not a regular file.")
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise TodreError(f"result {str(file)!r} cannot be read: {error.strerror}.") from None
