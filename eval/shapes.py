@@ -6,12 +6,12 @@ A shape is a :class:`Value`, :class:`Each`, or a mapping of key to shape, where 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_todre import files
 from llava_todre.errors import TodreError
 
 _LARGEST = 1e300
@@ -98,15 +98,7 @@ PERCENTILES = {"median": NUMBER, "p20": NUMBER, "p80": NUMBER, "count?": COUNT}
 
 def read_json(file: Path) -> Any:
     """Return the JSON in a file, or raise a TodreError."""
-    try:
-        if file.exists() and not file.is_file():
-            raise TodreError(f"result {str(file)!r} cannot be read: it is not a regular file.")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TodreError(f"result {str(file)!r} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise TodreError(f"result {str(file)!r} is not JSON ({reason}).") from None
+    return files.read_json(file, "result")
 
 
 def checked(value: Any, shape: Any, file: Path) -> Any:

@@ -123,8 +123,9 @@ def test_a_run_with_a_wrong_value_is_one_line_with_file_and_key(
         b"[" * 100_000,
         b'{"format": 1, "benchmarks": {}, "x": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
         b'{"format": 1, "benchmarks": {"gqa": ' + b"1" * 5_000 + b"}}",
+        b'{"format": 1, "name": "a", "name": "b", "benchmarks": {}}',
     ],
-    ids=["cut", "binary", "open lists", "nested", "digits"],
+    ids=["cut", "binary", "open lists", "nested", "digits", "a key twice"],
 )
 def test_what_is_not_json_is_one_line(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
