@@ -102,13 +102,16 @@ class Row:
 
 def rows_of(runs: Sequence[Run]) -> list[Row]:
     """Return a row per run, in the order of model, suite, limit, budget and method."""
-    found = []
     merged = over_seeds(runs)
+    unpruned: dict[tuple[str, ...], list[Run]] = {}
+    for run in filter(_is_unpruned, merged):
+        unpruned.setdefault(_comparable(run), []).append(run)
+    found = []
     for run in merged:
-        same = [other for other in merged if _comparable(run) == _comparable(other)]
-        unpruned = [other for other in same if _is_unpruned(other)]
-        full = max(unpruned, key=rank_of) if unpruned else None
-        found.append(Row(run, run if _is_unpruned(run) else full))
+        others = unpruned.get(_comparable(run), [])
+        is_full = any(run is other for other in others)
+        full = run if is_full else max(others, key=rank_of, default=None)
+        found.append(Row(run, full))
     return sorted(found, key=_order)
 
 

@@ -7,7 +7,7 @@ settings of a run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ FACTS = ("num_layers",)
 """Keys that say what a model is; they are no settings and in no result."""
 
 
-@cache
 def known_models() -> Mapping[str, Mapping[str, Any]]:
-    """Return the content of every file by its name.
+    """Return the content of every file by its name, as it stands now.
 
     Raises:
         TodreError: a file cannot be read, or a fact in it is wrong.
     """
-    found = {file.stem: read_mapping(file, "config") for file in sorted(FOLDER.glob("*.yaml"))}
+    states = [(file, file.stat()) for file in sorted(FOLDER.glob("*.yaml"))]
+    return _read(tuple((file, state.st_size, state.st_mtime_ns) for file, state in states))
+
+
+@lru_cache(maxsize=1)
+def _read(files: tuple[tuple[Path, int, int], ...]) -> Mapping[str, Mapping[str, Any]]:
+    found = {file.stem: read_mapping(file, "config") for file, *_ in files}
     for key, content in found.items():
         layers = content.get("num_layers", 1)
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,15 +123,16 @@ def test_a_run_with_a_wrong_value_is_one_line_with_file_and_key(
         b"[" * 100_000,
         b'{"format": 1, "benchmarks": {}, "x": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
         b'{"format": 1, "benchmarks": {"gqa": ' + b"1" * 5_000 + b"}}",
+        b'{"format": 1, "name": "a", "name": "b", "benchmarks": {}}',
     ],
-    ids=["cut", "binary", "open lists", "nested", "digits"],
+    ids=["cut", "binary", "open lists", "nested", "digits", "a key twice"],
 )
 def test_what_is_not_json_is_one_line(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.json"
     file.write_bytes(content)
-    assert "is not JSON" in refused(file, capsys)
+    assert re.search("is not JSON|is not a text", refused(file, capsys))
 
 
 def test_what_is_no_file_of_a_run_is_one_line(tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_what_is_no_file_of_a_run_is_one_line(tmp_path: Path) -> None:
         if read is read_record:
             assert read(tmp_path / "pipe.json") is None
             continue
-        with pytest.raises(TodreError, match=r"pipe.json' cannot be read: it is not a regular file"):
+        with pytest.raises(TodreError, match="it is not a regular file"):
             read(tmp_path / "pipe.json")
 
 

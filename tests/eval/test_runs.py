@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eval import runs
+from eval import known_models, runs
 from eval.config_keys import with_changes
 from eval.runs import resolve, resolve_model
 from llava_todre.errors import TodreError
@@ -166,10 +166,9 @@ def test_another_clip_in_the_same_folder_is_another_run(tmp_path: Path) -> None:
 def test_an_edited_model_file_makes_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "models").mkdir()
-    file = tmp_path / "models" / "mini.yaml"
-    file.write_text((runs.CONFIGS / "models" / "mini.yaml").read_text())
-    monkeypatch.setattr(runs, "CONFIGS", tmp_path)
+    file = tmp_path / "mini.yaml"
+    file.write_text((known_models.FOLDER / "mini.yaml").read_text())
+    monkeypatch.setattr(known_models, "FOLDER", tmp_path)
     before = resolve(CONFIG).name
     file.write_text(file.read_text().replace("dtype: float32", "dtype: bfloat16"))
     assert resolve(CONFIG).name != before
