@@ -76,6 +76,9 @@ def _generate_parser() -> ArgumentParser:
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", required=True, help="checkpoint: a folder or a hub id, original or llava-hf")
     add("--revision", type=str | None, help="revision of a hub id")
+    add("--model-base", type=str | None, help="what a LoRA or projector-only --model is laid over")
+    add("--load-8bit", action="store_true", help="quantise the decoder (bitsandbytes, LLM.int8)")
+    add("--load-4bit", action="store_true", help="quantise the decoder (bitsandbytes, NF4)")
     add("--image", nargs="+", required=True, metavar="FILE", help="image files, in order")
     add("--video", action="store_true", help="the images are the frames of one video")
     add("--fps", type=float | None, help="frames per second of that video, for models that ask")
@@ -162,6 +165,9 @@ def _generate(options: Namespace) -> None:
     images = [load_image(path) for path in options.image]
     loading = {
         "revision": options.revision,
+        "model_base": options.model_base,
+        "load_8bit": options.load_8bit,
+        "load_4bit": options.load_4bit,
         "dtype": options.dtype,
         "device_map": options.device_map,
         "attn_implementation": options.attn_implementation,
@@ -169,7 +175,7 @@ def _generate(options: Namespace) -> None:
     seconds = [number / options.fps for number in range(len(images))] if options.fps else []
     request = Request(options.question, images, options.video, seconds)
     model: Any
-    if uses_stock(options.backend, options.model, options.revision):
+    if uses_stock(options.backend, options.model, options.revision, options.model_base):
         for key, usual in _OUR_CLASS_ONLY.items():
             if options[key] != usual:
                 raise TodreError(

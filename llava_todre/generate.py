@@ -89,7 +89,7 @@ class Answer:
     """Wall-clock milliseconds per stage of the batch this answer was in; empty unless timed."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # quanto's 4-bit weights do not run in inference mode
 @in_turn
 def answer(
     model: LlavaLlamaForCausalLM,

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 # run in Python, on tensors of the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+from llava_todre.model.export_hf import save_as_hf
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
+from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import LayerView, Pruner
 from llava_todre.spans import Kind, VisualTokens, is_visual
 
@@ -83,6 +86,16 @@ def tiny_llava() -> Callable[..., LlavaLlamaForCausalLM]:
         return model
 
     return build
+
+
+@pytest.fixture(scope="session")
+def stock_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA-NeXT as llava-hf lays it out, with its processor; copy it to change it."""
+    folder = tmp_path_factory.mktemp("stock") / "llava-next"
+    golden = Path(__file__).parent / "golden" / "llava-v1.6-tiny"
+    tokenizer, model, _, _ = load_pretrained_model(golden)
+    save_as_hf(model, tokenizer, folder, "vicuna_v1")
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -220,3 +220,30 @@ def test_a_missing_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["generate", "--model", MODEL])
     assert "image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantised_decoders(bits: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes")
+    reports = []
+    for extra in ([], [f"--load-{bits}"]):
+        assert generate(*extra, "--json") == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    # The tower is as it was, and with it what Stage 1 keeps.
+    assert reports[0]["keep_idx"] == reports[1]["keep_idx"]
+    assert reports[0]["probes"] != reports[1]["probes"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--load-8bit", "--load-4bit"], "load_8bit and load_4bit were both given"),
+        (["--model-base", str(GOLDEN / "llava-v1.5-tiny")], "leave model_base out"),
+    ],
+)
+def test_options_of_loading(
+    extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(*extra) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line

@@ -20,6 +20,7 @@ from llava_todre.hf.attachment import Attachment
 from llava_todre.hf.families import family_of
 from llava_todre.hf.original import ORIGINAL
 from llava_todre.hf.original_attachment import OriginalAttachment
+from llava_todre.model.adapters import unwrapped
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.stats import PruneStats
 from llava_todre.turns import in_turn, turn
@@ -35,7 +36,7 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
 
     Args:
         model: a vision-language model of transformers, e.g. ``LlavaNextForConditionalGeneration``,
-            or of the original ``llava`` package.
+            or of the original ``llava`` package; or a ``PeftModel`` around one.
         method: a name from ``todre list``, A+B, or a method object.
         knobs: options of the method.
 
@@ -43,6 +44,7 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
         TodreError: a model that is not supported, a wrong option, or a method that needs something
             this family of models does not compute.
     """
+    model = unwrapped(model)
     kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
     if isinstance(method, Pruner) and knobs:
         raise TodreError(
@@ -64,7 +66,7 @@ def detach(model: Any) -> None:
     Raises:
         TodreError: nothing is attached.
     """
-    _remove(model, _stack(model)[-1])
+    _remove(unwrapped(model), _stack(model)[-1])
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def prune(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Iterator[
     try:
         yield model
     finally:
-        _remove(model, own)
+        _remove(unwrapped(model), own)
 
 
 def last_stats(model: Any) -> tuple[PruneStats, ...]:
@@ -109,6 +111,7 @@ def _remove(model: Any, attachment: Attachment) -> None:
 
 def _stack(model: Any) -> list[Attachment]:
     """Return what is attached, the latest last."""
+    model = unwrapped(model)
     stack: list[Attachment] = getattr(model, "__dict__", {}).get(_STACK, [])
     if not stack:
         raise TodreError(f"nothing is attached to this {type(model).__name__}.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.layout import Layout, Size
+from llava_todre.model.convert import feature_layer
 from llava_todre.model.images import anyres_grid_shape
 from llava_todre.model.multimodal import NEWLINE, whole_rows
 from llava_todre.model.vision import QUANTITIES
@@ -41,7 +42,7 @@ def tower_side(model: Any) -> int:
 
 def clip_feature_layer(model: Any) -> int:
     """Return the tower layer whose input the projector reads."""
-    layer, num_layers = model.config.vision_feature_layer, len(tower_layers(model))
+    layer, num_layers = feature_layer(model.config.vision_feature_layer), len(tower_layers(model))
     if not isinstance(layer, int) or not -num_layers - 1 <= layer < num_layers or layer == -1:
         raise TodreError(
             f"vision_feature_layer {layer} is not supported by methods that need vision_features; "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
@@ -15,6 +17,8 @@ from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
 from llava_todre.hf.times import metadata_of
+from llava_todre.model.adapters import unwrapped
+from llava_todre.model.bounded import within
 from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import to_rgb
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
@@ -31,6 +35,7 @@ class StockModel:
         Raises:
             TodreError: a model that is not supported.
         """
+        model = unwrapped(model)
         family_of(model)
         self.model, self.processor = model, processor
         self.pruner = attach(model, "vanilla")
@@ -61,7 +66,7 @@ class StockModel:
             self.pruner = pruner
         return pruner
 
-    @torch.inference_mode()
+    @torch.no_grad()  # quanto's 4-bit weights do not run in inference mode
     def answer(
         self, requests: Sequence[Request], *, max_new_tokens: int = 64, **generate_kwargs: Any
     ) -> list[Answer]:
@@ -152,9 +157,14 @@ class StockModel:
             elif piece.strip():
                 parts.append({"type": "text", "text": piece if given == 0 else piece.strip()})
         conversation = [{"role": "user", "content": parts}]
+        write = partial(
+            self.processor.apply_chat_template, conversation, add_generation_prompt=True
+        )
         try:
-            return str(self.processor.apply_chat_template(conversation, add_generation_prompt=True))
-        except ValueError as error:  # such as a processor without one
+            return str(within("the chat template", write))
+        except TodreError:
+            raise
+        except (ValueError, TypeError, MemoryError, TemplateError) as error:  # such as: it has none
             raise TodreError(
                 f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
             ) from error

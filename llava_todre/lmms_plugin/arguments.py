@@ -38,6 +38,14 @@ def whole(key: str, value: Any) -> int:
     return int(value)
 
 
+def flag(key: str, value: Any) -> bool:
+    """Return an argument that is true or false."""
+    known = {"true": True, "false": False, "none": False}
+    if str(value).lower() not in known:
+        raise TodreError(f"{key} must be true or false, got {value!r}.")
+    return known[str(value).lower()]
+
+
 def item_counts(value: Any) -> dict[str, int]:
     """Return how many items each task must have, from ``task:96;other:3000``."""
     counts: dict[str, int] = {}

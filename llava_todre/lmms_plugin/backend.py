@@ -92,7 +92,7 @@ def load_backend(
     Raises:
         TodreError: an unknown name, an option of the other kind, or a checkpoint that is not one.
     """
-    if not uses_stock(name, pretrained, loading["revision"]):
+    if not uses_stock(name, pretrained, loading["revision"], loading.get("model_base")):
         tokenizer, model, _, _ = load_pretrained_model(pretrained, protocol=protocol, **loading)
         if clip_text is not None:
             model.load_clip_text(clip_text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,9 +69,19 @@ def _words(tokenizer: Any) -> str:
 def weights_digest(model: torch.nn.Module) -> str:
     """Return a hash of the names, shapes, formats and values of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    stored = [part for item in model.state_dict().items() for part in _plain(*item)]
+    for name, tensor in sorted(stored, key=lambda part: part[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor)}".encode())
     return digest.hexdigest()[:16]
+
+
+def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a stored entry is made of: more than one where it is quantised."""
+    if hasattr(tensor, "__tensor_flatten__") and not isinstance(tensor, DTensor):
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from _plain(f"{name}.{part}", getattr(tensor, part))
+    elif isinstance(tensor, Tensor):
+        yield name, tensor
 
 
 def _checksum(tensor: Tensor) -> list[int]:

@@ -23,6 +23,7 @@ from llava_todre.lmms_plugin.ahead import ahead
 from llava_todre.lmms_plugin.arguments import (
     build_pruner,
     draws,
+    flag,
     item_counts,
     item_seed,
     text,
@@ -63,6 +64,9 @@ class LlavaTodre(lmms):
         self,
         pretrained: Any = None,
         revision: Any = None,
+        model_base: Any = None,
+        load_8bit: Any = False,
+        load_4bit: Any = False,
         dtype: str = "auto",
         device: Any = None,
         device_map: Any = None,
@@ -86,6 +90,9 @@ class LlavaTodre(lmms):
         Args:
             pretrained: a folder or hub id, in the original layout or that of llava-hf.
             revision: branch, tag or commit on the hub.
+            model_base: what a checkpoint of a projector or a LoRA adapter only is laid over.
+            load_8bit: quantise the decoder by LLM.int8 of bitsandbytes.
+            load_4bit: quantise the decoder to NF4 of bitsandbytes.
             dtype: auto, float32, float16 or bfloat16.
             device: auto, cpu, cuda, cuda:1, ...; with several processes only its kind counts,
                 and each process takes the GPU of its local rank.
@@ -141,6 +148,9 @@ class LlavaTodre(lmms):
                 protocol=protocol,
                 clip_text=text("clip_text", clip_text),
                 revision=text("revision", revision),
+                model_base=text("model_base", model_base),
+                load_8bit=flag("load_8bit", load_8bit),
+                load_4bit=flag("load_4bit", load_4bit),
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 **placement(self.accelerator, **chosen),

@@ -22,6 +22,9 @@ from llava_todre.files import JSON_BYTES, read_text
 logger = logging.getLogger(__name__)
 
 _SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja"]
+# Parts of models, laid over another: see :mod:`llava_todre.model.adapters`.
+_PART_FILES = ["adapter_model.bin", "mm_projector.bin", "non_lora_trainables.bin"]
+_MAX_JSON = 2**26  # bytes: more than any index of shards
 _WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -82,7 +85,7 @@ def _download(key: str, name: str, revision: str | None, weights: bool) -> Path:
 def _weight_patterns(files: list[str]) -> list[str]:
     """Return the one kind of weight file to download, safetensors when there are any."""
     safe = any(name.endswith(".safetensors") and "/" not in name for name in files)
-    return ["*.safetensors"] if safe else ["pytorch_model*.bin"]
+    return [*(["*.safetensors"] if safe else ["pytorch_model*.bin"]), *_PART_FILES]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -98,26 +101,48 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def has_weights(folder: Path) -> bool:
+    """Return whether a folder holds the weights of a whole model."""
+    return any((folder / name).is_file() for name in _WEIGHT_FILES)
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return every tensor of a checkpoint by its name in the file, mapped from disk."""
-    found = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
-    if found is None:
-        raise TodreError(f"{folder} has no weights; one of: {', '.join(_WEIGHT_FILES)}.")
-    shards = [found]
-    if found.suffix == ".json":
-        index = read_json(found).get("weight_map")
-        names: set[Any] = set(index.values()) if isinstance(index, dict) else {None}
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise TodreError(f"{found} has no weight_map from tensor names to file names.")
-        shards = [folder / name for name in sorted(names)]
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        if not shard.is_file():
-            raise TodreError(f"{found} lists {shard.name}, but that file is missing.")
-        tensors.update(
-            _read_safetensors(shard) if shard.suffix == ".safetensors" else _read_bin(shard)
-        )
+    for shard in _shards(folder):
+        tensors.update(read_tensors(shard))
     return tensors
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the files that hold the weights: of several kinds, the first that is all there."""
+    found = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise TodreError(f"{folder} has no weights; one of: {', '.join(_WEIGHT_FILES)}.")
+    missing: list[str] = []
+    for file in found:
+        shards = _listed(file) if file.suffix == ".json" else [file]
+        absent = [shard.name for shard in shards if not shard.is_file()]
+        if not absent:
+            if missing:  # an index that stayed from other files
+                logger.warning("%s; reading %s instead.", missing[0], file.name)
+            return shards
+        missing.append(f"{file} lists {absent[0]}, but that file is missing")
+    raise TodreError(f"{missing[0]}.")
+
+
+def _listed(index: Path) -> list[Path]:
+    """Return the shards that an index names."""
+    weight_map = read_json(index).get("weight_map")
+    names: set[Any] = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise TodreError(f"{index} has no weight_map from tensor names to file names.")
+    return [index.parent / name for name in sorted(names)]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return every tensor of one file, by name: safetensors, or PyTorch's without other objects."""
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

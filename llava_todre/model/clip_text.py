@@ -61,8 +61,7 @@ class ClipText(nn.Module):
         Returns:
             (N, M) float32.
         """
-        weight = self.visual_projection.weight
-        states = self.visual_projection(self.post_layernorm(patches.to(weight)))
+        states = self.visual_projection(self.post_layernorm(patches.to(self.post_layernorm.weight)))
         images = nn.functional.normalize(states.float(), dim=-1)
         return images @ self._embed(question).T.to(images)
 
@@ -71,7 +70,7 @@ class ClipText(nn.Module):
         room = self.text_model.config.max_position_embeddings - 2  # for the marks of both ends
         ids = self.tokenizer(question, add_special_tokens=False).input_ids
         first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        device = self.visual_projection.weight.device
+        device = self.post_layernorm.weight.device
         pooled = [
             self.text_model(
                 torch.tensor([[first, *ids[start : start + room], last]], device=device)

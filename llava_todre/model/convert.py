@@ -101,7 +101,10 @@ def vision_config(raw: dict[str, Any]) -> dict[str, Any]:
         raise TodreError(
             f"vision tower has model_type {model_type!r}; allowed: clip, clip_vision_model."
         )
-    known = {key: nested[key] for key in _TOWER_KEYS if key in nested}
+    known = {key: nested[key] for key in _TOWER_KEYS if nested.get(key) is not None}
+    for key in ("image_size", "patch_size"):
+        if not isinstance(known.get(key, 1), int):
+            raise TodreError(f"vision tower has {key} {known[key]!r}; expected: one whole number.")
     config = built("the vision tower's config", CLIPVisionConfig, **known)
     return {key: getattr(config, key) for key in _TOWER_KEYS}
 
@@ -145,7 +148,7 @@ def from_hf(raw: dict[str, Any]) -> dict[str, Any]:
         "mm_vision_tower": "vision_tower",
         "mm_hidden_size": tower["hidden_size"],
         "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": hf.vision_feature_layer,
+        "mm_vision_select_layer": feature_layer(hf.vision_feature_layer),
         "mm_vision_select_feature": (
             "patch" if hf.vision_feature_select_strategy == "default" else "cls_patch"
         ),
@@ -165,20 +168,40 @@ def built(what: str, make: Callable[..., Any], *arguments: Any, **settings: Any)
         raise TodreError(f"{what} is not usable: {' '.join(str(error).split())}") from error
 
 
+def feature_layer(stated: Any) -> Any:
+    """Return ``vision_feature_layer``; of a list of one, the one."""
+    is_one = isinstance(stated, (list, tuple)) and len(stated) == 1
+    return stated[0] if is_one else stated
+
+
 def _check_hf(hf: Any) -> None:
-    text, layer = hf.text_config, hf.vision_feature_layer
+    text, layer = hf.text_config, feature_layer(hf.vision_feature_layer)
+    other = "; or transformers' own class: --backend transformers."
     if text.model_type not in ("llama", "mistral") or getattr(text, "sliding_window", None):
         raise TodreError(
             f"text_config has model_type {text.model_type!r}; "
-            "allowed: llama, and mistral without a sliding window."
+            f"allowed: llama, and mistral without a sliding window{other}"
         )
     if not isinstance(layer, int):
-        raise TodreError(f"vision_feature_layer {layer!r} is not supported; allowed: one integer.")
+        raise TodreError(
+            f"vision_feature_layer {layer!r} is not supported; allowed: one integer{other}"
+        )
     if hf.projector_hidden_act != "gelu" or not hf.multimodal_projector_bias:
         raise TodreError(
             f"projector with activation {hf.projector_hidden_act!r} and bias "
-            f"{hf.multimodal_projector_bias} is not supported; allowed: 'gelu' with bias."
+            f"{hf.multimodal_projector_bias} is not supported; allowed: 'gelu' with bias{other}"
         )
+
+
+def loads(raw: dict[str, Any]) -> bool:
+    """Return whether our class runs what a config.json of llava-hf describes."""
+    if raw.get("quantization_config"):
+        return False
+    try:
+        from_hf(raw)
+    except TodreError:
+        return False
+    return True
 
 
 def with_protocol(config: dict[str, Any], protocol: str) -> dict[str, Any]:

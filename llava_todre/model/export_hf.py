@@ -56,6 +56,11 @@ def save_as_hf(
         TodreError: a model that has no counterpart in transformers, or a folder that is in use or
             cannot be written.
     """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise TodreError(
+            "a quantised model cannot be saved for transformers; allowed: the same model loaded "
+            "without load_8bit, load_4bit and quantization_config."
+        )
     config = _config(model)
     conversation = find_template(template, model, tokenizer)
     tokens = with_image_token(tokenizer)

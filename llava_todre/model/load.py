@@ -6,6 +6,7 @@ name and shape before anything is loaded; then tokenizer, image processor, gener
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.model import convert
+from llava_todre.model.adapters import check_parts, laid_over, merged
+from llava_todre.model.bounded import check_tokenizer
 from llava_todre.model.chat_template import suggested_template
 from llava_todre.model.checkpoint import find_checkpoint, first_line, read_json, read_weights
+from llava_todre.model.config_check import (
+    GENERATION,
+    PROCESSOR,
+    check_config,
+    check_tokens,
+    check_values,
+)
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.model.placement import (
     DTYPES,
@@ -29,6 +39,7 @@ from llava_todre.model.placement import (
     target_device,
     tensor_parallel,
 )
+from llava_todre.model.quantised import quantisation, stated_method
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROCESSOR_KEYS = (
@@ -42,7 +53,10 @@ def load_pretrained_model(
     model_path: str | Path,
     model_base: str | None = None,
     model_name: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
     *,
+    quantization_config: Any = None,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -55,9 +69,15 @@ def load_pretrained_model(
 
     Args:
         model_path: a directory or a hub id, in the original layout or that of llava-hf.
-        model_base: for LoRA checkpoints in the original; not supported, merge them first.
+        model_base: where ``model_path`` holds only a projector or a LoRA adapter: the model it was
+            trained on, Vicuna or LLaVA, a directory or a hub id. Adapters are merged, with peft.
         model_name: instead of the last part of ``model_path``, where the conversation template
             goes by the name; what kind of model the checkpoint is, its config says.
+        load_8bit: quantise the decoder by LLM.int8 of bitsandbytes; tower and projector stay.
+        load_4bit: quantise the decoder to NF4 of bitsandbytes; tower and projector stay.
+        quantization_config: instead of both, any that ``transformers`` has, such as
+            ``BitsAndBytesConfig``, ``TorchAoConfig`` or ``QuantoConfig``; as they come, these
+            quantise tower and projector, too.
         revision: branch, tag or commit on the hub.
         dtype: float32, float16, bfloat16, or auto: the checkpoint's own on a GPU; float32 on a CPU,
             where half precision is slow and inexact.
@@ -77,11 +97,6 @@ def load_pretrained_model(
     Raises:
         TodreError: one line saying what about the arguments or the checkpoint is wrong.
     """
-    if model_base is not None:
-        raise TodreError(
-            f"model_base {str(model_base)!r} is not supported; merge LoRA weights into the model "
-            "first and give the merged checkpoint as model_path."
-        )
     if protocol not in convert.PROTOCOLS:
         raise unknown("protocol", protocol, convert.PROTOCOLS)
     parallel = tensor_parallel(tp_plan, device, device_map)
@@ -90,70 +105,126 @@ def load_pretrained_model(
     wanted = parse_dtype(dtype)
 
     folder = find_checkpoint("model_path", str(model_path), revision)
-    settings, tensors, processor = _read(folder, protocol)
+    check_parts(folder, has_base=model_base is not None)
+    base = folder if model_base is None else find_checkpoint("model_base", str(model_base))
+    settings, tensors, processor = _read(folder, base, protocol)
     stored = DTYPES.get(settings.pop("dtype", None), torch.float16)
+    running = wanted or (torch.float32 if target.type == "cpu" else stored)
+    quantised = quantisation(load_8bit, load_4bit, quantization_config, running)
     config = convert.built(str(folder / "config.json"), LlavaConfig, **settings)
-    tokenizer = _load_tokenizer(folder)
+    check_tokens(folder / "config.json", vars(config), config.vocab_size)
+    tokenizer = _load_tokenizer(base)
     if parallel is not None:
-        check_split(config, parallel.tp_size)
-    tensors = _matched(folder, config, tensors)
-    model = LlavaLlamaForCausalLM.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors,
-        dtype=wanted or (torch.float32 if target.type == "cpu" else stored),
-        device_map=device_map if spreads(device_map) else None,
+        _check_parallel(config, parallel, quantised)
+    tensors = _matched(base, config, tensors)
+    how = {"config": config, "dtype": running, "attn_implementation": attn_implementation}
+    if base != folder:
+        tensors = merged(folder, _model(tensors, **how)).state_dict()
+    spread = device_map if spreads(device_map) else None
+    if quantised is not None:
+        spread = spread or {"": target}  # each weight is quantised where it is to stay
+    model = _model(
+        tensors,
+        **how,
+        device_map=spread,
         distributed_config=parallel,
-        attn_implementation=attn_implementation,
+        quantization_config=quantised,
     )
     if spreads(device_map):
         check_spread(getattr(model, "hf_device_map", {}))
-    elif parallel is None:
+    elif parallel is None and quantised is None:
         model.to(target)
     model.get_vision_tower().image_processor = processor
     model.name_or_path = str(model_path)
     model.suggested_template = suggested_template(
-        model_name or str(model_path), read_json(folder / "config.json"), tokenizer.get_vocab()
+        model_name or str(model_path), read_json(_config_of(folder, base)), tokenizer.get_vocab()
     )
     if (folder / "generation_config.json").is_file():
-        read_json(folder / "generation_config.json")  # or an error of one line
-        # Unlike from_dict it remembers what was published, so that it can be saved as it is.
-        model.generation_config = convert.built(
-            str(folder / "generation_config.json"), GenerationConfig.from_pretrained, folder
-        )
+        model.generation_config = _generation_config(folder, config)
     return tokenizer, model.eval(), processor, _context_length(config)
 
 
 # ---------------------------------------------------------------------- what the files hold
 
 
-def _read(folder: Path, protocol: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
-    """Return settings for the config, tensors under our names, and the image processor."""
-    raw = read_json(folder / "config.json")
+def _read(folder: Path, base: Path, protocol: str) -> tuple[dict[str, Any], dict[str, Tensor], Any]:
+    """Return settings for the config, tensors under our names, and the image processor.
+
+    Args:
+        folder: the checkpoint.
+        base: where the weights are on which a part is laid; the same where it is whole.
+        protocol: native or paper.
+    """
+    raw = _read_config(_config_of(folder, base))
     layout = convert.detect_layout(raw)
     if layout == "hf":
+        if base != folder:
+            raise TodreError(
+                f"model_base {str(base)!r} has the layout of llava-hf; its adapters are run by "
+                "transformers' own class: --backend transformers."
+            )
         settings = convert.with_protocol(convert.from_hf(raw), protocol)
         tensors = _renamed(read_weights(folder), layout)
+        _check_unquantised(folder, raw, tensors)
         return settings, tensors, _load_processor([folder], settings)
-    tensors = _renamed(read_weights(folder), layout)
+    of_base = "hf" if "text_config" in read_json(base / "config.json") else "original"
+    tensors = _renamed(read_weights(base), of_base)
+    _check_unquantised(folder, raw, tensors)
     embedded = any(name.startswith(convert.TOWER_PREFIX) for name in tensors)
-    if embedded and "vision_config" in raw and (folder / "preprocessor_config.json").is_file():
+    if embedded and raw.get("vision_config") and (folder / "preprocessor_config.json").is_file():
         folders, tower = [folder], raw["vision_config"]  # nothing beside it is needed
     else:
-        beside = _find_tower(raw["mm_vision_tower"], folder, weights=not embedded)
-        folders, tower = [beside, folder], read_json(beside / "config.json")
+        beside = _find_tower(raw["mm_vision_tower"], [folder, base], weights=not embedded)
+        folders, tower = [beside, folder], _read_config(beside / "config.json")
         if not embedded:
             tensors |= _renamed(read_weights(beside), "tower")
+    if base != folder:
+        tensors |= _renamed(laid_over(folder), "original")
     settings = convert.from_original(raw, convert.vision_config(tower))
     settings = convert.with_protocol(settings, protocol)
     return settings, tensors, _load_processor(folders, settings)
 
 
-def _find_tower(name: str, folder: Path, weights: bool) -> Path:
+def _config_of(folder: Path, base: Path) -> Path:
+    """Return the config.json of a checkpoint; an adapter need not have one."""
+    own = folder / "config.json"
+    return own if own.exists() else base / "config.json"
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    raw = read_json(path)
+    check_config(path, raw)
+    return raw
+
+
+def _generation_config(folder: Path, config: LlavaConfig) -> GenerationConfig:
+    path = folder / "generation_config.json"
+    raw = read_json(path)
+    check_values(path, raw, GENERATION)
+    check_tokens(path, raw, config.vocab_size)
+    # Unlike from_dict it remembers what was published, so that it can be saved as it is.
+    made: GenerationConfig = convert.built(str(path), GenerationConfig.from_pretrained, folder)
+    return made
+
+
+def _check_unquantised(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise where a config.json says that the weights are quantised, true or not."""
+    method = stated_method(raw)
+    if method is None:
+        return
+    says = f"{folder / 'config.json'} has a quantization_config of {method!r}"
+    if all(tensor.dtype in DTYPES.values() for tensor in tensors.values()):
+        raise TodreError(f"{says}, but the weights are not quantised; remove that key.")
+    raise TodreError(
+        f"{says}; allowed: transformers' own class (--backend transformers) where the checkpoint "
+        "has the layout of llava-hf, or unquantised weights, with load_8bit or load_4bit."
+    )
+
+
+def _find_tower(name: str, folders: list[Path], weights: bool) -> Path:
     """Return the tower's folder: relative to the checkpoint, absolute, or from the hub."""
-    beside = folder / name
-    path = str(beside) if beside.is_dir() else name
-    return find_checkpoint("mm_vision_tower", path, weights=weights)
+    beside = [folder / name for folder in folders if (folder / name).is_dir()]
+    return find_checkpoint("mm_vision_tower", str(beside[0] if beside else name), weights=weights)
 
 
 def _renamed(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -172,8 +243,9 @@ def _load_processor(folders: list[Path], settings: dict[str, Any]) -> CLIPImageP
             if not (folder / name).is_file():
                 continue
             raw = read_json(folder / name)
-            raw = raw.get("image_processor", raw)
-            known = {key: raw[key] for key in _PROCESSOR_KEYS if key in raw}
+            raw = raw.get("image_processor") or raw
+            check_values(folder / name, raw, PROCESSOR)
+            known = {key: raw[key] for key in _PROCESSOR_KEYS if raw.get(key) is not None}
             processor = convert.built(str(folder / name), CLIPImageProcessorPil, **known)
             return _checked_processor(processor, folder / name, settings)
     places = " or ".join(str(folder) for folder in folders)
@@ -182,7 +254,8 @@ def _load_processor(folders: list[Path], settings: dict[str, Any]) -> CLIPImageP
 
 def _checked_processor(processor: Any, path: Path, settings: dict[str, Any]) -> Any:
     crop, side = processor.crop_size, settings["vision_config"]["image_size"]
-    if (crop["height"], crop["width"]) != (side, side) or not processor.size["shortest_edge"]:
+    shortest = processor.size["shortest_edge"]
+    if (crop["height"], crop["width"]) != (side, side) or not 1 <= (shortest or 0) <= 16 * side:
         raise TodreError(
             f"{path} has size {dict(processor.size)} and crop_size {dict(crop)}; the vision tower "
             f"needs a shortest_edge and a crop of {side} x {side}."
@@ -200,6 +273,7 @@ def _load_tokenizer(folder: Path) -> Any:
             f"the tokenizer in {folder} does not load: {first_line(error)} "
             "(a tokenizer.model needs sentencepiece and protobuf)."
         ) from error
+    check_tokenizer(str(folder), tokenizer)
     if not tokenizer.chat_template and (folder / "chat_template.json").is_file():
         # Where older processors of llava-hf have it.
         tokenizer.chat_template = read_json(folder / "chat_template.json").get("chat_template")
@@ -209,10 +283,46 @@ def _load_tokenizer(folder: Path) -> Any:
 # ---------------------------------------------------------------------- the model
 
 
+def _model(tensors: dict[str, Tensor], quantization_config: Any = None, **how: Any) -> Any:
+    """Return our model with these tensors."""
+    if quantization_config is None:
+        return LlavaLlamaForCausalLM.from_pretrained(None, state_dict=tensors, **how)
+    try:
+        return LlavaLlamaForCausalLM.from_pretrained(
+            None, state_dict=tensors, quantization_config=quantization_config, **how
+        )
+    except (ImportError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        raise TodreError(
+            f"quantization_config {type(quantization_config).__name__} does not work here: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _check_parallel(config: LlavaConfig, parallel: Any, quantised: Any) -> None:
+    if quantised is not None:
+        raise TodreError("tp_plan and quantisation were both given; allowed: one.")
+    check_split(config, parallel.tp_size)
+
+
+def _expected(config: LlavaConfig) -> dict[str, torch.Size]:
+    """Return the shapes of the model's tensors, of which only one layer is built, without data."""
+    one = copy.deepcopy(config)
+    one.num_hidden_layers, one.mm_vision_select_layer = 1, 0
+    one.vision_config = config.vision_config | {"num_hidden_layers": 1}
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in LlavaLlamaForCausalLM(one).state_dict().items()}
+    expected = {}
+    for name, shape in shapes.items():
+        of_tower = name.startswith(convert.TOWER_PREFIX)
+        layers = (config.vision_config if of_tower else vars(config))["num_hidden_layers"]
+        for index in range(layers if ".layers.0." in name else 1):
+            expected[name.replace(".layers.0.", f".layers.{index}.")] = shape
+    return expected
+
+
 def _matched(folder: Path, config: LlavaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors the model has; an error when any is missing, unexpected or misshapen."""
-    with torch.device("meta"):
-        expected = {k: v.shape for k, v in LlavaLlamaForCausalLM(config).state_dict().items()}
+    expected = _expected(config)
     if "unpad" not in config.mm_patch_merge_type:
         tensors = {k: v for k, v in tensors.items() if k != "model.image_newline"}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -223,6 +333,11 @@ def _matched(folder: Path, config: LlavaConfig, tensors: dict[str, Tensor]) -> d
             f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
             for name, shape in expected.items()
             if name in tensors and tensors[name].shape != shape
+        ],
+        "of wrong type": [
+            f"{name} {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor in tensors.items()
+            if name in expected and not (tensor.is_floating_point() and tensor.itemsize > 1)
         ],
     }
     if any(wrong.values()):

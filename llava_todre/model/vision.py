@@ -157,9 +157,9 @@ def cls_attention(layer: Any, hidden: Tensor) -> Tensor:
 def cls_attention_unsplit(layer: Any, hidden: Tensor) -> Tensor:
     """Return (V, P) attention of [CLS], with queries and keys not split into heads (PruMerge)."""
     attention, states = layer.self_attn, layer.layer_norm1(hidden)
-    query, keys = attention.q_proj(states[:, :1]).float(), attention.k_proj(states).float()
-    logits = query @ keys.transpose(1, 2) * query.shape[-1] ** -0.5  # (V, 1, 1 + P)
-    return logits.softmax(dim=-1)[:, 0, 1:]
+    query, keys = _cls_query(attention, states).float(), attention.k_proj(states).float()
+    logits = torch.einsum("vw,vpw->vp", query, keys) * query.shape[-1] ** -0.5  # (V, 1 + P)
+    return logits.softmax(dim=-1)[:, 1:]
 
 
 def received_attention(layer: Any, hidden: Tensor) -> Tensor:
@@ -205,15 +205,14 @@ def _cls_logits(layer: Any, hidden: Tensor) -> Tensor:
     A single query is cheaper carried back through the key projection than all keys forward: with
     k = K x + b, the product q k is (q K) x + q b, and q K is one row per head.
     """
-    attention, states = layer.self_attn, layer.layer_norm1(hidden)  # (V, 1 + P, W)
+    attention = layer.self_attn
     heads, projection = attention.num_heads, attention.k_proj
-    # A norm behind it does not carry, and offloaded weights are only there while it runs.
-    is_plain = isinstance(projection, nn.Linear) and not projection.weight.is_meta
-    if not is_plain:
-        query, keys = _heads(layer, hidden[:, :1], "q_proj"), _heads(layer, hidden, "k_proj")
-        return (query @ keys.transpose(2, 3) * query.shape[-1] ** -0.5)[:, :, 0]
-    query = attention.q_proj(states[:, 0]).float().unflatten(-1, (heads, -1))  # (V, H, E)
+    states = layer.layer_norm1(hidden)  # (V, 1 + P, W)
+    query = _cls_query(attention, states).float().unflatten(-1, (heads, -1))  # (V, H, E)
     query = query * query.shape[-1] ** -0.5
+    if not is_plain(projection):
+        keys = projection(states).float().unflatten(-1, (heads, -1))  # (V, 1 + P, H, E)
+        return torch.einsum("vhe,vphe->vhp", query, keys)
     weight = projection.weight.float().unflatten(0, (heads, -1))  # (H, E, W)
     carried = torch.einsum("vhe,hew->vhw", query, weight)
     logits = carried @ states.float().transpose(1, 2)
@@ -221,3 +220,26 @@ def _cls_logits(layer: Any, hidden: Tensor) -> Tensor:
         return logits
     bias = projection.bias.float().unflatten(0, (heads, -1))  # (H, E)
     return logits + torch.einsum("vhe,he->vh", query, bias)[..., None]
+
+
+def _cls_query(attention: Any, states: Tensor) -> Tensor:
+    """Return (V, W) the query of [CLS], from the normalised input (V, 1 + P, W) of a layer."""
+    if is_plain(attention.q_proj):
+        return attention.q_proj(states[:, 0])
+    return attention.q_proj(states)[:, 0]  # what LLM.int8 makes of a row depends on the others
+
+
+def is_plain(projection: Any) -> bool:
+    """Return whether a projection is W x + b, with a W that can be read without running it.
+
+    Not so where the weights are quantised (bitsandbytes, torchao, quanto, ...), where an adapter, a
+    norm or a hook changes the output, or where accelerate fetches the weights for each call.
+    """
+    return (
+        type(projection) is nn.Linear
+        and type(projection.weight) in (nn.Parameter, Tensor)
+        and projection.weight.is_floating_point()
+        and not projection.weight.is_meta
+        and "forward" not in vars(projection)
+        and not (projection._forward_hooks or projection._forward_pre_hooks)
+    )

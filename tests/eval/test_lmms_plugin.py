@@ -24,7 +24,7 @@ from llava_todre.generate import Request, answer
 from llava_todre.hf.stock import StockModel
 from llava_todre.lmms_plugin import NAME
 from llava_todre.lmms_plugin.arguments import build_pruner, draws, item_seed, option, with_seed
-from llava_todre.lmms_plugin.fingerprint import fingerprint
+from llava_todre.lmms_plugin.fingerprint import fingerprint, weights_digest
 from llava_todre.lmms_plugin.items import cut, generation, items_of, shown_of
 from llava_todre.lmms_plugin.log import AnswerLog, read_answers
 from llava_todre.lmms_plugin.processes import join_processes, placement
@@ -592,6 +592,22 @@ def test_equal_models_share_a_fingerprint_and_any_change_ends_that(documents, mo
         assert name(other) != before
 
 
+@pytest.mark.parametrize("layout", ["ours", "torchao", "quanto"])
+def test_quantised_models_have_fingerprints(layout, monkeypatch):
+    from quantised import configuration
+
+    def load(name):
+        if layout == "ours":
+            pytest.importorskip("bitsandbytes")
+            return plugin.LlavaTodre(pretrained=MINI, load_4bit=name != "").model
+        chosen = configuration(f"{layout}-{name or 'float8'}")
+        return load_pretrained_model(MINI, quantization_config=chosen)[1]
+
+    monkeypatch.setattr(backend, "load_pretrained_model", load_pretrained_model)
+    first, again, other = (weights_digest(load(name)) for name in ("int8", "int8", ""))
+    assert first == again != other
+
+
 def test_a_line_tells_what_the_answer_took(documents, whole):
     line = whole[1][0]
     lm = build(documents)
@@ -753,6 +769,9 @@ def test_a_method_may_be_a_file_or_two_joined(tmp_path):
         ({"clip_text": "/no/where"}, "clip_text '/no/where'"),
         ({"method": "none.yaml"}, "method file 'none.yaml' cannot be read"),
         ({"device": "cpu", "device_map": "auto"}, "both given"),
+        ({"load_8bit": "maybe"}, "load_8bit must be true or false, got 'maybe'"),
+        ({"load_8bit": True, "load_4bit": "true"}, "load_8bit and load_4bit were both given"),
+        ({"model_base": MINI}, "model_base was given, but .* neither an adapter nor a proj"),
     ],
 )
 def test_a_bad_argument_is_one_line(arguments, message):
