@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from llava_todre.errors import TodreError
+
+
+def check_regular(file: str | os.PathLike[str], key: str) -> None:
+    """Refuse a pipe, a device or a socket: reading one may never end.
+
+    What is missing, or a directory, is left to whoever opens it.
+
+    Args:
+        file: what is about to be read.
+        key: what messages call it.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise TodreError(f"{key} {str(file)!r} is a pipe or a device; give a file.")
 
 
 def read_mapping(file: Path, key: str) -> dict[str, Any]:
@@ -21,6 +39,7 @@ def read_mapping(file: Path, key: str) -> dict[str, Any]:
     Raises:
         TodreError: the file cannot be read, or holds something else.
     """
+    check_regular(file, key)
     try:
         content = yaml.safe_load(file.read_text())
     except OSError as error:

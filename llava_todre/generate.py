@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.model.images import load_image, picture_digest, process_images
+from llava_todre.model.images import Picture, open_picture, picture_digest, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.model.prefix import PrefixStore
@@ -37,8 +37,6 @@ class Views:
     """(width, height) of the image before."""
 
 
-Picture = Image.Image | str | os.PathLike[str]
-
 # A video frame is one view, resized and cropped as CLIP was trained: no tiles, no padding.
 _FRAME = SimpleNamespace(image_aspect_ratio="square")
 
@@ -50,8 +48,8 @@ class Request:
     question: str
     """May contain ``<image>`` where each image goes; they stand in front otherwise."""
     images: Sequence[Picture | Views] = ()
-    """PIL images or files; with ``is_video`` the frames of one video in order; none for text. Or
-    what :func:`prepare` made of them."""
+    """PIL images, files or data URIs; with ``is_video`` the frames of one video in order; none for
+    text. Or what :func:`prepare` made of them."""
     is_video: bool = False
     seconds: Sequence[float] = ()
     """When each frame of a video is seen, from the start of the video; empty where not known. Only
@@ -246,18 +244,10 @@ def _groups(request: Request) -> list[_Group]:
 def _views(model: LlavaLlamaForCausalLM, group: _Group, is_video: bool) -> Views:
     if len(group) == 1 and isinstance(group[0], Views):
         return group[0]
-    opened = [_open(item) for item in group]
+    opened = [open_picture(item) for item in group]
     config = _FRAME if is_video else model.config
     views = process_images(opened, model.get_vision_tower().image_processor, config)
     return Views(torch.as_tensor(views if is_video else views[0]), opened[0].size)
-
-
-def _open(picture: Picture | Views) -> Image.Image:
-    if isinstance(picture, (str, os.PathLike)):
-        return load_image(picture)
-    if not isinstance(picture, Image.Image):
-        raise TodreError(f"image of type {type(picture).__name__}; allowed: PIL image or path.")
-    return picture
 
 
 def _identity(picture: Picture | Views) -> Any:
@@ -272,8 +262,8 @@ def _lasting_identity(picture: Picture | Views) -> Any:
     if isinstance(picture, Views):
         return id(picture)
     try:
-        status = os.stat(picture)
-    except OSError:
+        status = os.stat(os.path.expanduser(picture))
+    except (OSError, ValueError):
         return os.fspath(picture)  # opening it says what is wrong
     return os.fspath(picture), status.st_size, status.st_mtime_ns
 

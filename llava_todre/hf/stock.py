@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
 from llava_todre.hf.times import metadata_of
 from llava_todre.model.checkpoint import first_line
-from llava_todre.model.images import load_image
+from llava_todre.model.images import open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
 
@@ -107,7 +106,7 @@ class StockModel:
         for request in requests:
             if not request.question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
                 raise TodreError(f"question {request.question!r} is empty; give at least one word.")
-            pictures = [self._picture(picture) for picture in request.images]
+            pictures = [open_picture(picture) for picture in request.images]
             texts.append(self._prompt(request, len(pictures)))
             if request.is_video:
                 videos.append(pictures)
@@ -160,9 +159,3 @@ class StockModel:
             raise TodreError(
                 f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
             ) from error
-
-    @staticmethod
-    def _picture(picture: Any) -> Any:
-        if isinstance(picture, (str, Path)):
-            return load_image(picture)
-        return picture.convert("RGB") if hasattr(picture, "convert") else picture

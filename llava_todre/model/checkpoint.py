@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_todre.errors import TodreError
+from llava_todre.files import check_regular
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def _weight_patterns(files: list[str]) -> list[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an error when it is missing, damaged or no object."""
+    check_regular(path, "file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
