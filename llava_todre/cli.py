@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -221,12 +222,12 @@ def _pictures(options: Namespace) -> tuple[Sequence[Any], Sequence[float]]:
     from llava_todre.model.images import is_image_file, load_image
     from llava_todre.video import read_clip
 
-    first = Path(options.image[0]).expanduser()
-    is_one_file = len(options.image) == 1 and first.is_file()
+    first = os.path.expanduser(options.image[0])
+    is_one_file = len(options.image) == 1 and os.path.isfile(first)
     if options.video and is_one_file and not is_image_file(first):
         if options.fps is not None:
             raise TodreError(f"fps {options.fps} is for frames given as images; leave it out.")
-        return read_clip(str(first), options.max_frames)
+        return read_clip(first, options.max_frames)
     images = [load_image(path, allow_urls=options.allow_urls) for path in options.image]
     seconds = [number / options.fps for number in range(len(images))] if options.fps else []
     return images, seconds

@@ -11,7 +11,7 @@ import urllib.request
 from io import BytesIO
 from pathlib import Path
 from urllib.error import HTTPError
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from llava_todre.errors import TodreError
 from llava_todre.files import check_regular
@@ -34,8 +34,7 @@ def called(source: str | os.PathLike[str]) -> str:
     if _is_data(text):
         return repr(text[:5] + text[5 : text.find(",") + 1][:40] + "...")
     if _SCHEME.match(text):
-        parts = urlsplit(text)
-        text = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        text = re.sub(r"//[^/]*@", "//", re.split("[?#]", text)[0])
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
