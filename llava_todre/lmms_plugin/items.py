@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.model.images import open_picture, picture_digest
+from llava_todre.model.images import picture_digest
 from llava_todre.video import read_clip
 
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -186,8 +186,7 @@ def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Show
             f"document {item.doc_id} of {item.task} shows {len(given)} things of type {kinds}; "
             "allowed: PIL images, one video file, or nothing."
         )
-    pictures = tuple(open_picture(picture) for picture in given)
-    return Shown(pictures, False, tuple(picture_digest(picture) for picture in pictures))
+    return Shown(tuple(given), False, tuple(picture_digest(picture) for picture in given))
 
 
 def _as_json(value: Any) -> str:

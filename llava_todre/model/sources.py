@@ -20,7 +20,7 @@ from llava_todre.version import __version__
 MAX_BYTES = 20 * 2**20
 """Of an image that comes from elsewhere: a data URI, a URL, an upload."""
 SECONDS = 30.0
-"""How long a URL may take, from the first connection to the last byte."""
+"""How long the content of a URL may take."""
 _SILENCE = 10.0
 """How long a server may say nothing."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
