@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_todre import PRUNERS, Request, answer, ask, load_pretrained_model
+from llava_todre import PRUNERS, Request, TodreError, answer, ask, load_pretrained_model
 from llava_todre.cli import main
 from llava_todre.generate import Memory, prepare
 from llava_todre.hf.load import load_stock_model
@@ -145,6 +145,15 @@ def test_both_classes_keep_the_same_of_a_strip(method: str, stock: StockModel) -
     for mine, theirs in zip(expected.stats.images, given.stats.images, strict=True):
         assert mine.keep_idx.tolist() == theirs.keep_idx.tolist()
     assert expected.stats.prompt_tokens_per_layer == given.stats.prompt_tokens_per_layer
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    source = Path(__file__).parent / "golden" / "llava-v1.5-tiny"
+    assert main(["convert", "--model", str(source), "--out", str(out)]) == 0
+    request = Request(QUESTION, [Image.new("RGB", (1_000_000, 1))])
+    with pytest.raises(TodreError, match="too elongated"):
+        load_stock_model(str(out)).answer([request])
 
 
 def test_frames_are_the_same_whichever_way_a_clip_comes_in(command: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
@@ -16,7 +18,7 @@ from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
 from llava_todre.hf.times import metadata_of
 from llava_todre.model.checkpoint import first_line
-from llava_todre.model.images import open_picture
+from llava_todre.model.images import check_elongation, open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
 
@@ -106,7 +108,7 @@ class StockModel:
         for request in requests:
             if not request.question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
                 raise TodreError(f"question {request.question!r} is empty; give at least one word.")
-            pictures = [open_picture(picture) for picture in request.images]
+            pictures = [self._picture(picture) for picture in request.images]
             texts.append(self._prompt(request, len(pictures)))
             if request.is_video:
                 videos.append(pictures)
@@ -159,3 +161,14 @@ class StockModel:
             raise TodreError(
                 f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
             ) from error
+
+    def _picture(self, picture: Any) -> Any:
+        """Return a picture as it is shown; arrays are the processor's affair."""
+        if not isinstance(picture, (str, os.PathLike, Image.Image)):
+            return picture
+        shown = open_picture(picture)
+        if self.config.model_type == "llava":  # resizes by the short side, whatever comes
+            images = self.processor.image_processor
+            mode = "pad" if getattr(images, "do_pad", False) else "square"
+            check_elongation(shown.size, dict(images.size).get("shortest_edge") or 1, mode)
+        return shown

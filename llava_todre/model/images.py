@@ -228,7 +228,7 @@ def process_images(
         )
     edge = image_processor.size["shortest_edge"]
     for image in images:
-        _check_elongation(image.size, edge, mode)
+        check_elongation(image.size, edge, mode)
     if mode == "pad":
         colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
         images = [_expand_to_square(image, colour) for image in images]
@@ -240,8 +240,14 @@ def _stacked(pixels: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     return torch.stack(pixels) if same else pixels
 
 
-def _check_elongation(size: Size, edge: int, mode: str) -> None:
-    """Refuse a shape whose square, or whose resize by its short side, fills the memory."""
+def check_elongation(size: Size, edge: int, mode: str) -> None:
+    """Refuse a shape whose square, or whose resize by its short side, fills the memory.
+
+    Args:
+        size: of the image.
+        edge: pixels that its short side becomes.
+        mode: "pad" for a square.
+    """
     longest, shortest = max(size), min(size)
     pixels = longest**2 if mode == "pad" else edge**2 * longest // shortest
     if pixels > MAX_PIXELS:
