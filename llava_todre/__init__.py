@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llava_todre.errors import TodreError
     from llava_todre.generate import Answer, Memory, Request, answer, ask, prepare
     from llava_todre.hf import attach, detach, last_stats, prune
+    from llava_todre.model.images import load_image
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import PRUNERS, Pruner, create_pruner
     from llava_todre.stats import PruneStats
@@ -31,6 +32,7 @@ _HOMES = {
     "detach": "hf",
     "last_stats": "hf",
     "prune": "hf",
+    "load_image": "model.images",
     "load_pretrained_model": "model.load",
     "PRUNERS": "pruners",
     "Pruner": "pruners",
@@ -53,6 +55,7 @@ __all__ = [
     "create_pruner",
     "detach",
     "last_stats",
+    "load_image",
     "load_pretrained_model",
     "prepare",
     "prune",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,9 +80,12 @@ def _generate_parser() -> ArgumentParser:
     add("--model-base", type=str | None, help="what a LoRA or projector-only --model is laid over")
     add("--load-8bit", action="store_true", help="quantise the decoder (bitsandbytes, LLM.int8)")
     add("--load-4bit", action="store_true", help="quantise the decoder (bitsandbytes, NF4)")
-    add("--image", nargs="+", required=True, metavar="FILE", help="image files, in order")
+    images = "image files or data URIs, in order; with --video also one video file"
+    add("--image", nargs="+", required=True, metavar="FILE", help=images)
+    add("--allow-urls", action="store_true", help="fetch images given as http(s) URLs")
     add("--video", action="store_true", help="the images are the frames of one video")
-    add("--fps", type=float | None, help="frames per second of that video, for models that ask")
+    add("--max-frames", type=int, default=5, help="frames taken of a video file, evenly spaced")
+    add("--fps", type=float | None, help="frames per second of a video given as images")
     add("--question", required=True, help="may contain <image> where each image goes")
     add("--method", default="todre", help="a name from `todre list`, or a YAML file of configs/")
     add("--retain-ratio", type=float | None, help="share of visual tokens kept, in (0, 1]")
@@ -151,7 +155,6 @@ def _generate(options: Namespace) -> None:
     from llava_todre.flops import decoder_prefill_flops
     from llava_todre.generate import Request, answer
     from llava_todre.hf.load import load_stock_model, uses_stock
-    from llava_todre.model.images import load_image
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import create_pruner
     from llava_todre.viz import picture_of
@@ -162,7 +165,7 @@ def _generate(options: Namespace) -> None:
         raise TodreError(f"fps {options.fps} is for --video; allowed: a number above 0.")
     method, knobs = method_options(options)
     pruner = create_pruner(method, **knobs)
-    images = [load_image(path) for path in options.image]
+    images, seconds = _pictures(options)
     loading = {
         "revision": options.revision,
         "model_base": options.model_base,
@@ -172,7 +175,6 @@ def _generate(options: Namespace) -> None:
         "device_map": options.device_map,
         "attn_implementation": options.attn_implementation,
     }
-    seconds = [number / options.fps for number in range(len(images))] if options.fps else []
     request = Request(options.question, images, options.video, seconds)
     model: Any
     if uses_stock(options.backend, options.model, options.revision, options.model_base):
@@ -209,6 +211,22 @@ def _generate(options: Namespace) -> None:
     report["prefill_flops_unpruned"] = decoder_prefill_flops(model.decoder_shape, unpruned)
     report["stages_ms"] = {stage: round(ms, 2) for stage, ms in result.stages_ms.items()}
     print(json.dumps(report) if options.json else _as_text(report))
+
+
+def _pictures(options: Namespace) -> tuple[Sequence[Any], Sequence[float]]:
+    """Return the images, or the frames of a video and when each is seen where that is known."""
+    from llava_todre.model.images import is_image_file, load_image
+    from llava_todre.video import read_clip
+
+    first = os.path.expanduser(options.image[0])
+    is_one_file = len(options.image) == 1 and os.path.isfile(first)
+    if options.video and is_one_file and not is_image_file(first):
+        if options.fps is not None:
+            raise TodreError(f"fps {options.fps} is for frames given as images; leave it out.")
+        return read_clip(first, options.max_frames)
+    images = [load_image(path, allow_urls=options.allow_urls) for path in options.image]
+    seconds = [number / options.fps for number in range(len(images))] if options.fps else []
+    return images, seconds
 
 
 def _convert(options: Namespace) -> None:

@@ -54,6 +54,23 @@ def read_text(file: Path, key: str, most: int = _YAML_BYTES) -> str:
         raise TodreError(f"{where} cannot be read: {error}.") from None
 
 
+def check_regular(file: str | os.PathLike[str], key: str) -> None:
+    """Refuse a pipe, a device or a socket: reading one may never end.
+
+    What is missing, or a directory, is left to whoever opens it.
+
+    Args:
+        file: what is about to be read.
+        key: what messages call it.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise TodreError(f"{key} {str(file)!r} is a pipe or a device; give a file.")
+
+
 def read_mapping(file: Path, key: str) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 

@@ -17,8 +17,7 @@ from transformers import StopStringCriteria
 
 from llava_todre.errors import TodreError
 from llava_todre.model.chat_template import find_template
-from llava_todre.model.checkpoint import first_line
-from llava_todre.model.images import DECODE_ERRORS, load_image, picture_digest, process_images
+from llava_todre.model.images import Picture, open_picture, picture_digest, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.model.prefix import PrefixStore
@@ -45,8 +44,6 @@ class Views:
     """(width, height) of the image before."""
 
 
-Picture = Image.Image | str | os.PathLike[str]
-
 # A video frame is one view, resized and cropped as CLIP was trained: no tiles, no padding.
 _FRAME = SimpleNamespace(image_aspect_ratio="square")
 
@@ -58,8 +55,8 @@ class Request:
     question: str
     """May contain ``<image>`` where each image goes; they stand in front otherwise."""
     images: Sequence[Picture | Views] = ()
-    """PIL images or files; with ``is_video`` the frames of one video in order; none for text. Or
-    what :func:`prepare` made of them."""
+    """PIL images, files or data URIs; with ``is_video`` the frames of one video in order; none for
+    text. Or what :func:`prepare` made of them."""
     is_video: bool = False
     seconds: Sequence[float] = ()
     """When each frame of a video is seen, from the start of the video; empty where not known. Only
@@ -296,23 +293,6 @@ def _views(model: LlavaLlamaForCausalLM, group: _Group, is_video: bool) -> Views
     return Views(torch.as_tensor(views if is_video else views[0]), opened[0].size)
 
 
-def open_picture(picture: Picture | Views) -> Image.Image:
-    """Return a picture with its pixels in memory.
-
-    Raises:
-        TodreError: no picture, a file that is not one, or an image that was closed or cut short.
-    """
-    if isinstance(picture, (str, os.PathLike)):
-        return load_image(picture)
-    if not isinstance(picture, Image.Image):
-        raise TodreError(f"image of type {type(picture).__name__}; allowed: PIL image or path.")
-    try:
-        picture.load()
-    except DECODE_ERRORS as error:
-        raise TodreError(f"image is closed, damaged or unreadable: {first_line(error)}") from error
-    return picture
-
-
 def _identity(picture: Picture | Views) -> Any:
     """Return what tells pictures apart within one call."""
     return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
@@ -321,11 +301,11 @@ def _identity(picture: Picture | Views) -> Any:
 def _lasting_identity(picture: Picture | Views) -> Any:
     """Return what tells pictures apart between calls, in which they may be painted over."""
     if isinstance(picture, Image.Image):
-        return picture_digest(open_picture(picture))
+        return picture_digest(picture)
     if not isinstance(picture, (str, os.PathLike)):
         return id(picture)
     try:
-        status = os.stat(picture)
+        status = os.stat(os.path.expanduser(picture))
     except (OSError, ValueError):
         return os.fspath(picture)  # opening it says what is wrong
     return os.fspath(picture), status.st_size, status.st_mtime_ns

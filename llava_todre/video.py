@@ -1,13 +1,22 @@
-"""Frames of a video file, evenly spaced over the whole clip, decoded with PyAV."""
+"""Frames of a video file, evenly spaced over the whole clip, decoded with PyAV.
+
+Frames are as a player shows them: turned and mirrored as the file's display matrix says, and with
+square pixels.
+"""
 
 from __future__ import annotations
 
+import os
+import struct
+from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from llava_todre.errors import TodreError
+from llava_todre.files import check_regular
 
 _KEPT_CLIPS = 8
 """Questions about one clip follow each other."""
@@ -22,6 +31,18 @@ class Clip(NamedTuple):
 
 
 _NOTHING = Clip((), ())
+_TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+}
+"""What to do for the signs of a, b, c, d, where (x, y) is shown at (ax + cy, bx + dy)."""
+_MOST_ELONGATED = 10
+"""Pixels further from a square are a fault of the file."""
 
 
 @lru_cache(maxsize=_KEPT_CLIPS)
@@ -32,14 +53,19 @@ def read_clip(path: str, count: int, version: object = None) -> Clip:
     Equal calls give the same objects for a while.
 
     Args:
-        path: the file.
+        path: the file; ``~`` is the home directory.
         count: how many frames, at least 1.
         version: anything that changes when the file does.
 
     Raises:
-        TodreError: PyAV is missing, or the file is, or it holds no video that can be decoded.
+        TodreError: PyAV is missing, or the file is, or it is a pipe or a device, or holds no video
+            that can be decoded; or ``count`` is no whole number above 0.
     """
     del version
+    if not isinstance(count, int) or count < 1:
+        raise TodreError(f"count {count!r} of frames is out of range; allowed: 1 or more.")
+    path = os.path.expanduser(path)
+    check_regular(path, "video")
     try:
         import av
     except ImportError:
@@ -56,6 +82,22 @@ def read_clip(path: str, count: int, version: object = None) -> Clip:
     if not clip.frames:
         raise TodreError(f"video {path!r} holds no frame; give a video file.")
     return clip
+
+
+def is_video_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file begins as videos do: MP4, MOV, WebM, MKV or AVI."""
+    with Path(path).open("rb") as file:
+        start = file.read(16)
+    if start[:4] == b"RIFF":
+        return start[8:12] == b"AVI "
+    old_quicktime = start[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip")
+    return start[4:8] == b"ftyp" or old_quicktime or start[:4] == b"\x1a\x45\xdf\xa3"
+
+
+def pixel_aspect(stream: Any) -> Fraction:
+    """Return width / height of the pixels of a video stream as they are stored; 1 if unknown."""
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
+    return aspect if 1 / _MOST_ELONGATED <= aspect <= _MOST_ELONGATED else Fraction(1)
 
 
 def spaced(total: int, count: int) -> list[int]:
@@ -82,7 +124,7 @@ def _by_time(container: Any, count: int) -> Clip:
         frame = next((f for f in container.decode(stream) if (f.pts or 0) >= time), None)
         if frame is None or frame.pts != time:
             return _NOTHING
-        frames.append(frame.to_image())
+        frames.append(_as_shown(frame, stream))
     return Clip(tuple(frames), tuple(seconds))
 
 
@@ -94,9 +136,32 @@ def _by_number(container: Any, count: int) -> Clip:
     numbers = spaced(total, count) if total else []
     container.seek(0)
     frames = tuple(
-        frame.to_image()
+        _as_shown(frame, stream)
         for number, frame in enumerate(container.decode(stream))
         if number in set(numbers)
     )
     rate = stream.average_rate
     return Clip(frames, tuple(float(number / rate) for number in numbers) if rate else ())
+
+
+def _as_shown(frame: Any, stream: Any) -> Image.Image:
+    image: Image.Image = frame.to_image()
+    width = max(1, round(image.width * pixel_aspect(stream)))
+    if width != image.width:
+        image = image.resize((width, image.height))
+    turn = _TURNS.get(_axes(frame))
+    return image if turn is None else image.transpose(turn)
+
+
+def _axes(frame: Any) -> tuple[int, int, int, int]:
+    """Return a, b, c, d of the nearest quarter turn, mirrored or not, of a frame's display matrix.
+
+    The matrix is three rows of three 32-bit numbers: (a, b, u), (c, d, v), (x, y, w).
+    """
+    matrix = next((d for d in frame.side_data if d.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    is_upright = abs(a) + abs(d) >= abs(b) + abs(c)
+    signs = [(value > 0) - (value < 0) for value in (a, b, c, d)]
+    return (signs[0], 0, 0, signs[3]) if is_upright else (0, signs[1], signs[2], 0)

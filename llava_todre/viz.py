@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor
 
-from llava_todre.model.images import anyres_grid_shape, fitted_size
+from llava_todre.model.images import Picture, anyres_grid_shape, fitted_size, open_picture
 from llava_todre.stats import ImageStats, PruneStats
 
 Box = tuple[float, float, float, float]
@@ -112,25 +112,26 @@ def draw_kept(
 
 
 def kept_picture(
-    image: Image.Image, stats: ImageStats, model: Any, scale: float | None = None
+    image: Picture, stats: ImageStats, model: Any, scale: float | None = None
 ) -> Image.Image:
     """Return one image of a prompt with dropped tokens dimmed.
 
     Args:
-        image: RGB, as given to the model.
+        image: as given to the model; drawn as it is shown.
         stats: of that image.
         model: of our class, for its config and the size of its views.
         scale: size of the result relative to the image; about 448 pixels when None, and never more
             than :data:`MAX_SIDE`.
     """
     tile = model.get_vision_tower().config.image_size
-    longest = max(image.size)
+    shown = open_picture(image)
+    longest = max(shown.size)
     if scale is None:
         scale = max(1, round(448 / longest)) if longest < MAX_SIDE else MAX_SIDE / longest
-    return draw_kept(image, token_boxes(stats, image.size, model.config, tile), stats, scale)
+    return draw_kept(shown, token_boxes(stats, shown.size, model.config, tile), stats, scale)
 
 
-def picture_of(images: Sequence[Image.Image], stats: PruneStats, model: Any) -> Image.Image:
+def picture_of(images: Sequence[Picture], stats: PruneStats, model: Any) -> Image.Image:
     """Return what a model saw of the images of one prompt, side by side.
 
     Args:
@@ -141,7 +142,7 @@ def picture_of(images: Sequence[Image.Image], stats: PruneStats, model: Any) -> 
     cells = []
     for image, kept in zip(images, stats.images, strict=True):
         title = f"{len(kept.keep_idx)} of {kept.num_tokens} tokens"
-        cells.append((title, kept_picture(image.convert("RGB"), kept, model)))
+        cells.append((title, kept_picture(image, kept, model)))
     return contact_sheet([cells], "Visual tokens kept before the decoder")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -9,10 +10,11 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
-from llava_todre.generate import Answer, Request, call_settings, open_picture
+from llava_todre.generate import Answer, Request, call_settings
 from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
@@ -20,7 +22,7 @@ from llava_todre.hf.times import metadata_of
 from llava_todre.model.adapters import unwrapped
 from llava_todre.model.bounded import within
 from llava_todre.model.checkpoint import first_line
-from llava_todre.model.images import to_rgb
+from llava_todre.model.images import check_elongation, open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.turns import turn
@@ -110,7 +112,7 @@ class StockModel:
         for request in requests:
             if not request.question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
                 raise TodreError(f"question {request.question!r} is empty; give at least one word.")
-            pictures = [to_rgb(open_picture(picture)) for picture in request.images]
+            pictures = [self._picture(picture) for picture in request.images]
             texts.append(self._prompt(request, len(pictures)))
             if request.is_video:
                 videos.append(pictures)
@@ -168,3 +170,14 @@ class StockModel:
             raise TodreError(
                 f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
             ) from error
+
+    def _picture(self, picture: Any) -> Any:
+        """Return a picture as it is shown; arrays are the processor's affair."""
+        if not isinstance(picture, (str, os.PathLike, Image.Image)):
+            return picture
+        shown = open_picture(picture)
+        if self.config.model_type == "llava":  # resizes by the short side, whatever comes
+            images = self.processor.image_processor
+            mode = "pad" if getattr(images, "do_pad", False) else "square"
+            check_elongation(shown.size, dict(images.size).get("shortest_edge") or 1, mode)
+        return shown

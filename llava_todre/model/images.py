@@ -13,16 +13,18 @@ import ast
 import hashlib
 import math
 import os
-import struct
-import zlib
 from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
 from llava_todre.errors import TodreError
+from llava_todre.model.rgb import to_rgb
+from llava_todre.model.sources import called, open_source
+from llava_todre.video import is_video_file
 
 Size = tuple[int, int]
 
@@ -31,73 +33,107 @@ ASPECT_RATIOS = ("anyres", "pad", "square")
 # What one image may grow to on its way to the tower; Pillow's own limit for a file.
 MAX_PIXELS = 2 * 89_478_485
 
-# What Pillow's decoders let through when the bytes of a file are wrong.
-DECODE_ERRORS = (
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-)
+MAX_FILE_PIXELS = 64_000_000
+"""Of an image that is decoded here; checked before any of it is."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+"""Pixels that begin with a signature. Some others are programs to run, or name files to open."""
+Picture = Image.Image | str | os.PathLike[str]
+"""A PIL image, a file, or a data URI."""
 
 
-def load_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Read an image file as RGB; the EXIF orientation is not applied, as in the original.
+def load_image(source: str | os.PathLike[str], *, allow_urls: bool = False) -> Image.Image:
+    """Read an image as it is shown: upright, on white, 8-bit RGB; see :func:`to_rgb`.
+
+    Args:
+        source: a file (``~`` is the home directory), a data URI, or an http(s) URL.
+        allow_urls: whether a URL is fetched.
 
     Raises:
-        TodreError: no such file, a directory, not a (whole) image, or too many pixels.
+        TodreError: nothing there, a directory, a pipe or a device, not a (whole) image in one of
+            the :data:`FORMATS`, more than :data:`MAX_FILE_PIXELS`, or too large to be fetched.
     """
-    if not os.path.exists(path):
-        raise TodreError(f"image {str(path)!r} does not exist.")
-    if os.path.isdir(path):
-        raise TodreError(f"image {str(path)!r} is a directory; give one image file.")
+    name, file = called(source), open_source(source, allow_urls)
     try:
-        with Image.open(path) as image:
+        return decode_image(file, name)
+    except UnidentifiedImageError:
+        is_video = isinstance(file, Path) and is_video_file(file)
+        what = "a video; in a shell --video, else read_clip" if is_video else "not an image"
+        raise TodreError(f"image {name} is {what}; allowed: {', '.join(FORMATS)}.") from None
+
+
+def open_picture(picture: object) -> Image.Image:
+    """Return a picture as it is shown, whichever way it is given.
+
+    Args:
+        picture: a :data:`Picture`; anything else is refused.
+
+    Raises:
+        TodreError: see :func:`load_image` and :func:`to_rgb`.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return load_image(picture)
+    if not isinstance(picture, Image.Image):
+        raise TodreError(f"image of type {type(picture).__name__}; allowed: PIL image or path.")
+    return to_rgb(picture)
+
+
+def decode_image(
+    file: Path | BytesIO,
+    name: str,
+    formats: Sequence[str] = FORMATS,
+    max_pixels: int = MAX_FILE_PIXELS,
+) -> Image.Image:
+    """Decode an image file as it is shown.
+
+    Args:
+        file: to read.
+        name: what messages call it.
+        formats: those of Pillow to try.
+        max_pixels: of the image; larger ones are refused before they are decoded.
+
+    Raises:
+        UnidentifiedImageError: none of these formats.
+        TodreError: damaged, or too many pixels.
+    """
+    try:
+        with _opened(file, formats) as image:
+            if math.prod(image.size) > max_pixels:
+                raise TodreError(
+                    f"image has {image.width} x {image.height} pixels; allowed: up to "
+                    f"{max_pixels / 1e6:g} million."
+                )
             return to_rgb(image)
+    except UnidentifiedImageError:
+        raise
     except TodreError as error:
-        raise TodreError(f"image {str(path)!r}: {error}") from None
+        raise TodreError(f"image {name} {str(error).removeprefix('image ')}") from None
     except Image.DecompressionBombError as error:
-        raise TodreError(f"image {str(path)!r} has too many pixels: {error}") from error
-    except UnidentifiedImageError as error:
-        raise TodreError(f"image {str(path)!r} is not an image Pillow can read.") from error
-    except DECODE_ERRORS as error:
-        raise TodreError(f"image {str(path)!r} is damaged or unreadable: {error}") from error
+        raise TodreError(f"image {name} has too many pixels: {error}") from None
+    except Exception as error:  # Pillow's decoders raise whatever wrong bytes lead them to
+        reason = " ".join(str(error).split()).replace(str(file), name)
+        raise TodreError(f"image {name} is damaged or unreadable: {reason}") from error
+
+
+def is_image_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file is in one of the :data:`FORMATS`, as far as its first bytes tell."""
+    try:
+        with _opened(Path(path), FORMATS):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # one that is damaged, or too large
+        return True
+
+
+def _opened(file: Path | BytesIO, formats: Sequence[str]) -> Image.Image:
+    Image.init()
+    return Image.open(file, formats=[each for each in formats if each in Image.OPEN])
 
 
 def picture_digest(picture: Image.Image) -> str:
-    """Return a hash of the pixels, and of what else decides how they look."""
-    digest = hashlib.blake2b(picture.tobytes(), digest_size=12)
-    transparency = picture.info.get("transparency")
-    digest.update(f"{picture.mode} {picture.size} {picture.getpalette()} {transparency}".encode())
-    return digest.hexdigest()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image as 8-bit RGB.
-
-    Transparent pixels become white (the original shows the colour hidden below them, mostly
-    black, which swallows dark text); 16-bit grayscale is scaled to 8 bits instead of clipped.
-    """
-    if not isinstance(image, Image.Image):
-        raise TodreError(f"image must be a PIL image, got {type(image).__name__}.")
-    if min(image.size) < 1:
-        raise TodreError(f"image size {image.size} is empty; both sides need at least one pixel.")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    if image.mode == "F" and np.asarray(image).max() <= 1:
-        raise TodreError(
-            "image of mode 'F' has no value above 1 and would be black; allowed: 0 to 255."
-        )
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        deep = image.mode != "I" or values.max() > 255
-        image = Image.fromarray((values >> 8 if deep else values).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    """Return a hash of what a picture shows, whatever it is made of."""
+    shown = to_rgb(picture)
+    return hashlib.blake2b(repr(shown.size).encode() + shown.tobytes(), digest_size=12).hexdigest()
 
 
 def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]] | None, tile: int) -> list[Size]:
@@ -170,7 +206,7 @@ def process_images(
     """Turn images into pixels the way ``config.image_aspect_ratio`` says.
 
     Args:
-        images: PIL images; other modes than RGB are converted.
+        images: PIL images; see :func:`to_rgb`, whose ``size`` goes into ``image_sizes``.
         image_processor: CLIP's, on its PIL back end.
         config: has ``image_aspect_ratio`` and, for anyres, ``image_grid_pinpoints``.
 
@@ -190,7 +226,7 @@ def process_images(
         return _stacked([_pixels(item, image_processor) for item in views])
     edge = image_processor.size["shortest_edge"]
     for image in images:
-        _check_elongation(image.size, edge, mode)
+        check_elongation(image.size, edge, mode)
     if mode == "pad":
         colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
         images = [_expand_to_square(image, colour) for image in images]
@@ -212,8 +248,14 @@ def _stacked(pixels: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     return torch.stack(pixels) if same else pixels
 
 
-def _check_elongation(size: Size, edge: int, mode: str) -> None:
-    """Refuse a shape whose square, or whose resize by its short side, fills the memory."""
+def check_elongation(size: Size, edge: int, mode: str) -> None:
+    """Refuse a shape whose square, or whose resize by its short side, fills the memory.
+
+    Args:
+        size: of the image.
+        edge: pixels that its short side becomes.
+        mode: "pad" for a square.
+    """
     longest, shortest = max(size), min(size)
     pixels = longest**2 if mode == "pad" else edge**2 * longest // shortest
     if pixels > MAX_PIXELS:

@@ -116,18 +116,20 @@ def crop_ratios(
 def guidance_of(overview: Tensor, tokens: VisualTokens) -> Tensor:
     """Return (N,) the attention of the thumbnail at the place of each token of a crop.
 
-    ``overview`` (side, side) is stretched over the canvas of crops without its padding. The
-    thumbnail's own tokens get 0.
+    ``overview`` (side, side) is stretched over the canvas of crops without its padding, of which
+    nothing may be left for a very long image. The thumbnail's own tokens get 0.
     """
     assert tokens.grid is not None
     side, columns = len(overview), tokens.grid[0]
+    guidance = overview.new_zeros(len(tokens))
     in_crop = tokens.view > 0
+    if not in_crop.any():
+        return guidance
     crop = tokens.view[in_crop] - 1
     row = crop // columns * side + tokens.row[in_crop]
     column = crop % columns * side + tokens.column[in_crop]
     row, column = row - row.min(), column - column.min()
     size = int(row.max()) + 1, int(column.max()) + 1
     canvas = interpolate(overview[None, None], size, mode="bilinear", align_corners=False)
-    guidance = overview.new_zeros(len(tokens))
     guidance[in_crop] = canvas[0, 0, row, column]
     return guidance

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llava_todre.errors import TodreError
-from llava_todre.model.images import to_rgb
-from llava_todre.video import read_clip
+from llava_todre.files import check_regular
+from llava_todre.model.images import MAX_FILE_PIXELS, decode_image
+from llava_todre.model.sources import MAX_BYTES
+from llava_todre.video import is_video_file, pixel_aspect, read_clip
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 VIDEO_FORMATS = ("MP4", "MOV", "WebM", "MKV", "AVI")
@@ -25,9 +27,9 @@ _MIB = 2**20
 class Limits:
     """The largest upload that is read."""
 
-    image_bytes: int = 20 * _MIB
+    image_bytes: int = MAX_BYTES
     video_bytes: int = 100 * _MIB
-    pixels: int = 64_000_000
+    pixels: int = MAX_FILE_PIXELS
     """Of an image."""
     frame_pixels: int = 4096 * 2304
     """Of each frame of a video."""
@@ -44,7 +46,7 @@ class Upload:
     """One image, or the frames of one video."""
 
     images: Sequence[Image.Image]
-    """RGB; frames in order."""
+    """RGB, as they are shown; frames in order."""
     is_video: bool = False
     seconds: Sequence[float] = ()
     """When each frame is seen; empty where not known."""
@@ -62,15 +64,13 @@ def read_upload(path: str | Path, num_frames: int, limits: Limits = LIMITS) -> U
         TodreError: too large, of another kind, damaged or empty.
     """
     path = Path(path)
+    check_regular(path, "file")
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(16)
+        size, is_video = path.stat().st_size, is_video_file(path)
     except OSError as error:
         raise TodreError(f"file {path.name!r} cannot be read: {error.strerror}.") from None
     if size == 0:
         raise TodreError(f"file {path.name!r} is empty; allowed: {_ALLOWED}.")
-    is_video = _is_video(start)
     most = limits.video_bytes if is_video else limits.image_bytes
     if size > most:
         kind = "a video" if is_video else "an image"
@@ -92,37 +92,11 @@ def read_upload(path: str | Path, num_frames: int, limits: Limits = LIMITS) -> U
 _ALLOWED = f"an image ({', '.join(IMAGE_FORMATS)}) or a short video ({', '.join(VIDEO_FORMATS)})"
 
 
-def _is_video(start: bytes) -> bool:
-    """Return whether a file that begins so is in one of the :data:`VIDEO_FORMATS`."""
-    if start[:4] == b"RIFF":
-        return start[8:12] == b"AVI "
-    old_quicktime = start[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip")
-    return start[4:8] == b"ftyp" or old_quicktime or start[:4] == b"\x1a\x45\xdf\xa3"
-
-
 def _read_image(path: Path, limits: Limits) -> Image.Image:
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > limits.pixels:
-                raise TodreError(
-                    f"image {path.name!r} has {width} x {height} pixels; allowed: up to "
-                    f"{limits.pixels / 1e6:g} million."
-                )
-            # Upright, as its owner sees it.
-            return to_rgb(ImageOps.exif_transpose(image))
-    except TodreError:
-        raise
+        return decode_image(path, repr(path.name), IMAGE_FORMATS, limits.pixels)
     except Image.UnidentifiedImageError:
         raise TodreError(f"file {path.name!r} is neither of what is allowed: {_ALLOWED}.") from None
-    except Image.DecompressionBombError:
-        raise TodreError(
-            f"image {path.name!r} has too many pixels; allowed: up to "
-            f"{limits.pixels / 1e6:g} million."
-        ) from None
-    except Exception as error:  # Pillow's decoders raise whatever wrong bytes lead them to
-        reason = " ".join(str(error).split()).replace(str(path), path.name)
-        raise TodreError(f"image {path.name!r} is damaged: {reason}.") from None
 
 
 def _check_video(path: Path, limits: Limits) -> None:
@@ -136,7 +110,8 @@ def _check_video(path: Path, limits: Limits) -> None:
             if not container.streams.video:
                 raise TodreError(f"video {path.name!r} has no pictures, only sound or text.")
             stream = container.streams.video[0]
-            width, height = stream.codec_context.width, stream.codec_context.height
+            width = round(stream.codec_context.width * pixel_aspect(stream))
+            height = stream.codec_context.height
             if width * height > limits.frame_pixels:
                 raise TodreError(
                     f"video {path.name!r} has frames of {width} x {height} pixels; allowed: up to "

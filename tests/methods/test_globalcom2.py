@@ -292,3 +292,13 @@ def test_half_precision_logits_are_ranked_in_float32():
 def test_bad_knobs_are_refused(knobs):
     with pytest.raises(TodreError, match=next(iter(knobs))):
         GlobalCom2(**knobs)
+
+
+@pytest.mark.parametrize("budget", [1, 200, 575])
+def test_a_strip_of_whose_crops_nothing_is_left_is_pruned_like_a_thumbnail(budget: int) -> None:
+    """Of an image over 72 times as long as high, unpadding leaves no patch of a crop."""
+    strip, alone = visual_tokens(grid=(3, 1), padding=12), visual_tokens()
+    assert len(strip) == len(alone) == 576
+    strip.vision[LOGITS] = alone.vision[LOGITS]
+    kept = GlobalCom2().select(strip, budget).keep_idx
+    assert torch.equal(kept, GlobalCom2().select(alone, budget).keep_idx)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -21,7 +21,6 @@ from llava_todre.model.images import (
     parse_pinpoints,
     process_images,
     select_best_resolution,
-    to_rgb,
     unpad_bounds,
 )
 
@@ -119,49 +118,6 @@ def test_unpad_truncates_as_the_original():
     assert unpad_bounds((24, 72), (748, 352)) == (0, 24, 11, 61)
 
 
-@pytest.mark.parametrize(
-    ("mode", "value", "rgb"),
-    [
-        ("L", 7, (7, 7, 7)),
-        ("1", 1, (255, 255, 255)),
-        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
-        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
-        ("LA", (0, 0), (255, 255, 255)),
-        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
-        ("I;16", 65535, (255, 255, 255)),
-        ("I;16", 256, (1, 1, 1)),
-        ("I", 40000, (156, 156, 156)),
-        ("I", 200, (200, 200, 200)),
-        ("F", 12.0, (12, 12, 12)),
-    ],
-)
-def test_every_mode_becomes_rgb(mode, value, rgb):
-    image = to_rgb(Image.new(mode, (3, 2), value))
-    assert (image.mode, image.size, image.getpixel((1, 1))) == ("RGB", (3, 2), rgb)
-
-
-def test_float_pixels_from_0_to_1_are_refused_instead_of_shown_as_black():
-    with pytest.raises(TodreError, match="no value above 1"):
-        to_rgb(Image.new("F", (3, 2), 0.9))
-
-
-def test_palette_with_transparency(tmp_path):
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 0, 255, 0, 0])
-    image.putpixel((0, 0), 0)
-    image.save(tmp_path / "palette.png", transparency=0)
-    loaded = load_image(tmp_path / "palette.png")
-    assert loaded.getpixel((0, 0)) == (255, 255, 255)
-    assert loaded.getpixel((1, 1)) == (255, 0, 0)
-
-
-def test_exif_orientation_is_not_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_image(tmp_path / "turned.jpg").size == (8, 4)
-
-
 def test_load_image_errors(tmp_path, monkeypatch):
     whole = (GOLDEN / "v16_2.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
@@ -179,6 +135,21 @@ def test_load_image_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(TodreError, match="too many pixels"):
         load_image(GOLDEN / "v16_2.png")
+
+
+def test_a_picture_that_unfolds_to_a_giant_is_never_unfolded(tmp_path, monkeypatch):
+    Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(TodreError, match="9000 x 8000 pixels; allowed: up to 64 million"):
+        load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("kind", ["eps", "pdf", "ico"])
+def test_only_formats_that_hold_nothing_but_pixels_are_opened(kind, tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / f"a.{kind}")
+    (tmp_path / f"a.{kind}").rename(tmp_path / "a.png")
+    with pytest.raises(TodreError, match=r"'.*a\.png' is not an image; allowed: PNG, JPEG"):
+        load_image(tmp_path / "a.png")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
