@@ -64,11 +64,17 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
         benchmarks=benchmarks,
         seconds=seconds,
         items_per_second=len(lines) / seconds if seconds else None,
-        tokens={key: fmean(line[key] for line in lines) for key in _MEANS}
+        tokens={key: _mean([line[key] for line in lines]) for key in _MEANS}
         | {"withdrawn_share": fmean(line["withdrawn_from"] is not None for line in lines)},
         peak_memory_mib=max(line["peak_memory_mib"] for line in lines),
         processes=processes,
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is not known, as FLOPs of some decoders."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def failed(run: Run, reason: str) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
-from llava_todre.flops import decoder_prefill_flops
 from llava_todre.generate import Answer, Request, answer
 from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
 from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
@@ -35,6 +34,7 @@ from llava_todre.provenance import provenance
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.table import as_markdown
 from llava_todre.viz import contact_sheet, kept_picture
+from llava_todre.work import prefill_work
 
 RANDOM_DRAWS = 3
 TIMED_PROMPTS = 24
@@ -196,8 +196,9 @@ def _evaluate(
             tokens.append(stats.kept_tokens)
             layer_tokens.append(stats.mean_visual_tokens)
             withdrawn.append(stats.withdrawn_from is not None)
-            layers = stats.prompt_tokens_per_layer
-            flops.append(decoder_prefill_flops(model.decoder_shape, layers))
+            work = prefill_work(model, stats)
+            assert work is not None, "our own class is a Llama"
+            flops.append(work.flops)
         progress.update(1)
     return {
         "hits": hits,

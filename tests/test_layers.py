@@ -28,7 +28,7 @@ FLOORS = [
         "video",
         "files",
     ],
-    ["pruners"],
+    ["pruners", "work"],
     ["withdrawal", "catalogue"],
     ["model"],
     ["generate"],

@@ -13,6 +13,8 @@ A line is an item and its answer:
     mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
     withdrawn_from                  first decoder layer without visual tokens, or null
     prefill_flops, prefill_flops_unpruned
+                                    null where the decoder's FLOPs are not known; the first with
+                                    what the method's probes cost
     seconds                         of the batch, waiting for its pictures included, per item; the
                                     first question about a picture pays for what all of them share
     peak_memory_mib                 of the process so far, on GPUs if it uses any

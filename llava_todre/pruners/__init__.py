@@ -16,6 +16,7 @@ from llava_todre.pruners.base import (
     Need,
     Pruner,
     Selection,
+    Tally,
 )
 from llava_todre.pruners.cdpruner import CDPruner
 from llava_todre.pruners.combined import Combined
@@ -81,6 +82,7 @@ __all__ = [
     "Observed",
     "Pruner",
     "Selection",
+    "Tally",
     "check_knobs",
     "create_pruner",
 ]

@@ -199,8 +199,10 @@ class Withdrawal:
                 stays = self._with_newlines(segment, sample, present, decision.to(keep.device))
                 keep[sample, present] = stays
                 dropped = len(present) - int(stays.sum())
-            if view.measured or dropped:
-                self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
+            flops = look.tally.flops + view.tally.flops
+            if view.measured or dropped or flops:
+                probe = Probe(layer=layer, dropped=dropped, flops=flops, **view.measured)
+                self.probes[sample].append(probe)
         self._overheard = None
         if layer == max(self.probe_layers):
             self.prompt_embeds = None
