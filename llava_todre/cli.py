@@ -256,8 +256,8 @@ def _prefill(report: dict[str, Any]) -> str:
     spent, unpruned = report["prefill_flops"], report["prefill_flops_unpruned"]
     if spent is None:
         return "FLOPs of this decoder are not known"
-    probes = report["probe_flops"]
-    included = f", {probes / spent:.1%} of them for the method's probes" if probes else ""
+    probes = report["probe_flops"] / spent
+    included = f", {probes:.1%} of it for the method's probes" if probes >= 0.001 else ""
     return (
         f"{spent / unpruned:.1%} of the FLOPs of the unpruned decoder prefill "
         f"({spent:.3g} of {unpruned:.3g}{included})"

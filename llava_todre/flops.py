@@ -40,8 +40,6 @@ _GATED = frozenset(
     "qwen3_vl_text".split()
 )
 _EXPERTS = frozenset("mixtral qwen2_moe qwen3_moe qwen3_vl_moe_text".split())
-_WITHOUT_HEAD_DIM = frozenset({"qwen2_vl_text", "qwen2_5_vl_text"})
-"""They divide their width by the heads, whatever their config says."""
 KNOWN = _GATED | _EXPERTS
 """``model_type`` of the decoders whose matrix products are known; all have gated MLPs."""
 
@@ -122,8 +120,7 @@ class DecoderShape:
             )
         has_experts = config.model_type in _EXPERTS
         width, heads = config.hidden_size, config.num_attention_heads
-        ignored = config.model_type in _WITHOUT_HEAD_DIM
-        head_dim = None if ignored else getattr(config, "head_dim", None)
+        head_dim = getattr(config, "head_dim", None)
         return cls(
             layers=config.num_hidden_layers,
             width=width,
