@@ -34,7 +34,6 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 
-
 _GATED = frozenset(
     "gemma llama llava_llama llava_mistral mistral phi3 qwen2 qwen2_5_vl_text qwen2_vl_text qwen3 "
     "qwen3_vl_text".split()
@@ -269,7 +268,9 @@ def decoder_prefill_flops(
     """
     _check_tokens(shape.layers, prompt_tokens_per_layer)
     _check_window(shape, prompt_tokens_per_layer)
-    matrices = sum(n * _token_flops(shape, layer) for layer, n in enumerate(prompt_tokens_per_layer))
+    matrices = sum(
+        tokens * _token_flops(shape, layer) for layer, tokens in enumerate(prompt_tokens_per_layer)
+    )
     pairs = sum(n * (n + 1) // 2 if causal else n * n for n in prompt_tokens_per_layer)
     return matrices + pairs * _pair_flops(shape) + _head_flops(shape)
 

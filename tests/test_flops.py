@@ -112,9 +112,7 @@ def test_decoders_of_transformers_equal_the_torch_counter(name, length):
     model = build(*DECODERS[name])
     shape = DecoderShape.of(model.config)
     ids = torch.arange(length)[None] % shape.vocab
-    assert count(lambda: model(ids, logits_to_keep=1)) == decoder_prefill_flops(
-        shape, [length] * 3
-    )
+    assert count(lambda: model(ids, logits_to_keep=1)) == decoder_prefill_flops(shape, [length] * 3)
     cache = model(ids, use_cache=True).past_key_values
     steps = count(lambda: [model(ids[:, :1], past_key_values=cache) for _ in range(3)])
     assert steps == decoder_decode_flops(shape, [length] * 3, steps=3)

@@ -194,6 +194,4 @@ def _all_heads(heads: Tensor, layer: Any, projection: str) -> Tensor:
 
 def _num_heads(layer: Any, projection: str) -> int:
     config = layer.self_attn.config
-    return int(
-        config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads
-    )
+    return int(config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads)
