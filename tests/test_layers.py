@@ -27,6 +27,7 @@ FLOORS = [
         "table",
         "video",
         "files",
+        "source",
     ],
     ["pruners", "work"],
     ["withdrawal", "catalogue"],

@@ -2,6 +2,8 @@
 
     <log_dir>/current                                    fingerprint of the latest run
     <log_dir>/<fingerprint>/settings.json                what the fingerprint stands for
+    <log_dir>/<fingerprint>/unused.txt                   answers that the start before left, and why
+                                                         they do not count
     <log_dir>/<fingerprint>/<task>.<split>.rank<r>.jsonl what process r answered
 
 A line is an item and its answer:
@@ -26,6 +28,7 @@ if it were not there.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -34,7 +37,9 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
+from llava_todre.source import what_changed
 
+logger = logging.getLogger(__name__)
 Line = dict[str, Any]
 Place = tuple[str, int, int]
 """Hash of the batch, ``doc_id``, ``repeat``."""
@@ -57,11 +62,33 @@ class AnswerLog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if rank == 0:
+                if not (self._folder / "settings.json").exists():
+                    self._say_what_is_unused(log_dir, settings)
                 write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
                 write_whole(log_dir / "current", fingerprint)
         except OSError as error:
             reason = error.strerror
             raise TodreError(f"log_dir {str(log_dir)!r} cannot be used: {reason}.") from None
+
+    def _say_what_is_unused(self, log_dir: Path, settings: Line) -> None:
+        """Tell that the answers of the latest start are of no use to this one, if it left any."""
+        try:
+            before = log_dir / (log_dir / "current").read_text()
+            made_by = json.loads((before / "settings.json").read_text())
+            count = sum(1 for file in before.glob("*.jsonl") for _ in _lines(file))
+        except (OSError, ValueError):
+            return
+        # As it will be read back: tuples are lists, and all else is text.
+        now = json.loads(json.dumps(settings, default=str))
+        changed = what_changed(made_by, now) if isinstance(made_by, dict) else ""
+        if count == 0:
+            return
+        line = (
+            f"{count} answers of an earlier start are not used, because what made them has "
+            f"changed: {changed or 'not recorded'}. They stay in {before}."
+        )
+        logger.warning("%s", line)
+        write_whole(self._folder / "unused.txt", f"{line}\n")
 
     def finished(self, task: str, split: str) -> dict[Place, Line]:
         """Return the answers of earlier starts to a task, by all processes; read once."""
