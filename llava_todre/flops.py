@@ -117,7 +117,7 @@ class DecoderShape:
                 f"FLOPs of a decoder of type {config.model_type!r} are not known; allowed: "
                 f"{', '.join(sorted(KNOWN))}."
             )
-        has_experts = config.model_type in _EXPERTS
+        has_experts = config.model_type in _EXPERTS and getattr(config, "num_experts", 1) > 0
         width, heads = config.hidden_size, config.num_attention_heads
         head_dim = getattr(config, "head_dim", None)
         return cls(

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_todre import TodreError
-from llava_todre.cli import main
+from llava_todre.cli import _prefill, main
 from llava_todre.flops import DecoderShape, decoder_prefill_flops
 from llava_todre.pruners import PRUNERS
 
@@ -220,3 +220,13 @@ def test_a_missing_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["generate", "--model", MODEL])
     assert "image" in capsys.readouterr().err
+
+
+def test_flops_that_are_not_known_are_not_told() -> None:
+    told = {"prefill_flops": None, "prefill_flops_unpruned": None, "probe_flops": None}
+    assert _prefill(told) == "FLOPs of this decoder are not known"
+    told = {"prefill_flops": 50.0, "prefill_flops_unpruned": 100.0, "probe_flops": 0.01}
+    assert _prefill(told).endswith("prefill (50 of 100)")
+    assert _prefill(told | {"probe_flops": 1}).endswith(
+        "of 100, 2.0% of it for the method's probes)"
+    )

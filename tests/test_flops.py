@@ -94,6 +94,7 @@ DECODERS = {
     "qwen2_moe": ("qwen2_moe", {**MIXTURE, "shared_expert_intermediate_size": 40}),
     "qwen3_moe": ("qwen3_moe", {**MIXTURE, "head_dim": 16}),
     "qwen3_moe, every second": ("qwen3_moe", {**MIXTURE, "decoder_sparse_step": 2}),
+    "qwen3_moe, all dense": ("qwen3_moe", {**MIXTURE, "num_experts": 0}),
     "qwen3_moe, one dense": ("qwen3_moe", {**MIXTURE, "mlp_only_layers": [1]}),
 }
 
