@@ -109,7 +109,8 @@ def _notes(result: Result, printed: bool) -> list[str]:
     versions = result["versions"]
     dirty = " with local changes" if result["git_dirty"] else ""
     notes = [
-        "TFLOPs of the decoder's prefill, from the tokens that each layer processed. Eq. 1 is the"
+        "TFLOPs of the decoder's prefill, from the tokens that each layer processed, without what"
+        " methods compute between layers. Eq. 1 is the"
         " papers' formula (one per multiply-add, two matrices in the feed-forward block); exact"
         " counts two per multiply-add and every matrix. Never compare one with the other.",
         f"samples/s: one question per picture, one by one, {result['new_tokens']} tokens long, with"

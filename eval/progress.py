@@ -49,6 +49,8 @@ class Progress:
         self._next = time.monotonic() + _COUNT_SECONDS
         for name in names:
             self._advance(name, self._read(name))
+            if line := self._counters[name].news():
+                tqdm.write(f"{name}: {line}", file=sys.stderr)
         self._bar.update(0)
 
     def end(self, run: Run, reason: str | None) -> None:
@@ -76,6 +78,20 @@ class _Counter:
     def __init__(self, log_dir: Path) -> None:
         self._log_dir = log_dir
         self._seen: dict[Path, tuple[int, int]] = {}
+        self._told: str | None = None
+        self.news()  # what an earlier start was told is none
+
+    def news(self) -> str:
+        """Return what the log says about answers that do not count, once."""
+        try:
+            current = (self._log_dir / "current").read_text()
+            line = (self._log_dir / current / "unused.txt").read_text().strip()
+        except OSError:
+            return ""
+        if current == self._told:
+            return ""
+        self._told = current
+        return line
 
     def read(self) -> int:
         """Return the number of answers so far."""

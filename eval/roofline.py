@@ -70,9 +70,8 @@ def _longest(device: Device, flops: float, moved: float) -> float:
 
 def weight_bytes(shape: DecoderShape, itemsize: int) -> int:
     """Return the bytes of the decoder's matrices and of its head; embeddings are only looked up."""
-    kv_width = shape.width // shape.heads * shape.kv_heads
-    layer = 2 * shape.width * (shape.width + kv_width) + 3 * shape.width * shape.mlp_width
-    return itemsize * (shape.layers * layer + shape.width * shape.vocab)
+    layers = sum(shape.weights(layer) for layer in range(shape.layers))
+    return itemsize * (layers + shape.width * shape.vocab)
 
 
 def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], itemsize: int) -> int:
@@ -83,10 +82,11 @@ def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], itemsize: int
         tokens_per_layer: tokens in each layer's cache.
         itemsize: bytes per number.
     """
-    kv_width = shape.width // shape.heads * shape.kv_heads
-    return 2 * itemsize * kv_width * sum(tokens_per_layer)
+    return 2 * itemsize * shape.kv_width * sum(tokens_per_layer)
 
 
 def step_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], itemsize: int) -> int:
-    """Return the bytes one decoding step must read: every weight, and the layer's cache once."""
-    return weight_bytes(shape, itemsize) + kv_bytes(shape, tokens_per_layer, itemsize)
+    """Return the bytes one decoding step must read: its weights, and the layer's cache once."""
+    met = sum(shape.weights(layer, per_token=True) for layer in range(shape.layers))
+    head = shape.width * shape.vocab
+    return itemsize * (met + head) + kv_bytes(shape, tokens_per_layer, itemsize)

@@ -152,12 +152,12 @@ def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _generate(options: Namespace) -> None:
-    from llava_todre.flops import decoder_prefill_flops
     from llava_todre.generate import Request, answer
     from llava_todre.hf.load import load_stock_model, uses_stock
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import create_pruner
     from llava_todre.viz import picture_of
+    from llava_todre.work import prefill_work
 
     if options.picture and options.video:
         raise TodreError("picture is drawn for images only; leave out --picture or --video.")
@@ -205,10 +205,10 @@ def _generate(options: Namespace) -> None:
     if options.picture:
         _save(picture_of(images, result.stats, model), options.picture)
     report = {"answer": result.text, "method": method, **result.stats.as_dict()}
-    unpruned = [result.stats.unpruned_prompt_tokens] * model.decoder_shape.layers
-    layers = result.stats.prompt_tokens_per_layer
-    report["prefill_flops"] = decoder_prefill_flops(model.decoder_shape, layers)
-    report["prefill_flops_unpruned"] = decoder_prefill_flops(model.decoder_shape, unpruned)
+    work = prefill_work(model, result.stats)
+    report["prefill_flops"] = work and work.flops
+    report["probe_flops"] = work and work.probe_flops
+    report["prefill_flops_unpruned"] = work and work.unpruned_flops
     report["stages_ms"] = {stage: round(ms, 2) for stage, ms in result.stages_ms.items()}
     print(json.dumps(report) if options.json else _as_text(report))
 
@@ -252,7 +252,6 @@ def _save(picture: Any, path: str) -> None:
 
 def _as_text(report: dict[str, Any]) -> str:
     kept, total = report["kept_tokens"], report["visual_tokens"]
-    spent, unpruned = report["prefill_flops"], report["prefill_flops_unpruned"]
     lines = [
         report["answer"],
         "",
@@ -261,8 +260,7 @@ def _as_text(report: dict[str, Any]) -> str:
         f"{report['newline_tokens']} newline, {report['text_tokens']} text",
         f"per layer  {report['mean_visual_tokens']:.1f} visual tokens, newlines included, "
         "mean over decoder layers",
-        f"prefill    {spent / unpruned:.1%} of the FLOPs of the unpruned decoder prefill "
-        f"({spent:.3g} of {unpruned:.3g})",
+        f"prefill    {_prefill(report)}",
     ]
     for probe in report["probes"]:
         seen = []
@@ -279,6 +277,18 @@ def _as_text(report: dict[str, Any]) -> str:
     times = ", ".join(f"{stage} {ms:.1f}" for stage, ms in report["stages_ms"].items())
     lines.append(f"time (ms)  {times}")
     return "\n".join(lines)
+
+
+def _prefill(report: dict[str, Any]) -> str:
+    spent, unpruned = report["prefill_flops"], report["prefill_flops_unpruned"]
+    if spent is None:
+        return "FLOPs of this decoder are not known"
+    probes = report["probe_flops"] / spent
+    included = f", {probes:.1%} of it for the method's probes" if probes >= 0.001 else ""
+    return (
+        f"{spent / unpruned:.1%} of the FLOPs of the unpruned decoder prefill "
+        f"({spent:.3g} of {unpruned:.3g}{included})"
+    )
 
 
 def _demo(options: Namespace) -> None:

@@ -12,6 +12,7 @@ import math
 import re
 import resource
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from tqdm import tqdm
 
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
-from llava_todre.flops import decoder_prefill_flops
 from llava_todre.generate import Answer, Request, answer
 from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
 from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
@@ -33,8 +33,10 @@ from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
+from llava_todre.source import digests, what_changed
 from llava_todre.table import as_markdown
 from llava_todre.viz import contact_sheet, kept_picture
+from llava_todre.work import prefill_work
 
 RANDOM_DRAWS = 3
 TIMED_PROMPTS = 24
@@ -141,6 +143,8 @@ def run_demo(
         return answer(model, tokenizer, requests, **kwargs)
 
     version = _fingerprint(path, num_images)
+    if not fresh and (line := _unused(out, version, runs)):
+        tqdm.write(line, file=sys.stderr)
     scored = []
     with tqdm(total=len(runs) * num_images, unit="image", desc="demo") as progress:
         for run in runs:
@@ -198,8 +202,9 @@ def _evaluate(
             tokens.append(stats.kept_tokens)
             layer_tokens.append(stats.mean_visual_tokens)
             withdrawn.append(stats.withdrawn_from is not None)
-            layers = stats.prompt_tokens_per_layer
-            flops.append(decoder_prefill_flops(model.decoder_shape, layers))
+            work = prefill_work(model, stats)
+            assert work is not None, "our own class is a Llama"
+            flops.append(work.flops)
         progress.update(1)
     return {
         "hits": hits,
@@ -337,18 +342,45 @@ def _wrapped(cells: list[tuple[str, Image.Image]]) -> list[list[tuple[str, Image
     return [cells[start : start + width] for start in range(0, len(cells), width)]
 
 
-def _fingerprint(model_path: Path, num_images: int) -> str:
+def _fingerprint(model_path: Path, num_images: int) -> dict[str, str]:
     """Return what a stored run depends on besides its own settings."""
-    versions = [torch.__version__, transformers.__version__]
-    digest = hashlib.sha256(f"{num_images} {TEST_SEED} {versions} {model_path}".encode())
     files = [file for file in model_path.rglob("*") if file.suffix not in (".png", ".md")]
-    files += Path(__file__).parent.rglob("*.py")
+    weights = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file()):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+        weights.update(file.read_bytes())
+    needed = digests("generate", "mini", "model.load", "pruners", "work", alone="demo")
+    return {
+        "code": hashlib.sha256(json.dumps(needed).encode()).hexdigest()[:16],
+        "model": weights.hexdigest()[:16],
+        "pictures": f"{num_images} of seed {TEST_SEED}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
-def _finished(file: Path, version: str, run: Run, num_images: int) -> dict[str, Any] | None:
+def _unused(out: Path, version: dict[str, str], runs: Sequence[Run]) -> str:
+    """Return which stored runs are not used, and why; nothing where all are, or there is none."""
+    reasons = []
+    for run in runs:
+        try:
+            stored = json.loads((out / "runs" / f"{run.name}.json").read_text())["version"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if stored != version:
+            changed = what_changed(stored, version) if isinstance(stored, dict) else "not recorded"
+            reasons.append(changed)
+    if not reasons:
+        return ""
+    why = "; ".join(dict.fromkeys(reasons))
+    return (
+        f"{len(reasons)} finished runs in {out} are not used and are repeated, because what made "
+        f"them has changed: {why}."
+    )
+
+
+def _finished(
+    file: Path, version: dict[str, str], run: Run, num_images: int
+) -> dict[str, Any] | None:
     """Return the stored result of a run, unless it is absent, damaged or of something else."""
     try:
         result: Any = json.loads(file.read_text())

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -301,7 +301,7 @@ def result(size: str = "cpu", on_gpu: bool = False, **values: float) -> dict[str
     todre |= {"selection_of_prefill": {"median": given["selection"]}}
     rate = {"median": given["rate"]}
     return {
-        "decoder": asdict(SIZES[size].decoder),
+        "decoder": SIZES[size].decoder.as_dict(),
         "on_gpu": on_gpu,
         "methods": [todre],
         "probe": [part, part],

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_todre import TodreError
-from llava_todre.cli import main
+from llava_todre.cli import _prefill, main
 from llava_todre.flops import DecoderShape, decoder_prefill_flops
 from llava_todre.pruners import PRUNERS
 
@@ -68,9 +68,11 @@ def test_flops_are_those_of_the_layers_and_of_a_run_without_pruning(
     )
     for each in (pruned, unpruned):
         layers = [each["text_tokens"] + count for count in each["visual_tokens_per_layer"]]
-        assert each["prefill_flops"] == decoder_prefill_flops(shape, layers)
+        assert each["prefill_flops"] - each["probe_flops"] == decoder_prefill_flops(shape, layers)
+        assert each["probe_flops"] == sum(probe["flops"] for probe in each["probes"])
         mean = sum(each["visual_tokens_per_layer"]) / shape.layers
         assert each["mean_visual_tokens"] == pytest.approx(mean)
+    assert pruned["probe_flops"] > unpruned["probe_flops"] == 0
     assert pruned["prefill_flops"] < 0.7 * unpruned["prefill_flops"]
     assert pruned["prefill_flops_unpruned"] == unpruned["prefill_flops"]
     assert unpruned["prefill_flops_unpruned"] == unpruned["prefill_flops"]
@@ -247,3 +249,13 @@ def test_options_of_loading(
     assert generate(*extra) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
+
+
+def test_flops_that_are_not_known_are_not_told() -> None:
+    told = {"prefill_flops": None, "prefill_flops_unpruned": None, "probe_flops": None}
+    assert _prefill(told) == "FLOPs of this decoder are not known"
+    told = {"prefill_flops": 50.0, "prefill_flops_unpruned": 100.0, "probe_flops": 0.01}
+    assert _prefill(told).endswith("prefill (50 of 100)")
+    assert _prefill(told | {"probe_flops": 1}).endswith(
+        "of 100, 2.0% of it for the method's probes)"
+    )

@@ -122,6 +122,25 @@ def test_intervals_are_those_of_the_stored_hits(finished: tuple[Path, dict[str, 
     assert shown in as_text(results) and f"| {shown} |" in as_markdown(results)
 
 
+def test_runs_that_no_longer_count_are_counted_and_the_reason_is_told(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    runs, stored = plan(["todre"], [0.25]), finished[1]["runs"]
+    version = stored[0]["version"]
+    assert set(version) == {"code", "model", "pictures", "torch", "transformers"}
+    assert demo._unused(tmp_path, version, runs) == ""
+    (tmp_path / "runs").mkdir()
+    for run in stored:
+        (tmp_path / "runs" / f"{Run(**run['run']).name}.json").write_text(json.dumps(run))
+    assert demo._unused(tmp_path, version, runs) == ""
+    line = demo._unused(tmp_path, version | {"code": "other", "torch": "9"}, runs)
+    assert line.startswith("2 finished runs in ") and line.endswith("changed: code, torch.")
+    old = tmp_path / "runs" / "todre_0.25.json"
+    old.write_text(json.dumps(json.loads(old.read_text()) | {"version": "0123456789abcdef"}))
+    line = demo._unused(tmp_path, version, runs)
+    assert line.startswith("1 finished runs") and line.endswith("changed: not recorded.")
+
+
 def test_all_draws_of_a_method_make_its_interval() -> None:
     right, wrong = (dict.fromkeys(TASKS, [hit] * 9 + [0] * 3) for hit in (1, 0))
     same = {"version": "", "kept_tokens": 1, "prefill_flops": 1}

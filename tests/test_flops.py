@@ -3,11 +3,20 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llava_todre.errors import TodreError
 from llava_todre.flops import (
+    KNOWN,
     DecoderShape,
+    Experts,
     TowerShape,
     decoder_decode_flops,
     decoder_prefill_flops,
@@ -59,6 +68,121 @@ def test_prefill_and_decode_equal_the_torch_counter(kv_heads):
     cache = model(ids, use_cache=True).past_key_values
     steps = count(lambda: [model(ids[:, :1], past_key_values=cache) for _ in range(4)])
     assert steps == decoder_decode_flops(shape, [13] * 3, steps=4)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 41,
+    "pad_token_id": 0,
+}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DECODERS = {
+    "llama": ("llama", {}),
+    "llama, wide heads": ("llama", {"head_dim": 16}),
+    "qwen2": ("qwen2", {"num_key_value_heads": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "mistral": ("mistral", {}),
+    "mistral, narrow heads": ("mistral", {"head_dim": 4}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "phi3": ("phi3", {}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, wide heads": ("mixtral", {"num_local_experts": 5, "head_dim": 16}),
+    "qwen2_moe": ("qwen2_moe", {**MIXTURE, "shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("qwen3_moe", {**MIXTURE, "head_dim": 16}),
+    "qwen3_moe, every second": ("qwen3_moe", {**MIXTURE, "decoder_sparse_step": 2}),
+    "qwen3_moe, all dense": ("qwen3_moe", {**MIXTURE, "num_experts": 0}),
+    "qwen3_moe, one dense": ("qwen3_moe", {**MIXTURE, "mlp_only_layers": [1]}),
+}
+
+
+def build(model_type, changes):
+    config = AutoConfig.for_model(model_type, **(SIZES | changes))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+    if any("experts" in name for name, _ in model.named_parameters()):
+        model.set_experts_implementation("eager")  # the counter does not know grouped_mm
+    return model
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("length", [1, 13, 70])
+def test_decoders_of_transformers_equal_the_torch_counter(name, length):
+    model = build(*DECODERS[name])
+    shape = DecoderShape.of(model.config)
+    ids = torch.arange(length)[None] % shape.vocab
+    assert count(lambda: model(ids, logits_to_keep=1)) == decoder_prefill_flops(shape, [length] * 3)
+    cache = model(ids, use_cache=True).past_key_values
+    steps = count(lambda: [model(ids[:, :1], past_key_values=cache) for _ in range(3)])
+    assert steps == decoder_decode_flops(shape, [length] * 3, steps=3)
+
+
+def test_every_type_that_is_said_to_be_known_is_counted_somewhere():
+    counted = {model_type for model_type, _ in DECODERS.values()}
+    ours_and_the_original = {"llava_llama", "llava_mistral"}  # subclasses of those above
+    in_a_vision_model = {f"{name}_text" for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
+    in_a_vision_model.add("qwen3_vl_moe_text")
+    assert counted | ours_and_the_original | in_a_vision_model == KNOWN
+
+
+def test_layers_of_different_kind_and_length_equal_the_sum_of_single_layers():
+    """A dense layer with 9 tokens and one of experts with 5 cost what two models of each do."""
+    changes = {**MIXTURE, "head_dim": 16, "num_hidden_layers": 2, "mlp_only_layers": [0]}
+    shape = DecoderShape.of(AutoConfig.for_model("qwen3_moe", **(SIZES | changes)))
+    head = 2 * shape.width * shape.vocab
+    total = head
+    for length, dense in ((9, [0]), (5, [])):
+        model = build("qwen3_moe", changes | {"num_hidden_layers": 1, "mlp_only_layers": dense})
+        ids = torch.zeros(1, length, dtype=torch.long)
+        total += count(lambda model=model, ids=ids: model(ids, logits_to_keep=1)) - head
+    assert decoder_prefill_flops(shape, [9, 5]) == total
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v3", "qwen3_next", "gpt_oss", "opt", "gemma2", "phi", "mamba", "minimax"],
+)
+def test_decoders_whose_products_are_not_known_are_refused_by_name(model_type):
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(TodreError, match=f"FLOPs of a decoder of type '{model_type}'") as error:
+        DecoderShape.of(config)
+    assert "\n" not in str(error.value) and "qwen3_moe" in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2"])
+def test_a_sliding_window_that_binds_is_refused(model_type):
+    given = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+    shape = DecoderShape.of(AutoConfig.for_model(model_type, **(SIZES | given)))
+    assert decoder_prefill_flops(shape, [8] * 3) and decoder_decode_flops(shape, [5] * 3, steps=3)
+    for call in (
+        lambda: decoder_prefill_flops(shape, [9, 9, 3]),
+        lambda: decoder_decode_flops(shape, [5] * 3, steps=4),
+    ):
+        with pytest.raises(TodreError, match="FLOPs of 9 tokens under a sliding window of 8"):
+            call()
+
+
+@pytest.mark.parametrize("given", [{"use_sliding_window": False}, {"max_window_layers": 3}])
+def test_a_window_of_no_layer_does_not_bind(given):
+    given = {"sliding_window": 8, "use_sliding_window": True} | given
+    shape = DecoderShape.of(AutoConfig.for_model("qwen2", **(SIZES | given)))
+    assert decoder_prefill_flops(shape, [90] * 3) > 0
+
+
+def test_the_papers_formulas_know_no_experts():
+    shape = DecoderShape(3, 32, 56, 4, 2, 41, experts=Experts(4, 2, 24))
+    with pytest.raises(TodreError, match="this decoder has 4 experts"):
+        paper_prefill_flops(shape, [5] * 3)
+    with pytest.raises(TodreError, match="this decoder has 4 experts"):
+        paper_decode_flops(shape, [5] * 3, 2)
+
+
+def test_sizes_are_stored_without_what_is_usual():
+    usual = DecoderShape.of(LlamaConfig(**SIZES))
+    assert list(usual.as_dict()) == ["layers", "width", "mlp_width", "heads", "kv_heads", "vocab"]
+    assert DecoderShape.of(LlamaConfig(**SIZES, head_dim=16)).as_dict()["head_dim"] == 16
 
 
 def test_unequal_layers_equal_the_sum_of_single_layers():

@@ -96,6 +96,7 @@ def test_number_of_tokens_replaces_the_ratio():
         ("todre", {"objective": "max_summ"}, "objective 'max_summ' .* mean 'max_sum'"),
         ("todre", {"pivot": "clss"}, "pivot 'clss' .* mean 'cls'"),
         ("todre", {"similarity": "centered"}, "similarity 'centered' .* mean 'centred'"),
+        ("todre", {"cls_heads": "unsplitt"}, "cls_heads 'unsplitt' .* mean 'unsplit'"),
         ("todre", {"text_set": "after"}, "text_set 'after' .*Allowed: after_image, all"),
         ("vanilla", {"retain_ratio": 0.5}, r"keeps every token, but a budget of 0\.5"),
         ("vanilla", {"retain_tokens": 64}, "keeps every token, but a budget of 64"),
@@ -331,6 +332,38 @@ def test_cls_attention_is_computed_only_for_a_pivot(
         )
     layers = model.get_vision_tower().vision_tower.encoder.layers
     assert asked == ([layers[pruner.cls_layer]] if calls else [])  # type: ignore[attr-defined]
+
+
+def pivots_of_eq_3(model: Any, pixels: Tensor) -> dict[str, list[int]]:
+    """Return the patch that [CLS] attends to most in each image of one view, in float64."""
+    tower = model.get_vision_tower().vision_tower.double()
+    hidden = tower(pixels.double(), output_hidden_states=True).hidden_states[-2]
+    block = tower.encoder.layers[-1]
+    states, attention = block.layer_norm1(hidden), block.self_attn
+    query, keys = attention.q_proj(states[:, :1]), attention.k_proj(states)  # (V, 1 or 17, 32)
+    best: dict[str, list[int]] = {}
+    for name, heads in (("mean", 4), ("unsplit", 1)):
+        width = 32 // heads
+        parts = (
+            torch.softmax(q @ k.transpose(1, 2) / width**0.5, dim=-1)
+            for q, k in zip(query.split(width, dim=-1), keys.split(width, dim=-1), strict=True)
+        )
+        best[name] = sum(parts)[:, 0, 1:].argmax(dim=-1).tolist()
+    tower.float()
+    return best
+
+
+@torch.no_grad()
+def test_eq_3_can_be_read_without_heads(tiny_llava, draw):
+    model = tiny_llava(mm_patch_merge_type="flat", image_aspect_ratio="pad")
+    pixels = torch.randn(24, 3, 56, 56, generator=draw)
+    expected = pivots_of_eq_3(model, pixels)
+    assert expected["mean"] != expected["unsplit"]
+    for heads, places in expected.items():
+        for method in ("todre", "todre_v1"):
+            model.set_pruner(method, retain_tokens=1, cls_heads=heads)
+            model(input_ids=torch.tensor([[1, 5, -200, 7]] * 24), images=pixels)
+            assert [int(stats.images[0].keep_idx) for stats in model.last_stats] == places
 
 
 def test_methods_that_ignore_the_text_are_not_given_it(tiny_llava):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from eval.bench.sizes import SIZES
@@ -75,7 +75,7 @@ def _row(result: Result) -> Result | None:
 def _of_limit(size: str) -> Callable[[Result], Percentiles | None]:
     def value(result: Result) -> Percentiles | None:
         row = _row(result)
-        matches = result["decoder"] == asdict(SIZES[size].decoder)
+        matches = result["decoder"] == SIZES[size].decoder.as_dict()
         matches = matches and (result["on_gpu"] or not SIZES[size].needs_gpu)
         return row["prefill_of_limit"] if row is not None and matches else None
 

@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +82,11 @@ def run(options: argparse.Namespace) -> int:
     result = _settings(options, device, dtype, attention)
     if timed:
         model = _model(options, device, dtype, attention)
-        result["decoder"] = asdict(model.decoder_shape)
+        result["decoder"] = model.decoder_shape.as_dict()
         result |= measured(model, chosen, options.repeats, options.new_tokens, options.table3)
     else:
         size = SIZES[options.size]
-        result["decoder"] = asdict(size.decoder)
+        result["decoder"] = size.decoder.as_dict()
         result["methods"] = count_only(size, chosen, options.new_tokens, dtype.itemsize, attention)
     result["bars"] = [] if options.table3 else judged(result)
     _tell(result | provenance(), options.out)

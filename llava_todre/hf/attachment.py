@@ -71,12 +71,7 @@ class Attachment:
         self.family: Family = family_of(model)
         for need in pruner.needs:
             quantity = need[0] if isinstance(need, tuple) else need
-            served = self.family.served
-            if quantity not in served:
-                raise TodreError(
-                    f"{type(pruner).__name__} needs {quantity}, which models of the family "
-                    f"{self.family.name} do not give; allowed needs: {', '.join(sorted(served))}."
-                )
+            self.family.require(model, quantity, type(pruner).__name__)
         deep = self.family.deep_layers(model)
         probes = pruner.probe_layers(decoder_of(model).config.num_hidden_layers)
         if probes:

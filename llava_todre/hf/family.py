@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llava_todre.errors import TodreError
 from llava_todre.hf.layout import Layout
 
 Inputs = Mapping[str, Any]
@@ -54,6 +55,8 @@ class Family:
     """What ``measure`` knows, of :data:`llava_todre.pruners.base.VISION_NEEDS`."""
     inputs: tuple[str, ...]
     """Arguments of ``generate`` that describe images and videos."""
+    towers: tuple[str, ...] = ()
+    """``model_type`` of the towers that ``measure`` knows; () where a family has one kind only."""
     feature_layer: Callable[[Any], int] | None = None
     """Model -> tower layer whose input, [CLS] first, is what the projector gets; None where methods
     that need ``vision_features`` are not served."""
@@ -72,3 +75,23 @@ class Family:
         """What a method may need."""
         features = {"vision_features"} if self.feature_layer is not None else set[str]()
         return self.quantities | self.proxies.keys() | features | {"text_embeds"}
+
+    def require(self, model: Any, quantity: str, method: str) -> None:
+        """Raise a TodreError unless a model of the family can give what a method needs.
+
+        Args:
+            model: a model of the family.
+            quantity: what is needed.
+            method: its class, for the message.
+        """
+        if quantity not in self.served:
+            raise TodreError(
+                f"{method} needs {quantity}, which models of the family {self.name} do not give; "
+                f"allowed needs: {', '.join(sorted(self.served))}."
+            )
+        tower = model.config.vision_config.model_type if self.towers else None
+        if quantity != "text_embeds" and tower is not None and tower not in self.towers:
+            raise TodreError(
+                f"{method} needs {quantity}, which a tower of type {tower} does not give; allowed: "
+                f"{', '.join(self.towers)}, or a method that needs nothing of the tower."
+            )

@@ -16,6 +16,8 @@ from llava_todre.model.images import anyres_grid_shape
 from llava_todre.model.multimodal import NEWLINE, whole_rows
 from llava_todre.model.vision import QUANTITIES
 
+CLIP = ("clip_vision_model",)
+
 
 def clip_measure(quantity: str, layer: nn.Module, hidden: Tensor, called: Inputs) -> Tensor:
     """Return (V * P, ...) a quantity of one encoder layer with input (V, 1 + P, W)."""
@@ -127,6 +129,7 @@ LLAVA = Family(
     tower_layers=tower_layers,
     measure=clip_measure,
     quantities=frozenset(QUANTITIES),
+    towers=CLIP,
     inputs=("pixel_values",),
     feature_layer=clip_feature_layer,
 )
@@ -137,6 +140,7 @@ LLAVA_NEXT = Family(
     tower_layers=tower_layers,
     measure=clip_measure,
     quantities=frozenset(QUANTITIES),
+    towers=CLIP,
     inputs=("pixel_values", "image_sizes"),
     feature_layer=clip_feature_layer,
 )

@@ -13,6 +13,7 @@ from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.layout import Layout
 from llava_todre.hf.llava import (
+    CLIP,
     anyres_layout,
     clip_feature_layer,
     clip_measure,
@@ -81,6 +82,7 @@ LLAVA_NEXT_VIDEO = Family(
     tower_layers=tower_layers,
     measure=clip_measure,
     quantities=frozenset(QUANTITIES),
+    towers=CLIP,
     inputs=("pixel_values", "image_sizes", "pixel_values_videos"),
     feature_layer=_feature_layer,
 )

@@ -153,6 +153,7 @@ LLAVA_ONEVISION = Family(
     tower_layers=tower_layers,
     measure=_measure,
     quantities=frozenset({"received_attention"}),
+    towers=("siglip_vision_model",),
     inputs=(
         "pixel_values",
         "image_sizes",

@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llava_todre.provenance import provenance
+from llava_todre.source import digests
 
 _CHUNK = 1 << 22
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,7 +48,7 @@ def fingerprint(
         "generation_config": _digest(str(model.generation_config)),
         "image_processor": _digest(str(processor)),
         "tokenizer": _digest(_words(tokenizer)),
-        "source": _source_digest(),
+        "source": digests("lmms_plugin.model"),
         "versions": _versions(),
         "device": model.device.type,
     }
@@ -104,15 +104,6 @@ def _versions() -> dict[str, str | None]:
         return versions | {"av": version("av")}
     except PackageNotFoundError:
         return versions | {"av": None}
-
-
-@cache
-def _source_digest() -> str:
-    root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _digest(text: str) -> str:

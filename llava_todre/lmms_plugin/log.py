@@ -2,6 +2,8 @@
 
     <log_dir>/current                                    fingerprint of the latest run
     <log_dir>/<fingerprint>/settings.json                what the fingerprint stands for
+    <log_dir>/<fingerprint>/unused.txt                   answers that the start before left, and why
+                                                         they do not count
     <log_dir>/<fingerprint>/<task>.<split>.rank<r>.jsonl what process r answered
 
 A line is an item and its answer:
@@ -15,6 +17,8 @@ A line is an item and its answer:
     mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
     withdrawn_from                  first decoder layer without visual tokens, or null
     prefill_flops, prefill_flops_unpruned
+                                    null where the decoder's FLOPs are not known; the first with
+                                    what the method's probes cost
     seconds                         of the batch, waiting for its pictures included, per item; the
                                     first question about a picture pays for what all of them share
     cpu_seconds                     the same in time that the processors computed for this process,
@@ -30,6 +34,7 @@ that is damaged otherwise, is as if it were not there: its item is answered agai
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -39,7 +44,9 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.files import unwritable, write_whole
+from llava_todre.source import what_changed
 
+logger = logging.getLogger(__name__)
 Line = dict[str, Any]
 Place = tuple[str, int, int]
 """Hash of the batch, ``doc_id``, ``repeat``."""
@@ -76,8 +83,30 @@ class AnswerLog:
             reason = error.strerror
             raise TodreError(f"log_dir {str(log_dir)!r} cannot be used: {reason}.") from None
         if rank == 0:
+            if not (self._folder / "settings.json").exists():
+                self._say_what_is_unused(log_dir, settings)
             write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
             write_whole(log_dir / "current", fingerprint)
+
+    def _say_what_is_unused(self, log_dir: Path, settings: Line) -> None:
+        """Tell that the answers of the latest start are of no use to this one, if it left any."""
+        try:
+            before = log_dir / (log_dir / "current").read_text()
+            made_by = json.loads((before / "settings.json").read_text())
+            count = sum(1 for file in before.glob("*.jsonl") for _ in _lines(file))
+        except (OSError, ValueError, RecursionError):
+            return
+        # As it will be read back: tuples are lists, and all else is text.
+        now = json.loads(json.dumps(settings, default=str))
+        changed = what_changed(made_by, now) if isinstance(made_by, dict) else ""
+        if count == 0:
+            return
+        line = (
+            f"{count} answers of an earlier start are not used, because what made them has "
+            f"changed: {changed or 'not recorded'}. They stay in {before}."
+        )
+        logger.warning("%s", line)
+        write_whole(self._folder / "unused.txt", f"{line}\n")
 
     def finished(self, task: str, split: str) -> dict[Place, Line]:
         """Return the answers of earlier starts to a task, by all processes; read once."""

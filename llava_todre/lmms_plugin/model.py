@@ -17,7 +17,6 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from llava_todre.errors import PromptTooLongError, TodreError, unknown
-from llava_todre.flops import decoder_prefill_flops
 from llava_todre.generate import Answer, Memory, Picture, Request, Views
 from llava_todre.lmms_plugin.ahead import ahead
 from llava_todre.lmms_plugin.arguments import (
@@ -51,6 +50,7 @@ from llava_todre.lmms_plugin.team import Team
 from llava_todre.model.chat_template import TEMPLATES
 from llava_todre.model.prompt import AUTO
 from llava_todre.stats import PruneStats
+from llava_todre.work import prefill_work
 
 logger = logging.getLogger(__name__)
 
@@ -335,16 +335,15 @@ class LlavaTodre(lmms):
     def _told(self, result: Answer, until: tuple[str, ...]) -> Line:
         """Return the answer and what it took."""
         stats: PruneStats = result.stats
-        shape = self.model.decoder_shape
-        unpruned = [stats.unpruned_prompt_tokens] * shape.layers
+        work = prefill_work(self.model, stats)
         return {
             "answer": cut(result.text, until),
             "visual_tokens": stats.visual_tokens,
             "kept_tokens": stats.kept_tokens,
             "mean_visual_tokens_per_layer": stats.mean_visual_tokens,
             "withdrawn_from": stats.withdrawn_from,
-            "prefill_flops": decoder_prefill_flops(shape, stats.prompt_tokens_per_layer),
-            "prefill_flops_unpruned": decoder_prefill_flops(shape, unpruned),
+            "prefill_flops": work and work.flops,
+            "prefill_flops_unpruned": work and work.unpruned_flops,
         }
 
     def _fingerprint(self) -> tuple[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from llava_todre.pruners.base import (
     Need,
     Pruner,
     Selection,
+    Tally,
     plain,
 )
 from llava_todre.pruners.cdpruner import CDPruner
@@ -82,6 +83,7 @@ __all__ = [
     "Observed",
     "Pruner",
     "Selection",
+    "Tally",
     "check_knobs",
     "create_pruner",
 ]

@@ -79,6 +79,17 @@ class Merge:
     """(N, D) what they hold in those places."""
 
 
+@dataclass
+class Tally:
+    """FLOPs of matrix products, added up as they are made."""
+
+    flops: int = 0
+
+    def product(self, *sizes: int) -> None:
+        """Add a product: of (a, b) and (b, c) matrices, ``product(a, b, c)``."""
+        self.flops += 2 * math.prod(sizes)
+
+
 @dataclass(frozen=True)
 class LayerView:
     """One sample between decoder layers ``layer`` and ``layer + 1`` of a prefill, unpadded."""
@@ -113,6 +124,11 @@ class LayerView:
     """Numbers worth reporting; ``attention_ratios`` leaves its two here."""
 
     @cached_property
+    def tally(self) -> Tally:
+        """Work done for the method: attention counts itself, a method its own products."""
+        return Tally()
+
+    @cached_property
     def visual(self) -> Tensor:
         """(N,) bool, patch and newline tokens."""
         return is_visual(self.kinds)
@@ -124,7 +140,9 @@ class LayerView:
 
     def attention(self, rows: Tensor) -> Tensor:
         """Return the attention of ``rows`` (R,) in ``layer``: (H, R, N) float32."""
-        return attention_rows(self.queries(rows), self.keys(), rows, self.scaling)
+        queries, keys = self.queries(rows), self.keys()
+        self.tally.product(*queries.shape, keys.shape[1])
+        return attention_rows(queries, keys, rows, self.scaling)
 
     def attention_ratios(self, text: Tensor) -> tuple[float, float]:
         """Return (text to visual, visual to text) attention shares of ``layer``, ToDRE Eq. 8.
@@ -142,7 +160,9 @@ class LayerView:
 
         def share(rows: Tensor, columns: Tensor) -> float:
             rows = rows.to(columns.device)
-            return attention_mass(self.queries(rows), self.keys(), rows, columns, self.scaling)
+            queries, keys = self.queries(rows), self.keys()
+            self.tally.product(*queries.shape, keys.shape[1])
+            return attention_mass(queries, keys, rows, columns, self.scaling)
 
         to_visual, to_text = share(text_rows, visual), 0.0
         if len(text_rows) and len(visual_rows) and int(text_rows[0]) < int(visual_rows[-1]):

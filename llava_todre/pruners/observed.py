@@ -65,6 +65,8 @@ class Observed(Pruner):
         decides = view.layer in self.method.probe_layers(view.num_layers)
         decision = self.method.at_layer(view) if decides else None
         if bool(view.visual.any()):
-            # Last, so that every layer is measured with the same text.
+            # Last, so that every layer is measured with the same text; no work of the method's.
+            spent = view.tally.flops
             view.attention_ratios(view.kinds == Kind.TEXT)
+            view.tally.flops = spent
         return decision

@@ -139,8 +139,9 @@ class PruMergePlus(PruMerge):
         deviations=(
             *PruMerge.about.deviations,
             "In the release the number of spaced tokens follows from the number by attention, "
-            "about three times as many, and it fails when the latter is above a third of all; its "
-            "branch for a fixed budget keeps some tokens twice and fails for most budgets.",
+            "about three times as many, and it fails when the latter is above a third of all. Its "
+            "branch for a fixed budget takes half by attention (attention_share = 0.5), keeps some "
+            "tokens twice and fails for most budgets.",
         ),
     )
 

@@ -115,6 +115,7 @@ class SparseVLM(_RatedByText):
         recycled = dropped[:num_recycled].sort().values
         hidden = view.hidden_states().clone()
         centres, merged = merge_clusters(hidden[recycled], num_clusters)
+        view.tally.product(num_clusters, num_recycled, hidden.shape[1])
         places = recycled[centres]
         hidden[places] = merged.to(hidden.dtype)
         return Merge(keep_of(view, torch.cat([kept, places])), hidden)
@@ -173,7 +174,9 @@ def raters(view: LayerView) -> Tensor:
     """
     text = (view.prompt_kinds == Kind.TEXT).nonzero()[:, 0]
     embeds = view.prompt_embeds().float()
-    votes = (embeds[view.prompt_kinds == Kind.VISUAL] @ embeds[text].T).softmax(dim=1)  # (P, T)
+    patches = embeds[view.prompt_kinds == Kind.VISUAL]  # (P, D)
+    votes = (patches @ embeds[text].T).softmax(dim=1)  # (P, T)
+    view.tally.product(*patches.shape, len(text))
     match = votes.mean(dim=0)
     rows = torch.isin(view.positions, text[match > match.mean()]).nonzero()[:, 0]
     return rows if len(rows) else last_row(view)

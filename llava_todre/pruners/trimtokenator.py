@@ -45,7 +45,8 @@ class TrimTokenator(Pruner):
         budget="k = share of the patch tokens of an image, thumbnail and crops together",
         deviations=(
             "No official code is public; the 80 % of Stage 1 and the first token of Stage 2 come "
-            "from a third party's implementation.",
+            "from a third party's implementation, which rounds them down (460 of 576); here half "
+            "rounds up (461).",
             "The text is what follows the image; the system prompt takes no part.",
             "Where the budget is more than those 80 %, Stage 1 keeps as many as the budget.",
         ),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from llava_todre.flops import DecoderShape, decoder_prefill_flops
 from llava_todre.stats import PruneStats
 from llava_todre.ui.chart import ratio_chart, threshold
 from llava_todre.ui.studio import Outcome
+from llava_todre.work import HasDecoder, prefill_work
 
 _STAGES = {
     "views": "cutting the picture",
@@ -19,22 +19,22 @@ _STAGES = {
 }
 
 
-def facts(outcome: Outcome, shape: DecoderShape) -> str:
+def facts(outcome: Outcome, model: HasDecoder) -> str:
     """Return tokens, work, times and what left inside the decoder as one table.
 
     Args:
         outcome: one side's.
-        shape: of the decoder, for counting FLOPs.
+        model: that answered, for counting FLOPs.
     """
     stats = outcome.stats
-    unpruned = decoder_prefill_flops(shape, [stats.unpruned_prompt_tokens] * shape.layers)
-    spent = decoder_prefill_flops(shape, stats.prompt_tokens_per_layer)
+    work = prefill_work(model, stats)
+    spent = f"{work.flops / work.unpruned_flops:.1%} of unpruned" if work else "not known"
     share = f" ({stats.kept_tokens / stats.visual_tokens:.1%})" if stats.visual_tokens else ""
     rows = [
         ("Method", outcome.name),
         ("Visual tokens kept", f"{stats.kept_tokens} of {stats.visual_tokens}{share}"),
         ("Visual tokens per layer", f"{stats.mean_visual_tokens:.1f}, newlines included"),
-        ("Prefill FLOPs", f"{spent / unpruned:.1%} of unpruned"),
+        ("Prefill FLOPs", spent),
         ("Dropped in the decoder", _dropped(stats)),
         ("Withdrawn", _withdrawn(stats)),
         ("New tokens", f"{outcome.new_tokens}{' (stopped)' if outcome.stopped else ''}"),

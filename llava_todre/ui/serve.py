@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from threading import Event
 from typing import Any
 
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.model.prompt import AUTO
+from llava_todre.ui.gate import Gate, address_of, is_loopback
 from llava_todre.ui.page import CSS, build_page
 from llava_todre.ui.studio import Studio
 from llava_todre.ui.uploads import LIMITS
@@ -39,24 +48,89 @@ def serve(
     Raises:
         TodreError: gradio is missing, the checkpoint cannot be loaded, or the port is taken.
     """
-    if not 1 <= port <= 65535:
-        raise TodreError(f"port {port} is out of range; allowed: 1 to 65535.")
-    _gradio()  # before minutes of loading
+    _gradio()  # all this before minutes of loading
+    _check_address(host, port)
     studio = Studio(model_path or str(bundled_checkpoint()), backend, template)
     note = _BUNDLED_NOTE if model_path is None else ""
     if not studio.draws_pictures:
         note += " What part of a picture each token sees is not known here, so nothing is drawn."
-    page = open_page(studio, model_path or "bundled mini model", note, host, port)
-    is_local = host in (LOCAL, "localhost", "::1")
-    reach = "this machine" if is_local else "whoever can reach this machine"
+    local = is_loopback(host)
+    reach = "this machine" if local else "whoever can reach this machine"
+    with _ended_as_by_ctrl_c():
+        page = open_page(studio, model_path or "bundled mini model", note, host, port)
+        try:
+            print(f"http://{_written(host)}:{port} shows the page, to {reach}; Ctrl-C ends it.")
+            if not local:
+                print("Warning: there is no password and no TLS; others can read what is sent.")
+            sys.stdout.flush()
+            Event().wait()
+        except KeyboardInterrupt:
+            pass  # the way to end it
+        finally:
+            studio.close()
+            page.close(verbose=False)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let those who end the process end the page first, so that nothing of it is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in asked}
     try:
-        print(f"http://{host}:{port} shows the page, to {reach}; Ctrl-C ends it.", flush=True)
-        Event().wait()
-    except KeyboardInterrupt:
-        pass  # the way to end it
+        yield
     finally:
-        studio.close()
-        page.close(verbose=False)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise a TodreError unless this machine can listen there."""
+    if not 1 <= port <= 65535:
+        raise TodreError(f"port {port} is out of range; allowed: 1 to 65535.")
+    try:
+        if not host.strip("[]"):
+            raise OSError
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, place in found[:1]:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+    except (OSError, UnicodeError):
+        raise _cannot_be_used(host, port) from None
+
+
+def _cannot_be_used(host: str, port: int) -> TodreError:
+    return TodreError(
+        f"port {port} of {host or repr(host)} cannot be used; allowed: a free port of an address "
+        "that this machine has, such as 127.0.0.1."
+    )
+
+
+def _written(host: str) -> str:
+    """Return a host as addresses of pages have it: IPv6 in brackets."""
+    address = address_of(host)
+    return host if address is None or address.version == 4 else f"[{address}]"
+
+
+class _Uploads:
+    """A folder that only this user can read, for all that gradio stores while the page is open."""
+
+    def __init__(self) -> None:
+        """Make it the process's folder for temporary files, which is where gradio puts uploads."""
+        self._before = tempfile.tempdir
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="llava_todre-", ignore_cleanup_errors=True
+        )
+        tempfile.tempdir = self._folder.name
+
+    def remove(self) -> None:
+        """Remove it with all that is in it."""
+        if tempfile.tempdir == self._folder.name:
+            tempfile.tempdir = self._before
+        self._folder.cleanup()
 
 
 def open_page(
@@ -68,12 +142,39 @@ def open_page(
         TodreError: gradio is missing, or the port is taken.
     """
     gr = _gradio()
-    page = build_page(gr, studio, name, note)
+    _check_address(host, port)
+    uploads = _Uploads()  # before gradio asks where they go
+    try:
+        page = build_page(gr, studio, name, note)
+        _launch(gr, page, host, port)
+    except BaseException:
+        uploads.remove()
+        raise
+    close = page.close
+
+    def close_all(verbose: bool = True) -> None:
+        close(verbose)
+        uploads.remove()
+
+    page.close = close_all
+    return page
+
+
+def _launch(gr: Any, page: Any, host: str, port: int) -> None:
+    @asynccontextmanager
+    async def guarded(app: Any) -> AsyncIterator[None]:
+        """Put the gate in front of everything, before the first request."""
+        kept, limits = Path(page.GRADIO_CACHE), LIMITS
+        app.middleware_stack = Gate(
+            app.middleware_stack, host, kept, limits.video_bytes, limits.total_bytes
+        )
+        yield
+
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
     try:
         page.queue(max_size=_WAITING, api_open=False).launch(
-            server_name=host,
+            server_name=_written(host),
             server_port=port,
             share=False,
             prevent_thread_lock=True,
@@ -86,13 +187,10 @@ def open_page(
             footer_links=[],
             theme=theme,
             css=CSS,
+            app_kwargs={"lifespan": guarded},
         )
     except OSError:
-        raise TodreError(
-            f"port {port} of {host} cannot be used; allowed: a free port of an address that this "
-            "machine has."
-        ) from None
-    return page
+        raise _cannot_be_used(host, port) from None
 
 
 def _gradio() -> Any:

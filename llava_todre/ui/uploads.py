@@ -36,6 +36,8 @@ class Limits:
     seconds: float = 120.0
     frames: int = 7_500
     """Stored in a video; fewer are shown to the model."""
+    total_bytes: int = 1024 * _MIB
+    """Of all uploads that are kept at one time, whoever sent them."""
 
 
 LIMITS = Limits()

@@ -88,12 +88,11 @@ def _step(side: str, method: str, step: Step) -> News:
 
 
 def _outcome(studio: Studio, side: str, upload: Upload, outcome: Outcome) -> News:
-    shape = studio.model.decoder_shape
     drawn = studio.draws_pictures
     shown = {
         "answer": outcome.text,
         "kept": kept_picture(upload, outcome.stats, studio.model) if drawn else None,
-        "facts": facts.facts(outcome, shape),
-        "chart": facts.chart(outcome, shape.layers),
+        "facts": facts.facts(outcome, studio.model),
+        "chart": facts.chart(outcome, len(outcome.stats.prompt_tokens_per_layer)),
     }
     return {part(side, name): value for name, value in shown.items()}

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners import LayerView
+from llava_todre.pruners import LayerView, Tally
 from llava_todre.relevance import attention_rows
 from llava_todre.withdrawal.segment import LayerInputs, Segment
 
@@ -48,6 +48,8 @@ class Look:
             overheard: (B, M, heads * E) what its query projection made, if that is known.
             method: name of the one that looks, for messages.
         """
+        self.tally = Tally()
+        """What it has computed so far."""
         self._method = method
         self._device = output.device
         self._segment, self._sample, self._layer = segment, sample, layer
@@ -109,6 +111,7 @@ class Look:
         states = self._whole(self._left)
         queries = self._project(following, "q_proj", states, self._columns(rows))
         keys = self._project(following, "k_proj", states, self._present)
+        self.tally.product(*queries.shape, keys.shape[1])
         return attention_rows(queries, keys, rows, following.self_attn.scaling)
 
     def _project(
@@ -137,6 +140,8 @@ class Look:
         else:
             entering = states.index_select(0, columns)  # accelerate carries it to the module
             projected = getattr(module.self_attn, name)(module.input_layernorm(entering))
+            width = _num_heads(module, name) * module.self_attn.head_dim
+            self.tally.product(*entering.shape, width)
         heads = projected.to(self._device).unflatten(-1, (-1, module.self_attn.head_dim))
         norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
         heads = heads if norm is None else norm(heads).to(self._device)
@@ -178,11 +183,15 @@ def _all_heads(heads: Tensor, layer: Any, projection: str) -> Tensor:
         layer: the decoder layer.
         projection: q_proj or k_proj, which they came from.
     """
-    config = layer.self_attn.config
-    total = config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads
+    total = _num_heads(layer, projection)
     if len(heads) == total:
         return heads
     heads = heads.contiguous()
     shares = [torch.empty_like(heads) for _ in range(total // len(heads))]
     torch.distributed.all_gather(shares, heads)
     return torch.cat(shares)
+
+
+def _num_heads(layer: Any, projection: str) -> int:
+    config = layer.self_attn.config
+    return int(config.num_attention_heads if projection == "q_proj" else config.num_key_value_heads)

@@ -212,8 +212,10 @@ class Withdrawal:
                 keep[sample, present] = stays
                 dropped = len(present) - int(stays.sum())
             _require_finite(layer, view.measured)
-            if view.measured or dropped:
-                self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
+            flops = look.tally.flops + view.tally.flops
+            if view.measured or dropped or flops:
+                probe = Probe(layer=layer, dropped=dropped, flops=flops, **view.measured)
+                self.probes[sample].append(probe)
         self._overheard = None
         if layer == max(self.probe_layers):
             self.prompt_embeds = None

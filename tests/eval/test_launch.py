@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from eval import commands, launch
+from eval import commands, launch, outcome
 from eval.launch import Launch, command, execute
 from eval.outcome import complete, last_error, read_record
 from eval.runs import ROOT, Run, resolve
@@ -554,3 +554,7 @@ def test_jobs_go_on_at_the_same_time(tmp_path: Path) -> None:
     starts = [file.stat().st_mtime for file in tmp_path.glob("logs/*/pid")]
     ends = [file.stat().st_mtime for file in tmp_path.glob("*.json")]
     assert len(starts) == len(ends) == 3 and max(starts) < min(ends)
+
+
+def test_a_mean_is_not_told_where_a_part_of_it_is_not_known() -> None:
+    assert outcome._mean([1.0, 3.0]) == 2 and outcome._mean([1.0, None, 3.0]) is None

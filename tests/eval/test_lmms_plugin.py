@@ -686,6 +686,34 @@ def test_reading_a_log_takes_the_latest_run_and_each_item_once(tmp_path):
         read_answers(tmp_path / "elsewhere")
 
 
+def test_answers_that_no_longer_count_are_counted_and_the_reason_is_told(
+    documents, tmp_path, monkeypatch, caplog
+):
+    def start(**changed):
+        caplog.clear()
+        lm = build(documents, log_dir=str(tmp_path), **changed)
+        lm.generate_until(requests_for(documents, [0, 1, 2]))
+        return [entry.getMessage() for entry in caplog.records if "not used" in entry.getMessage()]
+
+    def told():
+        return (tmp_path / (tmp_path / "current").read_text() / "unused.txt").read_text()
+
+    assert start() == start() == []
+    first = (tmp_path / "current").read_text()
+    (line,) = start(retain_ratio=0.5)
+    assert line.startswith("3 answers of an earlier start are not used")
+    assert line.endswith(f"changed: settings (method). They stay in {tmp_path / first}.")
+    assert told() == f"{line}\n"
+    assert start() == [], "it has been here before"
+    digests = {"generate": "a", "pruners.todre": "b"}
+    monkeypatch.setattr("llava_todre.lmms_plugin.fingerprint.digests", lambda *_: digests)
+    (line,) = start()
+    assert "changed: source (" in line and " more). They stay" in line
+    digests = digests | {"pruners.todre": "c"}
+    (line,) = start()
+    assert "changed: source (pruners.todre). They stay" in line
+
+
 # ---------------------------------------------------------------------- arguments
 
 

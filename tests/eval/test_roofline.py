@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from eval.roofline import DEVICES, Device, bound, kv_bytes, step_bytes, weight_bytes
 from llava_todre.flops import DecoderShape, decoder_prefill_flops
@@ -42,6 +42,31 @@ def test_cache_bytes_are_those_of_a_real_cache() -> None:
     assert kv_bytes(SMALL, [11] * 3, 4) == real
     assert kv_bytes(SMALL, [11, 11, 5], 4) == real * 27 // 33
     assert step_bytes(SMALL, [11] * 3, 4) == weight_bytes(SMALL, 4) + real
+
+
+def test_a_step_reads_the_experts_of_one_token_and_a_prefill_all() -> None:
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=50,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+    )
+    model, shape = Qwen3MoeForCausalLM(config), DecoderShape.of(config)
+    matrices = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
+    del matrices["model.embed_tokens.weight"]
+    assert weight_bytes(shape, 4) == sum(weight.nbytes for weight in matrices.values())
+    experts = sum(weight.nbytes for name, weight in matrices.items() if "experts" in name)
+    unused = experts * 4 // 6
+    step = step_bytes(shape, [7, 7], 4)
+    assert step == weight_bytes(shape, 4) - unused + kv_bytes(shape, [7, 7], 4)
+    output = model(torch.zeros(1, 7, dtype=torch.int64), use_cache=True)
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    assert kv_bytes(shape, [7, 7], 4) == real
 
 
 @pytest.mark.parametrize(("flops", "byte_rate"), [(1e9, 1e30), (1e30, 1e9)])
