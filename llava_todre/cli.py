@@ -233,8 +233,6 @@ def _convert(options: Namespace) -> None:
     from llava_todre.model.export_hf import check_new, save_as_hf
     from llava_todre.model.load import load_pretrained_model
 
-    if not options.out:
-        raise TodreError("out '' is no folder; allowed: a new or an empty folder.")
     check_new(Path(options.out))
     tokenizer, model, _, _ = load_pretrained_model(
         options.model, revision=options.revision, dtype=options.dtype, device="cpu"
