@@ -33,7 +33,8 @@ OpenCV for VideoMME, and nothing here opens a network stream with it.
 
 def licence(metadata: Any) -> str:
     """Return the licence that a package states, in its own words."""
-    stated = metadata.get("License-Expression") or metadata.get("License") or "UNKNOWN"
+    given = metadata.get_all("License-Expression") or metadata.get_all("License") or ["UNKNOWN"]
+    stated = given[0]
     if stated != "UNKNOWN" and len(stated) <= 120 and "\n" not in stated:
         return stated
     classifiers = metadata.get_all("Classifier") or []

@@ -14,6 +14,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from eval.licences import PAGE, licence, packages
+from llava_todre.errors import TodreError
+from llava_todre.withdrawal.supported import TOO_NEW, check_transformers
 
 try:
     import tomllib
@@ -136,6 +138,24 @@ def test_what_torch_needs_is_locked_before_it_is_installed() -> None:
     stated = {canonicalize_name(Requirement(line).name) for line in lines}
     unstated = set(needs("torch")) - stated
     assert all(name.startswith(("nvidia-", "cuda-")) for name in unstated), unstated
+
+
+@pytest.mark.parametrize("version", ["5.24.0", "5.24.0.dev0", "5.24.3", "5.30.1", "6.0.0"])
+def test_a_transformers_that_answers_wrongly_is_refused(version: str) -> None:
+    with pytest.raises(TodreError, match=rf"must be below {TOO_NEW}, got {re.escape(version)}"):
+        check_transformers(version)
+
+
+def test_the_transformers_that_pip_chooses_is_not_refused() -> None:
+    (asked,) = [
+        each
+        for each in map(Requirement, PROJECT["project"]["dependencies"])
+        if each.name == "transformers"
+    ]
+    assert f"<{TOO_NEW}" in str(asked.specifier).split(",")
+    for pin in LOCK:
+        if pin.name == "transformers":
+            check_transformers(str(pin.specifier).removeprefix("=="))
 
 
 def test_torchao_is_tested_in_a_version_that_pyproject_allows() -> None:
