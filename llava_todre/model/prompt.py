@@ -165,7 +165,7 @@ conv_templates: dict[str, Template] = {
 
 def named_template(name: str) -> Template:
     """Return a template of ``conv_templates``; raises when there is none of that name."""
-    if name not in conv_templates:
+    if not isinstance(name, str) or name not in conv_templates:
         raise unknown("template", name, [AUTO, *conv_templates])
     return conv_templates[name]
 
