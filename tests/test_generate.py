@@ -256,7 +256,8 @@ BAD_REQUESTS: list[tuple[Any, Any, str]] = [
     (torch.zeros(3, 4, 4), "what", "image of type Tensor"),
     ("closed", "what", "image is closed, .*: Operation on closed image"),
     ("cut short", "what", "image is closed, .*: image file is truncated"),
-    ("a\0b.png", "what", "does not exist"),
+    ("a\0b.png", "what", "is not a path"),
+    ("nowhere.png", "what", "does not exist"),
 ]
 
 
