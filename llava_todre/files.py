@@ -38,11 +38,10 @@ def read_text(file: Path, key: str, most: int = _YAML_BYTES) -> str:
     """
     where = f"{key} {str(file)!r}"
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise TodreError(f"{where} cannot be read: it is not a regular file.")
-        if status.st_size > most:
-            raise TodreError(f"{where} has {status.st_size:,} bytes; allowed: {most:,} at most.")
+        check_regular(file, key)
+        size = file.stat().st_size
+        if size > most:
+            raise TodreError(f"{where} has {size:,} bytes; allowed: {most:,} at most.")
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise TodreError(f"{where} cannot be read: {error.strerror}.") from None
@@ -55,20 +54,18 @@ def read_text(file: Path, key: str, most: int = _YAML_BYTES) -> str:
 
 
 def check_regular(file: str | os.PathLike[str], key: str) -> None:
-    """Refuse a pipe, a device or a socket: reading one may never end.
-
-    What is missing, or a directory, is left to whoever opens it.
+    """Refuse a directory, and a pipe or a device, as reading one may never end.
 
     Args:
-        file: what is about to be read.
+        file: what is about to be read; if it is missing, that is left to whoever opens it.
         key: what messages call it.
     """
     try:
         mode = os.stat(file).st_mode
     except (OSError, ValueError):
         return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise TodreError(f"{key} {str(file)!r} is a pipe or a device; give a file.")
+    if not stat.S_ISREG(mode):
+        raise TodreError(f"{key} {str(file)!r} cannot be read: it is not a regular file.")
 
 
 def read_mapping(file: Path, key: str) -> dict[str, Any]:

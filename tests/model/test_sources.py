@@ -66,7 +66,7 @@ def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.Monke
         ("a\0b", "is not a path"),
         (b"x.png", "is not a path"),
         (5, "is not a path"),
-        ("/dev/zero", "'/dev/zero' is a pipe or a device; give a file"),
+        ("/dev/zero", "'/dev/zero' cannot be read: it is not a regular file"),
     ],
 )
 def test_everything_else_is_one_short_line(source: str, message: str) -> None:
@@ -95,7 +95,7 @@ def test_no_reader_waits_at_a_pipe(tmp_path: Path) -> None:
         lambda: read_json(pipe),
         lambda: open_picture("/dev/stdin" if not os.path.isfile("/dev/stdin") else pipe),
     ):
-        with pytest.raises(TodreError, match="is a pipe or a device; give a file"):
+        with pytest.raises(TodreError, match="it is not a regular file"):
             read()
     check_regular(PICTURE, "image")
 
