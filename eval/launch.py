@@ -245,9 +245,13 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
                     report.add(record)
                     progress.end(run, report.failed.get(run.name))
                 else:
-                    if record is not None and record["status"] == "complete":
-                        _set_aside(launch.file(run), record)
-                    crew.start(run, lock)
+                    try:
+                        if record is not None and record["status"] == "complete":
+                            _set_aside(launch.file(run), record)
+                        crew.start(run, lock)
+                    except OSError:
+                        os.close(lock)
+                        raise
                 del waiting[run.name]
                 if not crew.free:
                     break

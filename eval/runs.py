@@ -59,6 +59,9 @@ _LARGE_FILE = 64 * 2**20
 """Bytes; of larger files a checkpoint's fingerprint takes the size and samples."""
 _SAMPLES, _SAMPLE = 512, 8192
 """Places of a large file, and bytes at each: other weights of the same shapes differ in most."""
+_ADDED = (("cls_heads", "mean"),)
+"""Options that came later, at what was done before there was a choice: in no name, so that results
+from before are found."""
 _LONGEST_NAME = 120
 _LARGEST_SEED = 2**32 - 1
 """Of NumPy, which lmms-eval seeds, too."""
@@ -135,7 +138,11 @@ class Run:
 
     def _digest(self) -> str:
         """Hash all that can change a score, the method's defaults and the suite's tasks too."""
-        knobs = knobs_of(create_pruner(self.method, **self.options))
+        knobs = {
+            key: value
+            for key, value in knobs_of(create_pruner(self.method, **self.options)).items()
+            if (key.rpartition(".")[2], value) not in _ADDED
+        }
         measured = [(m.key, m.tasks, m.metric, m.frames) for m in self.suite.benchmarks]
         model = {**self.config()["model"], "device_map": None}  # where it computes is not what
         del model["tp_plan"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,29 +76,26 @@ def test_what_is_no_json_is_one_line_with_the_file(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("read", [read_mapping, read_json])
-def test_what_is_no_text_file_is_refused_at_once(read, tmp_path: Path, monkeypatch) -> None:
+def test_what_is_no_text_file_is_refused_at_once(
+    read: Callable[[Path, str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipe, binary, large = (tmp_path / name for name in ("pipe", "binary", "large"))
     os.mkfifo(pipe)
     binary.write_bytes(bytes(range(256)))
-    large.write_text("a: 1")
-    monkeypatch.setattr(files, "read_text", lambda *given: read_text(*given[:2], 3))
+    large.write_text(f"a: {'x' * 300}")
     for file, said in (
         (pipe, "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
         (tmp_path, "not a regular file"),
-        (large, "has 4 bytes; allowed: 3 at most"),
+        (binary, "not a text in UTF-8"),
         (tmp_path / "gone", "No such file"),
         (tmp_path / "a\0b", "null"),
     ):
         with pytest.raises(TodreError, match=said) as raised:
             read(file, "config")
         assert str(raised.value).startswith(f"config {str(file)!r} ")
-    monkeypatch.undo()
-    with pytest.raises(TodreError, match="not a text in UTF-8"):
-        read(binary, "config")
-
-
-read_text = files.read_text
+    with pytest.raises(TodreError, match="has 303 bytes; allowed: 300 at most"):
+        files.read_text(large, "config", 300)
 
 
 def test_what_people_write_is_read_as_ever() -> None:

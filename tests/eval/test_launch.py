@@ -255,6 +255,10 @@ def test_a_file_that_cannot_be_written_is_one_line_with_what_to_do(
         assert f"{run.name}.json'" in str(raised.value) and "goes on" in str(raised.value)
     answers = logged(tmp_path)
     assert execute([run], how).done == [run.name] and logged(tmp_path) == answers, "nothing is lost"
+    (tmp_path / "logs" / f"{run_of(seed=1).name}.txt").mkdir()
+    for _ in range(2):  # the second does not wait for a lock that the first one kept
+        with pytest.raises(TodreError, match="txt' cannot be used: Is a directory. Make room"):
+            execute([run_of(seed=1)], how)
     other = run_of("vanilla")
     (tmp_path / "raw" / f"{other.name}.lock").mkdir()  # as good as a folder that is read only
     with pytest.raises(TodreError, match="lock' cannot be used: Is a directory. Make room"):

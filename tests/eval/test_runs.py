@@ -163,6 +163,16 @@ def test_another_clip_in_the_same_folder_is_another_run(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
+def test_stored_results_have_the_names_that_the_same_runs_have_now() -> None:
+    files = sorted((runs.ROOT / "docs" / "results" / "reproduce_mini").glob("*.json"))
+    assert len(files) > 20
+    for file in files:
+        config = json.loads(file.read_text())["config"]
+        model = {key: config["model"][key] for key in config["model"] if key != "fingerprint"}
+        asked = {key: config[key] for key in runs.RUN_KEYS} | {"model": model}
+        assert resolve(asked).name == file.stem
+
+
 def test_an_edited_model_file_makes_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
