@@ -25,8 +25,6 @@ class Probe:
     """Share of the text's attention that goes to visual tokens (ToDRE Eq. 8), when measured."""
     visual_to_text: float | None = None
     """Share of the visual tokens' attention that goes to the text, when measured."""
-    flops: int = 0
-    """Of the matrix products that the method had made for it, two per multiply-add."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +59,8 @@ class PruneStats:
     """All tokens each decoder layer processed during prefill."""
     visual_tokens_per_layer: tuple[int, ...]
     """Patch and newline tokens each decoder layer processed during prefill."""
+    probe_flops: int = 0
+    """Of the matrix products that the method had made between decoder layers."""
 
     @property
     def text_tokens(self) -> int:
@@ -82,11 +82,6 @@ class PruneStats:
         """All tokens of the prompt before pruning: text, patch and newline tokens."""
         newlines = sum(image.num_newlines for image in self.images)
         return self.text_tokens + self.visual_tokens + newlines
-
-    @property
-    def probe_flops(self) -> int:
-        """What the method's looks between decoder layers cost, on top of the layers."""
-        return sum(probe.flops for probe in self.probes)
 
     @property
     def mean_visual_tokens(self) -> float:

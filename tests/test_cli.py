@@ -69,7 +69,6 @@ def test_flops_are_those_of_the_layers_and_of_a_run_without_pruning(
     for each in (pruned, unpruned):
         layers = [each["text_tokens"] + count for count in each["visual_tokens_per_layer"]]
         assert each["prefill_flops"] - each["probe_flops"] == decoder_prefill_flops(shape, layers)
-        assert each["probe_flops"] == sum(probe["flops"] for probe in each["probes"])
         mean = sum(each["visual_tokens_per_layer"]) / shape.layers
         assert each["mean_visual_tokens"] == pytest.approx(mean)
     assert pruned["probe_flops"] > unpruned["probe_flops"] == 0

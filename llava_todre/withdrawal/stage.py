@@ -76,6 +76,7 @@ class Withdrawal:
         self.line = spans.line
         self.patches = spans.patches
         self.probes: list[list[Probe]] = [[] for _ in range(batch)]
+        self.probe_flops = [0] * batch
         self.prefilling = True
         self.prompt_embeds: Tensor | None = None
         """(B, L, D), held until the last probe layer has been asked."""
@@ -122,6 +123,7 @@ class Withdrawal:
             self.patches = tuple(counts for counts in self.patches for _ in range(copies))
         self.segments = [prompt]
         self.probes = [[] for _ in range(batch)]
+        self.probe_flops = [0] * batch
 
     def enter(
         self,
@@ -212,10 +214,9 @@ class Withdrawal:
                 keep[sample, present] = stays
                 dropped = len(present) - int(stays.sum())
             _require_finite(layer, view.measured)
-            flops = look.tally.flops + view.tally.flops
-            if view.measured or dropped or flops:
-                probe = Probe(layer=layer, dropped=dropped, flops=flops, **view.measured)
-                self.probes[sample].append(probe)
+            self.probe_flops[sample] += look.tally.flops + view.tally.flops
+            if view.measured or dropped:
+                self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
         self._overheard = None
         if layer == max(self.probe_layers):
             self.prompt_embeds = None
@@ -267,6 +268,7 @@ class Withdrawal:
                 probes=tuple(self.probes[index * copies]),
                 prompt_tokens_per_layer=self.tokens_per_layer(index * copies),
                 visual_tokens_per_layer=self.visual_tokens_per_layer(index * copies),
+                probe_flops=self.probe_flops[index * copies],
             )
             for index, of_sample in enumerate(images)
         )
