@@ -50,7 +50,7 @@ def _told(error: Exception) -> str:
         return text
     if isinstance(error, OSError) and error.strerror:  # such as a full disk
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return f"{' -> '.join(map(repr, names)) or 'output'}: {error.strerror}."
+        return str(TodreError(f"{' -> '.join(map(repr, names)) or 'output'}: {error.strerror}."))
     # Not foreseen, so say how to find out more.
     return f"{type(error).__name__}: {text[:_LONGEST]} (--debug shows where)"
 

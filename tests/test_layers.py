@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
     ["errors", "version", "selection_triton"],
+    ["files", "command"],
     [
         "selection",
         "relevance",
@@ -26,7 +27,6 @@ FLOORS = [
         "provenance",
         "table",
         "video",
-        "files",
         "finite",
         "source",
         "turns",
@@ -44,7 +44,10 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 CORE = {
     *("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "numpy"),
     *("PIL", "yaml", "jsonargparse", "tqdm"),
+    *("jinja2", "packaging"),  # which those above need themselves
 }
+# lmms-eval imports the first, and finds its base there.
+_OF_LMMS_EVAL = ("llava_todre.lmms_plugin.model", "llava_todre.lmms_plugin.response_cache")
 MACHINE_PATH = re.compile(r"(?<![\w.~>])(/(home|root|work|mnt|Users|scratch)/|[A-Z]:\\)")
 
 
@@ -113,7 +116,7 @@ def test_the_trainer_knows_nothing_of_the_pruning_model(module):
 def test_optional_packages_are_imported_where_they_are_used(module):
     at_the_top = (node for node in syntax(module).body if not isinstance(node, ast.FunctionDef))
     packages = {name.split(".")[0] for name in imports(module, at_the_top)}
-    if module == "llava_todre.lmms_plugin.model":  # lmms-eval imports it, and finds its base there
+    if module in _OF_LMMS_EVAL:
         packages -= {"lmms_eval"}
     if module == "llava_todre.selection_triton":  # imported by `selection` alone, on a GPU
         packages -= {"triton"}
