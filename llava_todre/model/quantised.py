@@ -104,6 +104,6 @@ def _exists(module: str) -> bool:
 def stated_method(raw: dict[str, Any]) -> str | None:
     """Return how the weights of a checkpoint are quantised by its config.json; None if not."""
     stated = raw.get("quantization_config")
-    if not isinstance(stated, dict):
+    if not isinstance(stated, dict) or not stated:
         return None
     return str(stated.get("quant_method", "unknown"))

@@ -109,8 +109,7 @@ def test_projector_only(vicuna: Path, base: str, tmp_path: Path) -> None:
     assert length == 4096
 
 
-@pytest.mark.parametrize("as_bin", [False, True])
-@pytest.mark.parametrize("base", ["vicuna", "llava"])
+@pytest.mark.parametrize(("base", "as_bin"), [("vicuna", True), ("llava", False)])
 def test_lora(vicuna: Path, base: str, as_bin: bool, tmp_path: Path) -> None:
     weights = _lora(tmp_path / "llava-lora", as_bin=as_bin)
     model_base = vicuna if base == "vicuna" else V15
