@@ -207,10 +207,10 @@ def test_weights_that_are_no_plain_numbers(folder: Path, kind: torch.dtype) -> N
 
 def test_json_that_is_no_file_or_has_no_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(TodreError, match="is no file of at most 64 MiB"):
+    with pytest.raises(TodreError, match="it is not a regular file"):
         read_json(tmp_path / "config.json")
     (tmp_path / "deep.json").write_text("[" * 100_000)
-    with pytest.raises(TodreError, match="not readable JSON: nested too deeply"):
+    with pytest.raises(TodreError, match="not readable JSON: "):
         read_json(tmp_path / "deep.json")
     (tmp_path / "long.json").write_text('{"a": ' + "9" * 5000 + "}")
     with pytest.raises(TodreError, match="not readable JSON: "):
