@@ -138,8 +138,9 @@ def load_pretrained_model(
     model.suggested_template = suggested_template(
         model_name or str(model_path), read_json(_config_of(folder, base)), tokenizer.get_vocab()
     )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = _generation_config(folder, config)
+    for place in (base, folder):  # a part's own, if it has one
+        if (place / "generation_config.json").is_file():
+            model.generation_config = _generation_config(place, config)
     return tokenizer, model.eval(), processor, _context_length(config)
 
 
