@@ -12,7 +12,7 @@ from llava_todre.model.checkpoint import first_line
 
 Result = TypeVar("Result")
 
-SECONDS = 20.0
+SECONDS = 10.0
 _MAX_TOKENS = 10_000
 # Runs of letters, spaces and signs: what patterns that never end do not end on.
 _PROBE = "What is this? " + "a" * 40 + " " * 40 + "!" * 40 + " 1234567890 é漢字\n"

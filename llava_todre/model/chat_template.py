@@ -11,11 +11,12 @@ import logging
 import re
 from collections.abc import Container, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from llava_todre.errors import TodreError
+from llava_todre.model.bounded import within
 from llava_todre.model.checkpoint import first_line, read_json
 from llava_todre.model.prompt import (
     AUTO,
@@ -210,9 +211,9 @@ def _rendered(tokenizer: Any, parts: list[dict[str, str]] | None, turns: int) ->
         {"role": ("user", "assistant")[index % 2], "content": content(mark)}
         for index, mark in enumerate(_MARKS[:turns])
     ]
-    return str(
-        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    )
+    settings = {"tokenize": False, "add_generation_prompt": True}
+    write = partial(tokenizer.apply_chat_template, conversation, **settings)
+    return str(within("the chat template", write))
 
 
 def _without_bos(text: str, tokenizer: Any) -> str:

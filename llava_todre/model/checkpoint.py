@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 _SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 # Parts of models, laid over another: see :mod:`llava_todre.model.adapters`.
 _PART_FILES = ["adapter_model.bin", "mm_projector.bin", "non_lora_trainables.bin"]
-_MAX_JSON = 2**26  # bytes: more than any index of shards
 _WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",

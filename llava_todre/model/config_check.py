@@ -135,7 +135,6 @@ CONFIG: dict[str, Check] = {
     "mlp_bias": _BOOL,
     "multimodal_projector_bias": _BOOL,
     "mm_use_im_start_end": _BOOL,
-    "image_aspect_ratio": _TEXT,
     "mm_vision_tower": _TEXT,
     "mm_projector_type": _TEXT,
     "rope_scaling": _DICT,

@@ -6,7 +6,6 @@ name and shape before anything is loaded; then tokenizer, image processor, gener
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from llava_todre.model.config_check import (
     check_tokens,
     check_values,
 )
+from llava_todre.model.fit import matched
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.model.placement import (
     DTYPES,
@@ -39,14 +39,13 @@ from llava_todre.model.placement import (
     target_device,
     tensor_parallel,
 )
-from llava_todre.model.quantised import quantisation, stated_method
+from llava_todre.model.quantised import check_unquantised, quantisation
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROCESSOR_KEYS = (
     "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize "
     "image_mean image_std do_convert_rgb"
 ).split()
-_SHOWN = 3  # tensors named in a message
 
 
 def load_pretrained_model(
@@ -116,7 +115,7 @@ def load_pretrained_model(
     tokenizer = _load_tokenizer(base)
     if parallel is not None:
         _check_parallel(config, parallel, quantised)
-    tensors = _matched(base, config, tensors)
+    tensors = matched(base, config, tensors)
     how = {"config": config, "dtype": running, "attn_implementation": attn_implementation}
     if base != folder:
         tensors = merged(folder, _model(tensors, **how)).state_dict()
@@ -139,8 +138,9 @@ def load_pretrained_model(
     model.suggested_template = suggested_template(
         model_name or str(model_path), read_json(_config_of(folder, base)), tokenizer.get_vocab()
     )
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = _generation_config(folder, config)
+    for place in (base, folder):  # a part's own, if it has one
+        if (place / "generation_config.json").is_file():
+            model.generation_config = _generation_config(place, config)
     return tokenizer, model.eval(), processor, _context_length(config)
 
 
@@ -165,11 +165,11 @@ def _read(folder: Path, base: Path, protocol: str) -> tuple[dict[str, Any], dict
             )
         settings = convert.with_protocol(convert.from_hf(raw), protocol)
         tensors = _renamed(read_weights(folder), layout)
-        _check_unquantised(folder, raw, tensors)
+        check_unquantised(folder, raw, tensors)
         return settings, tensors, _load_processor([folder], settings)
     of_base = "hf" if "text_config" in read_json(base / "config.json") else "original"
     tensors = _renamed(read_weights(base), of_base)
-    _check_unquantised(folder, raw, tensors)
+    check_unquantised(folder, raw, tensors)
     embedded = any(name.startswith(convert.TOWER_PREFIX) for name in tensors)
     if embedded and raw.get("vision_config") and (folder / "preprocessor_config.json").is_file():
         folders, tower = [folder], raw["vision_config"]  # nothing beside it is needed
@@ -205,20 +205,6 @@ def _generation_config(folder: Path, config: LlavaConfig) -> GenerationConfig:
     # Unlike from_dict it remembers what was published, so that it can be saved as it is.
     made: GenerationConfig = convert.built(str(path), GenerationConfig.from_pretrained, folder)
     return made
-
-
-def _check_unquantised(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raise where a config.json says that the weights are quantised, true or not."""
-    method = stated_method(raw)
-    if method is None:
-        return
-    says = f"{folder / 'config.json'} has a quantization_config of {method!r}"
-    if all(tensor.dtype in DTYPES.values() for tensor in tensors.values()):
-        raise TodreError(f"{says}, but the weights are not quantised; remove that key.")
-    raise TodreError(
-        f"{says}; allowed: transformers' own class (--backend transformers) where the checkpoint "
-        "has the layout of llava-hf, or unquantised weights, with load_8bit or load_4bit."
-    )
 
 
 def _find_tower(name: str, folders: list[Path], weights: bool) -> Path:
@@ -302,52 +288,6 @@ def _check_parallel(config: LlavaConfig, parallel: Any, quantised: Any) -> None:
     if quantised is not None:
         raise TodreError("tp_plan and quantisation were both given; allowed: one.")
     check_split(config, parallel.tp_size)
-
-
-def _expected(config: LlavaConfig) -> dict[str, torch.Size]:
-    """Return the shapes of the model's tensors, of which only one layer is built, without data."""
-    one = copy.deepcopy(config)
-    one.num_hidden_layers, one.mm_vision_select_layer = 1, 0
-    one.vision_config = config.vision_config | {"num_hidden_layers": 1}
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in LlavaLlamaForCausalLM(one).state_dict().items()}
-    expected = {}
-    for name, shape in shapes.items():
-        of_tower = name.startswith(convert.TOWER_PREFIX)
-        layers = (config.vision_config if of_tower else vars(config))["num_hidden_layers"]
-        for index in range(layers if ".layers.0." in name else 1):
-            expected[name.replace(".layers.0.", f".layers.{index}.")] = shape
-    return expected
-
-
-def _matched(folder: Path, config: LlavaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors the model has; an error when any is missing, unexpected or misshapen."""
-    expected = _expected(config)
-    if "unpad" not in config.mm_patch_merge_type:
-        tensors = {k: v for k, v in tensors.items() if k != "model.image_newline"}
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    wrong = {
-        "missing": sorted(set(expected) - set(tensors) - tied),
-        "unexpected": sorted(set(tensors) - set(expected)),
-        "of wrong shape": [
-            f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
-            for name, shape in expected.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-        "of wrong type": [
-            f"{name} {str(tensor.dtype).removeprefix('torch.')}"
-            for name, tensor in tensors.items()
-            if name in expected and not (tensor.is_floating_point() and tensor.itemsize > 1)
-        ],
-    }
-    if any(wrong.values()):
-        parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in wrong.items() if names]
-        raise TodreError(f"the weights in {folder} do not fit its config: {', '.join(parts)}.")
-    return tensors
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _context_length(config: LlavaConfig) -> int:

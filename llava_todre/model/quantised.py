@@ -7,14 +7,17 @@ names. Methods never read weights, they run the modules that hold them, so any o
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from llava_todre.errors import TodreError
 from llava_todre.model.checkpoint import first_line
+from llava_todre.model.placement import DTYPES
 
 # Tower and projector stay as they are, as in the original, which loads its tower by itself: they
 # are a small part of the memory, and what is kept is decided by their features.
@@ -104,6 +107,20 @@ def _exists(module: str) -> bool:
 def stated_method(raw: dict[str, Any]) -> str | None:
     """Return how the weights of a checkpoint are quantised by its config.json; None if not."""
     stated = raw.get("quantization_config")
-    if not isinstance(stated, dict):
+    if not isinstance(stated, dict) or not stated:
         return None
     return str(stated.get("quant_method", "unknown"))
+
+
+def check_unquantised(folder: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise where a config.json says that the weights are quantised, true or not."""
+    method = stated_method(raw)
+    if method is None:
+        return
+    says = f"{folder / 'config.json'} has a quantization_config of {method!r}"
+    if all(tensor.dtype in DTYPES.values() for tensor in tensors.values()):
+        raise TodreError(f"{says}, but the weights are not quantised; remove that key.")
+    raise TodreError(
+        f"{says}; allowed: transformers' own class (--backend transformers) where the checkpoint "
+        "has the layout of llava-hf, or unquantised weights, with load_8bit or load_4bit."
+    )
