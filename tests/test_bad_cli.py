@@ -1,0 +1,299 @@
+"""The command line refuses what it cannot use: one line, no traceback, no hang, no silent answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from refusals import refused
+
+from llava_todre.cli import main
+
+GOLDEN = Path(__file__).parent / "golden"
+MODEL = str(GOLDEN / "llava-v1.6-tiny")
+IMAGE = str(GOLDEN / "v16_0.png")
+BOMB = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n"
+    for before, name in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+DEEP = "[" * 20_000
+
+# ------------------------------------------------------------------------------ options, by value
+
+GENERATE: dict[str, list[str]] = {
+    "--retain-ratio": ["0", "-0.1", "1.5", "nan", "inf", "-inf", "abc", "1e999", "0,1", "", "1j"],
+    "--retain-tokens": ["0", "-1", "1.5", "abc", "nan", "", "0x", "1e3"],
+    "--max-new-tokens": ["0", "-1", "1.5", "abc", "nan", ""],
+    "--dtype": ["int8", "float23", "complex64", "bool", "", "torch.float32;", "FLOAT"],
+    "--device-map": ["cuda:99", "nowhere", "cpu:x", "{}", "meta:7"],
+    "--attn-implementation": ["flash", "sdp", "", "flex", "paged|x"],
+    "--backend": ["x", "", "vllm2", "LLaVA"],
+    "--protocol": ["x", "", "papr", "Paper"],
+    "--template": ["vicuna", "", "v2", "plain "],
+    "--method": [
+        "tudre", "", "+", "todre+", "+todre", "todre+todre+todre", "todre + vtw", "A+B", "no.yaml",
+        "vanilla ", "Todre", "todre,random", "../todre", "todre+vanillla",
+    ],
+    "--option": [
+        "tau", "tau=x", "tau=[", "=1", "tua=0.1", "tau=.nan", "tau=.inf", "tau=-1", "tau=2",
+        "tau=null", "tau={}", "tau=2026-13-45", "tau=true", "cls_layer=a", "cls_layer=99",
+        "cls_layer=.nan", "cls_layer=[1]", "probe_depths=0.5", "probe_depths=[2]",
+        "probe_depths=[a]", "probe_depths=[0]", "probe_depths=[.nan]", "probe_depths={}",
+        "retain_ratio=.nan", "retain_tokens=1.0", "seed=x", "before.tau=1", "tau=" + "9" * 6000,
+        "tau=" + DEEP,
+    ],
+    "--image": [
+        "nope.png", "", ".", str(GOLDEN), str(GOLDEN / "README.md"), "/dev/null", "/dev/zero",
+        "data:image/png;base64,AAAA", "data:image/png;base64,%%%", "data:,", "data:text/html,x",
+        "http://127.0.0.1:9/x.png", "ftp://127.0.0.1/x.png", "file:///etc/passwd", "~nobody/x.png",
+        "a" * 5000, "x\ny.png",
+    ],
+    "--question": ["", " ", "\n", "<image>", "<image> and <image>?", "<image><image><image>"],
+    "--picture": ["no_such_folder/kept.png", ".", "kept.unknown", "", "/dev/full/x.png"],
+    "--fps": ["0", "-1", "nan", "inf", "abc", "2"],
+    "--config": ["nope.yaml", ".", MODEL],
+    "--revision": ["../../x y"],
+    "--clip-text": ["no_such_folder/clip", "", str(GOLDEN)],
+    "--model": ["no_such_folder/x", "", ".", str(GOLDEN), str(GOLDEN / "clip-v16"), IMAGE, "/dev/null",
+                "a" * 5000, "../" * 40 + "x", "owner/name/extra"],
+    "--no-such-option": ["1"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hub ids are looked up nowhere; what is written by mistake lands in a folder of its own."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def generate(changes: dict[str, str]) -> list[str]:
+    given = {"--model": MODEL, "--image": IMAGE, "--question": "what", "--max-new-tokens": "2"}
+    return ["generate", *(f"{key}={value}" for key, value in (given | changes).items())]
+
+
+def cases(table: dict[str, list[str]]) -> list[Any]:
+    pairs = [(key, value) for key, values in table.items() for value in values]
+    return [pytest.param(key, value, id=f"{key}={value[:20]!r}") for key, value in pairs]
+
+
+@pytest.mark.parametrize(("key", "value"), cases(GENERATE))
+def test_generate(key: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(main, generate({key: value}), capsys)
+
+
+COMMANDS: dict[str, list[str]] = {
+    "no command": [],
+    "unknown command": ["generat"],
+    "demo: ratio 0": ["demo", "--ratios", "0"],
+    "demo: ratio above 1": ["demo", "--ratios", "0.5", "1.5"],
+    "demo: ratio nan": ["demo", "--ratios", "nan"],
+    "demo: ratio is a word": ["demo", "--ratios", "abc"],
+    "demo: no images": ["demo", "--num-images", "0"],
+    "demo: negative images": ["demo", "--num-images", "-4"],
+    "demo: far too many images": ["demo", "--num-images", "1000000000000"],
+    "demo: unknown method": ["demo", "--methods", "tudre"],
+    "demo: empty method": ["demo", "--methods", ""],
+    "demo: missing model": ["demo", "--model", "no_such_folder/x"],
+    "demo: out is a file": ["demo", "--num-images", "1", "--out", IMAGE],
+    "demo: page option": ["demo", "--port", "1234"],
+    "demo: page, port too large": ["demo", "--ui", "--port", "70000"],
+    "demo: page, negative port": ["demo", "--ui", "--port", "-1"],
+    "demo: page, port is a word": ["demo", "--ui", "--port", "abc"],
+    "demo: page, host empty": ["demo", "--ui", "--host", ""],
+    "demo: page, host unknown": ["demo", "--ui", "--host", "no such host"],
+    "demo: page, comparison option": ["demo", "--ui", "--ratios", "0.3"],
+    "convert: no out": ["convert", "--model", MODEL],
+    "convert: out empty": ["convert", "--model", MODEL, "--out", ""],
+    "convert: out is a file": ["convert", "--model", MODEL, "--out", IMAGE],
+    "convert: out is not empty": ["convert", "--model", MODEL, "--out", str(GOLDEN)],
+    "convert: out cannot be": ["convert", "--model", MODEL, "--out", "/dev/null/x"],
+    "convert: template": ["convert", "--model", MODEL, "--out", "new", "--template", "vicuna"],
+    "convert: dtype": ["convert", "--model", MODEL, "--out", "new", "--dtype", "int4"],
+    "convert: model": ["convert", "--model", "no_such_folder/x", "--out", "new"],
+    "list: argument": ["list", "--all"],
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS.keys())
+def test_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    refused(main, arguments, capsys)
+    assert not Path("new").exists()
+
+
+# ------------------------------------------------------------------------------------ image files
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _huge(path: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(path, "PNG")
+
+
+def _nan(path: Path) -> None:
+    Image.fromarray(__import__("numpy").full((60, 60), float("nan"), "float32")).save(path, "TIFF")
+
+
+IMAGES: dict[str, Callable[[Path], Any]] = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("not an image"),
+    "png without pixels": lambda path: path.write_bytes(Path(IMAGE).read_bytes()[:60]),
+    "half a png": lambda path: path.write_bytes(Path(IMAGE).read_bytes()[:3000]),
+    "half a jpeg": lambda path: (
+        Image.open(IMAGE).convert("RGB").save(path, "JPEG"),
+        path.write_bytes(path.read_bytes()[:400]),
+    ),
+    "postscript": lambda path: path.write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    ),
+    "too many pixels": _huge,
+    "fifo": _fifo,
+    "not a number": _nan,
+    "html": lambda path: path.write_text("<html><img src=x></html>"),
+    "svg": lambda path: path.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>'),
+    "dangling link": lambda path: path.symlink_to("nowhere.png"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("make", IMAGES.values(), ids=IMAGES.keys())
+def test_image_files(
+    make: Callable[[Path], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "image.png")
+    refused(main, generate({"--image": "image.png"}), capsys)
+
+
+# --------------------------------------------------------------------------- YAML that users write
+
+YAMLS: dict[str, str | bytes] = {
+    "empty": "",
+    "a number": "3",
+    "a list": "- todre",
+    "binary": bytes(range(256)),
+    "utf-16": "method: todre".encode("utf-16"),
+    "half": "method: [todre",
+    "tabs": "method:\n\ttodre",
+    "two documents": "method: todre\n---\nmethod: random\n",
+    "a python object": "method: !!python/object/apply:os.system ['true']",
+    "alias bomb": BOMB,
+    "nested too deep": f"method: {DEEP}",
+    "no such date": "method: 2026-13-45",
+    "long number": "retain_ratio: " + "9" * 6000,
+    "key twice": "method: todre\nretain_ratio: 0.1\nretain_ratio: 0.5\n",
+    "number as key": "1: 2",
+    "merge of a scalar": "<<: 3\nmethod: todre",
+    "unknown method": "method: tudre",
+    "method is a list": "method: [todre]",
+    "unknown option": "method: todre\ntua: 0.1",
+    "value of wrong type": "method: todre\ntau: {a: 1}",
+    "ratio is a date": "method: todre\nretain_ratio: 2026-11-28",
+    "no method": "tau: 0.1",
+}
+
+
+@pytest.mark.parametrize("content", YAMLS.values(), ids=YAMLS.keys())
+def test_method_files(
+    content: str | bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused(main, generate({"--method": "mine.yaml"}), capsys)
+    assert "mine.yaml" in line
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+def test_method_file_that_is_none(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (os.mkfifo if kind == "fifo" else os.mkdir)(tmp_path / "mine.yaml")
+    refused(main, generate({"--method": "mine.yaml"}), capsys)
+
+
+# -------------------------------------------------------------------------------- config.json
+
+NUMBERS: list[Any] = [0, -1, "64", None, [64], 1.5, 10**12, float("nan")]
+CONFIGS: dict[str, list[Any]] = {
+    "hidden_size": NUMBERS,
+    "num_hidden_layers": NUMBERS,
+    "num_attention_heads": [0, -4, 3, "4", [4], 1.5],
+    "num_key_value_heads": [0, -1, 3, "4", 1.5],
+    "intermediate_size": [0, -1, "128", 1.5, 10**12],
+    "vocab_size": [0, -1, "400", 1.5, 10**12],
+    "max_position_embeddings": [0, -1, "4096", 1.5],
+    "rms_norm_eps": [-1, "1e-5", float("nan"), float("inf"), [1]],
+    "rope_theta": [0, -1, "10000", float("nan"), [1]],
+    "hidden_act": ["no_such_act", 3, None],
+    "mm_hidden_size": [0, -1, "32", 7],
+    "mm_projector_type": ["resampler", 3, None, ""],
+    "mm_vision_select_layer": [99, "x", 1.5, None, [-2]],
+    "mm_vision_select_feature": ["all", 3, ""],
+    "mm_patch_merge_type": ["max", 3],
+    "mm_vision_tower": ["no_such_folder/tower", 3, None, ""],
+    "image_aspect_ratio": ["wide", 3, "anyres_max_9"],
+    "image_grid_pinpoints": ["x", [], [[0, 0]], [[57, 57]], [[56]], 3, "[" * 3000, [[56, 10**9]]],
+    "tokenizer_model_max_length": [-1, "4096", 1.5],
+    "rope_scaling": [{"type": "no_such"}, 3, "linear"],
+    "model_type": ["no_such", 3, ""],
+    "quantization_config": [{"quant_method": "no_such"}, {"quant_method": "awq", "bits": 4}],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy whose config.json may be overwritten."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for name in ("llava-v1.6-tiny", "clip-v16"):
+        shutil.copytree(GOLDEN / name, folder / name)
+    return folder / "llava-v1.6-tiny"
+
+
+def config_cases() -> list[Any]:
+    pairs = [(key, value) for key, values in CONFIGS.items() for value in values]
+    return [pytest.param(key, value, id=f"{key}={str(value)[:20]}") for key, value in pairs]
+
+
+@pytest.mark.parametrize(("key", "value"), config_cases())
+def test_config_values(
+    key: str, value: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = json.loads((GOLDEN / "llava-v1.6-tiny" / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(good | {key: value}))
+    refused(main, generate({"--model": str(checkpoint)}), capsys)
+
+
+FILES: dict[str, str | bytes | None] = {
+    "missing": None,
+    "empty": "",
+    "null": "null",
+    "list": "[]",
+    "half": '{"model_type": ',
+    "binary": bytes(range(256)),
+    "nested too deep": '{"a": ' + DEEP,
+    "long number": '{"hidden_size": ' + "9" * 6000 + "}",
+}
+
+
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES.keys())
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_checkpoint_files(
+    name: str,
+    content: str | bytes | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for part in ("llava-v1.6-tiny", "clip-v16"):
+        shutil.copytree(GOLDEN / part, tmp_path / part)
+    file = tmp_path / "llava-v1.6-tiny" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(main, generate({"--model": str(file.parent)}), capsys)
