@@ -5,9 +5,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 800
+_ENDS = 300
+
 
 class TodreError(ValueError):
     """Bad input: names the key, the value received and what is allowed, on one line."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message one line of readable length, whatever value it quotes."""
+        line = " ".join(message.split())
+        if len(line) > _LONGEST:
+            line = f"{line[:_ENDS]} ... {line[-_ENDS:]}"
+        super().__init__(line)
 
 
 class PromptTooLongError(TodreError):

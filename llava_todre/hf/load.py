@@ -238,8 +238,13 @@ def runs_as_stock(path: str, revision: str | None = None, needs_part: bool = Fal
         revision: branch, tag or commit on the hub.
         needs_part: whether an adapter is laid over it, in the same layout.
     """
+    file = Path(path) / "config.json"
     try:
-        raw, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+        raw = (
+            read_json(file)
+            if file.exists()
+            else PreTrainedConfig.get_config_dict(path, revision=revision)[0]
+        )
     except (OSError, ValueError):
         return False  # ours says what is wrong
     if not any(_stock_class(raw) in family.models for family in FAMILIES):

@@ -66,7 +66,7 @@ def check_tokenizer(where: str, tokenizer: Any) -> None:
         raise
     except BaseException as error:  # of the library in Rust some are no Exception
         raise TodreError(f"{what} does not read one line: {first_line(error)}") from error
-    if not 0 < len(ids) <= _MAX_TOKENS:
+    if not 1 < len(ids) <= _MAX_TOKENS:
         raise TodreError(
-            f"{what} makes {len(ids)} tokens of one line; expected: 1 to {_MAX_TOKENS}."
+            f"{what} makes {len(ids)} tokens of one line; expected: 2 to {_MAX_TOKENS}."
         )

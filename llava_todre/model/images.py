@@ -141,7 +141,7 @@ def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]] | None, tile: int) 
     try:
         raw = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         sizes = [(int(width), int(height)) for width, height in raw or ()]
-    except (ValueError, TypeError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         sizes = []
     if not sizes or any(side < tile or side % tile for size in sizes for side in size):
         raise TodreError(

@@ -46,6 +46,8 @@ def target_device(device: Any, device_map: Any) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
+        if target.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise TodreError(

@@ -48,8 +48,8 @@ def serve(
     Raises:
         TodreError: gradio is missing, the checkpoint cannot be loaded, or the port is taken.
     """
-    _gradio()  # all this before minutes of loading
-    _check_address(host, port)
+    _check_address(host, port)  # all this before minutes of loading
+    _gradio()
     studio = Studio(model_path or str(bundled_checkpoint()), backend, template)
     note = _BUNDLED_NOTE if model_path is None else ""
     if not studio.draws_pictures:
