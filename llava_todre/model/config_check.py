@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_todre.errors import TodreError
 from llava_todre.model.multimodal import MERGE_TYPES
@@ -81,6 +82,15 @@ def _numbers(low: float, *, closed: bool) -> Check:
     return f"three times {name}", all_fit
 
 
+def _rope(value: Any) -> bool:
+    """Check for a known kind; of several kinds of layers each has its own."""
+    if not isinstance(value, dict):
+        return False
+    nested = [inner for inner in value.values() if isinstance(inner, dict)]
+    kind = value.get("rope_type", value.get("type", "default"))
+    return kind in _ROPE_KINDS and all(map(_rope, nested))
+
+
 def _side(value: Any) -> bool:
     stated = list(value.values()) if isinstance(value, dict) else [value]
     sides = [side for side in stated if side is not None]
@@ -89,6 +99,8 @@ def _side(value: Any) -> bool:
     return bool(sides) and not is_half and all(_is_whole(side, 1, 2**28) for side in sides)
 
 
+_ROPE_KINDS = ("default", "mrope", *ROPE_INIT_FUNCTIONS)
+_ROPE = f"a JSON object with one of the types {', '.join(_ROPE_KINDS)}", _rope
 _BOOL = _of_type(bool, "true or false")
 _DICT = _of_type(dict, "a JSON object")
 _TEXT = _of_type(str, "text")
@@ -137,8 +149,8 @@ CONFIG: dict[str, Check] = {
     "mm_use_im_start_end": _BOOL,
     "mm_vision_tower": _TEXT,
     "mm_projector_type": _TEXT,
-    "rope_scaling": _DICT,
-    "rope_parameters": _DICT,
+    "rope_scaling": _ROPE,
+    "rope_parameters": _ROPE,
     "quantization_config": _DICT,
     "text_config": _DICT,
     "vision_config": _DICT,
