@@ -182,6 +182,7 @@ def test_scores_of_known_answers_are_what_the_papers_would_print(fixtures: Path)
         "mlvu": 85.71,
         "longvideobench": 75.0,
     }
+    assert found.pop("mme_total")["items"] is None
     for key, one in found.items():
         wrong = [number for number, score in one["items"] if score < 1]
         assert wrong == {"scienceqa": [0, 4], "pope": [0, 4, 8]}.get(key, [0]), key
