@@ -115,7 +115,8 @@ def _white(image: Image.Image, values: Any) -> int:
         raise TodreError(
             f"image of mode {image.mode!r} {problem}; allowed: 0 to 255, or 0 to 65535."
         )
-    is_16_bit = image.format == "PPM" or high > 255  # Pillow scales those of PPM to 16 bits
+    # Pillow scales the whole numbers of PPM to 16 bits, but not the others.
+    is_16_bit = high > 255 or (image.format == "PPM" and image.mode != "F")
     return 65535 if is_16_bit else 255
 
 

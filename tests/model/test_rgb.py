@@ -208,6 +208,11 @@ def test_dark_pictures_of_16_bits_stay_dark(tmp_path: Path) -> None:
     assert np.asarray(load_image(tmp_path / "dark.pgm")).max() == 0
 
 
+def test_a_float_map_is_not_scaled_to_16_bits(tmp_path: Path) -> None:
+    (tmp_path / "grey.pfm").write_bytes(b"Pf\n2 1\n-1.0\n" + struct.pack("<ff", 255, 16))
+    assert np.asarray(load_image(tmp_path / "grey.pfm"))[0, :, 0].tolist() == [255, 16]
+
+
 def _png(depth: int, colour: int, pixels: bytes, transparent: bytes) -> bytes:
     """Return two pixels, and which value of them is transparent."""
 
