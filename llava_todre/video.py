@@ -64,7 +64,11 @@ def read_clip(path: str, count: int, version: object = None) -> Clip:
     del version
     if not isinstance(count, int) or count < 1:
         raise TodreError(f"count {count!r} of frames is out of range; allowed: 1 or more.")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TodreError(f"video must be a path, got {type(path).__name__}.")
     path = os.path.expanduser(path)
+    if not os.path.exists(path):  # FFmpeg would take an address for what it is
+        raise TodreError(f"video {path!r} does not exist; give a file.")
     check_regular(path, "video")
     try:
         import av

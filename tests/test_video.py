@@ -129,6 +129,23 @@ def test_a_clip_has_a_whole_number_of_frames_above_0(count: Any) -> None:
         read_clip(str(CASES / "display_matrix_90.mp4"), count)
 
 
+@pytest.mark.parametrize(
+    "path", ["missing.mp4", "a\0b", "http://127.0.0.1:1/a.mp4", "concat:a.mp4|b.mp4", "data:,x"]
+)
+def test_nothing_but_a_file_is_opened(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("av.open", refuse)
+    with pytest.raises(TodreError, match="does not exist; give a file"):
+        read_clip(path, 2)
+
+
+def test_a_clip_has_a_path() -> None:
+    with pytest.raises(TodreError, match="must be a path, got NoneType"):
+        read_clip(None, 2)  # type: ignore[arg-type]
+
+
 def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(CASES))
     assert len(read_clip("~/display_matrix_90.mp4", 3).frames) == 3
