@@ -168,6 +168,9 @@ GENERATION: dict[str, Check] = {
     "do_sample": _BOOL,
 }
 PROCESSOR: dict[str, Check] = {
+    "image_processor": _DICT,
+    "vision_feature_select_strategy": CONFIG["vision_feature_select_strategy"],
+    "image_grid_pinpoints": CONFIG["image_grid_pinpoints"],
     "image_mean": _numbers(-1e4, closed=True),
     "image_std": _numbers(0, closed=False),
     "rescale_factor": _real(0, 1),

@@ -229,8 +229,8 @@ def _load_processor(folders: list[Path], settings: dict[str, Any]) -> CLIPImageP
             if not (folder / name).is_file():
                 continue
             raw = read_json(folder / name)
-            raw = raw.get("image_processor") or raw
             check_values(folder / name, raw, PROCESSOR)
+            raw = raw.get("image_processor") or raw
             known = {key: raw[key] for key in _PROCESSOR_KEYS if raw.get(key) is not None}
             processor = convert.built(str(folder / name), CLIPImageProcessorPil, **known)
             return _checked_processor(processor, folder / name, settings)

@@ -179,6 +179,16 @@ def test_other_files(folder: Path, name: str, changes: dict[str, Any], expected:
     _refused(folder, name.rpartition("/")[2] if "patch_size [" not in expected else "", expected)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"image_processor": 3}, {"vision_feature_select_strategy": "cls"}]
+)
+def test_what_a_processor_holds(folder: Path, changes: dict[str, Any]) -> None:
+    tower = folder / "vision_tower"
+    shutil.move(tower / "preprocessor_config.json", tower / "processor_config.json")
+    _edit(tower / "processor_config.json", changes)
+    _refused(folder, "processor_config.json is not usable", *changes)
+
+
 def test_sizes_that_contradict_the_weights_build_nothing_large(folder: Path) -> None:
     _edit(folder / "config.json", {"num_hidden_layers": 1000, "vocab_size": 2**24})
     _edit(folder / "vision_tower" / "config.json", {"num_hidden_layers": 1000})
