@@ -99,7 +99,7 @@ def _side(value: Any) -> bool:
     return bool(sides) and not is_half and all(_is_whole(side, 1, 2**28) for side in sides)
 
 
-_ROPE_KINDS = ("default", "mrope", *ROPE_INIT_FUNCTIONS)
+_ROPE_KINDS = ("default", "mrope", "axial", *ROPE_INIT_FUNCTIONS)
 _ROPE = f"a JSON object with one of the types {', '.join(_ROPE_KINDS)}", _rope
 _BOOL = _of_type(bool, "true or false")
 _DICT = _of_type(dict, "a JSON object")

@@ -164,6 +164,10 @@ def built(what: str, make: Callable[..., Any], *arguments: Any, **settings: Any)
     """Return ``make(...)``; our error when transformers refuses the values read from a file."""
     try:
         return make(*arguments, **settings)
+    except TodreError:
+        raise
+    except KeyError as error:
+        raise TodreError(f"{what} is not usable: it lacks, or has no use for, {error}") from error
     except Exception as error:  # types and ranges, each with errors of their own
         raise TodreError(f"{what} is not usable: {' '.join(str(error).split())}") from error
 

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.model.convert import TOWER_PREFIX
+from llava_todre.model.convert import TOWER_PREFIX, built
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 
 _SHOWN = 3  # tensors named in a message
 
 
-def _expected(config: LlavaConfig) -> dict[str, torch.Size]:
+def _expected(what: str, config: LlavaConfig) -> dict[str, torch.Size]:
     """Return the shapes of the model's tensors, of which only one layer is built, without data."""
     one = copy.deepcopy(config)
     one.num_hidden_layers, one.mm_vision_select_layer = 1, 0
     one.vision_config = config.vision_config | {"num_hidden_layers": 1}
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in LlavaLlamaForCausalLM(one).state_dict().items()}
+        model = built(what, LlavaLlamaForCausalLM, one)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     expected = {}
     for name, shape in shapes.items():
         of_tower = name.startswith(TOWER_PREFIX)
@@ -33,7 +34,7 @@ def _expected(config: LlavaConfig) -> dict[str, torch.Size]:
 
 def matched(folder: Path, config: LlavaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors the model has; an error when any is missing, unexpected or misshapen."""
-    expected = _expected(config)
+    expected = _expected(str(folder / "config.json"), config)
     if "unpad" not in config.mm_patch_merge_type:
         tensors = {k: v for k, v in tensors.items() if k != "model.image_newline"}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

@@ -88,6 +88,10 @@ PUBLISHED = {
         "text_config": {"rope_scaling": {"factor": 2.0, "type": "dynamic"}, "head_dim": 128},
         "vision_feature_layer": -1,
     },
+    "Qwen2.5-VL, saved by transformers 5.23": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+        "vision_config": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"}},
+    },
     "Qwen3": {"text_config": {"hidden_size": 2560, "num_attention_heads": 32, "head_dim": 128}},
 }
 
@@ -197,6 +201,12 @@ def test_sizes_that_contradict_the_weights_build_nothing_large(folder: Path) -> 
     assert time.process_time() - started < 5  # a thousand layers, even without data, take longer
 
 
+@pytest.mark.parametrize("kind", ["axial", "llama3"])
+def test_rope_that_a_decoder_cannot_have(folder: Path, kind: str) -> None:
+    _edit(folder / "config.json", {"rope_scaling": {"rope_type": kind, "factor": 2.0}})
+    _refused(folder, "config.json is not usable: it lacks, or has no use for, '")
+
+
 def test_a_config_without_sizes_is_refused_by_the_weights(folder: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     left_out = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -262,7 +272,7 @@ def test_a_tokenizer_that_makes_too_much_of_a_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounded, "_MAX_TOKENS", 5)
-    _refused(folder, "the tokenizer in ", "tokens of one line; expected: 1 to 5")
+    _refused(folder, "the tokenizer in ", "tokens of one line; expected: 2 to 5")
 
 
 def test_a_chat_template_of_our_class_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
