@@ -71,7 +71,9 @@ RUN = {
 
 def is_run(value: object) -> bool:
     """Return whether a JSON value claims to be a run."""
-    return isinstance(value, dict) and value.get("format") == FORMAT and "benchmarks" in value
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        return False
+    return "benchmarks" in value or "config" in value
 
 
 def read_run(file: Path, with_servers: bool = True) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class TodreError(ValueError):
 
     def __init__(self, message: str) -> None:
         """Keep the message one line of readable length, whatever value it quotes."""
-        line = " ".join(message.split())
+        line = " ".join(part.strip() for part in message.splitlines())
         if len(line) > _LONGEST:
             line = f"{line[:_ENDS]} ... {line[-_ENDS:]}"
         super().__init__(line)

@@ -109,22 +109,26 @@ def test_generate_arguments(arguments: dict[str, Any], loaded: Any) -> None:
     refused(lambda: ask(model, tokenizer, IMAGE, "what", **({"max_new_tokens": 1} | arguments)))
 
 
-REQUESTS: dict[str, Any] = {
-    "a text": ["what"],
-    "None": [None],
-    "a request that is not in a list": Request("what"),
-    "images is a number": [Request("what", 3)],  # type: ignore[arg-type]
-    "images holds None": [Request("what", [None])],  # type: ignore[list-item]
-    "images holds an array": [Request("what", [np.zeros((4, 4))])],  # type: ignore[list-item]
-    "images is a path": [Request("what", str(IMAGE))],
-    "an empty video": [Request("what", [], is_video=True)],
+def asked(*arguments: Any, **options: Any) -> Callable[[], Any]:
+    return lambda: [Request(*arguments, **options)]
+
+
+REQUESTS: dict[str, Callable[[], Any]] = {
+    "a text": lambda: ["what"],
+    "None": lambda: [None],
+    "a request that is not in a list": lambda: Request("what"),
+    "images is a number": asked("what", 3),
+    "images holds None": asked("what", [None]),
+    "images holds an array": asked("what", [np.zeros((4, 4))]),
+    "images is a path": asked("what", str(IMAGE)),
+    "an empty video": asked("what", [], is_video=True),
 }
 
 
 @pytest.mark.parametrize("requests", REQUESTS.values(), ids=REQUESTS.keys())
-def test_requests(requests: Any, loaded: Any) -> None:
+def test_requests(requests: Callable[[], Any], loaded: Any) -> None:
     tokenizer, model, *_ = loaded
-    refused(lambda: answer(model, tokenizer, requests, max_new_tokens=1))
+    refused(lambda: answer(model, tokenizer, requests(), max_new_tokens=1))
 
 
 # ------------------------------------------------------------------------------------ images
@@ -167,7 +171,7 @@ def test_load_image(path: Any) -> None:
     refused(lambda: load_image(path))
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, "x", None, float("nan"), 10**12], ids=str)
+@pytest.mark.parametrize("count", [0, -1, 1.5, "x", None, float("nan")], ids=str)
 def test_frames_of_a_clip(count: Any) -> None:
     refused(lambda: read_clip(str(GOLDEN.parent / "cases" / "display_matrix_90.mp4"), count))
 

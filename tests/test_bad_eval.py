@@ -260,6 +260,8 @@ RESULTS: dict[str, Any] = {
 @pytest.mark.parametrize("command", ["table", "compare", "report"])
 @pytest.mark.parametrize("content", **ids(RESULTS))
 def test_results(content: Any, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if command != "compare" and not isinstance(content, dict):
+        pytest.skip("a folder may hold other JSON files")
     file = Path("runs") / "mini-mini-vanilla-1-1fc46c65.json"
     file.parent.mkdir()
     file.write_text(json.dumps(content))

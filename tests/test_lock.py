@@ -55,6 +55,8 @@ def installed() -> dict[str, Version]:
     """Return what an import would find; of several environments on the path, the first's."""
     found: dict[str, Version] = {}
     for each in distributions():
+        if Path(str(each.locate_file(""))).name == "_vendor":  # setuptools, once it is imported
+            continue
         found.setdefault(canonicalize_name(each.metadata["Name"]), Version(each.version))
     return found
 

@@ -128,7 +128,7 @@ class LlavaTodre(lmms):
             raise unknown("template", template, TEMPLATES)
         own = [key for key in inspect.signature(LlavaTodre).parameters if key != "options"]
         name = text("method", method) or "todre"
-        self.pruner, self.seed = build_pruner(name, options, seed, own, torch.initial_seed())
+        self.pruner, self.seed = build_pruner(name, options, seed, own, seed_of_lmms_eval())
         self.num_items = None if num_items is None else item_counts(num_items)
         self.max_frames = whole("max_frames", max_frames)
         self.batch_size = whole("batch_size", batch_size)
@@ -400,6 +400,15 @@ def _unread(reason: str) -> Line:
     flops = ("prefill_flops", "prefill_flops_unpruned")
     nothing = dict.fromkeys((*counts, *flops), 0)
     return {"answer": "", "failed": reason, **nothing, "withdrawn_from": None}
+
+
+def seed_of_lmms_eval() -> int:
+    """Return lmms-eval's ``--seed``, which it gave to torch; 0 where nobody seeded torch.
+
+    Without a seed torch begins with a number that no one types, beyond the 32 bits of NumPy's.
+    """
+    seed = torch.initial_seed()
+    return seed if seed < 2**32 else 0
 
 
 @contextmanager

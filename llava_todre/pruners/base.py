@@ -273,6 +273,12 @@ def require_int(key: str, value: Any, low: int | None = None) -> None:
         raise TodreError(f"{key} {value!r} is out of range; allowed: {low} or more.")
 
 
+def require_flag(key: str, value: Any) -> None:
+    """Raise a TodreError unless ``value`` is true or false."""
+    if type(value) is not bool:
+        raise TodreError(f"{key} {value!r} is unknown. Allowed: true, false.")
+
+
 def require_layer(layer: int, num_layers: int) -> None:
     """Raise a TodreError unless tokens can leave at the entry of ``layer``."""
     if layer >= num_layers:

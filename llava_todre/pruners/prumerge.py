@@ -13,13 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.base import (
     About,
     Need,
     Pruner,
     Selection,
     require,
+    require_flag,
     require_int,
     round_half_up,
     top,
@@ -70,8 +70,7 @@ class PruMerge(Pruner):
         require("attention_share", self.attention_share, 0.0, 1.0, low_included=False)
         require_int("num_merged", self.num_merged, low=0)
         require_int("cls_layer", self.cls_layer)
-        if type(self.adaptive) is not bool:
-            raise TodreError(f"adaptive {self.adaptive!r} is unknown. Allowed: true, false.")
+        require_flag("adaptive", self.adaptive)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]

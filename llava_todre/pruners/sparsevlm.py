@@ -20,6 +20,7 @@ from llava_todre.pruners.base import (
     Merge,
     require,
     require_depths,
+    require_flag,
     require_int,
     top,
 )
@@ -96,6 +97,7 @@ class SparseVLM(_RatedByText):
     def __post_init__(self) -> None:
         """Check the knobs."""
         super().__post_init__()
+        require_flag("recycle", self.recycle)
         require("recycle_ratio", self.recycle_ratio, 0.0, 1.0, low_included=False)
         require("cluster_ratio", self.cluster_ratio, 0.0, 1.0, low_included=False)
 

@@ -12,13 +12,13 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import one_hot
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.base import (
     About,
     Need,
     Pruner,
     Selection,
     require,
+    require_flag,
     require_int,
     round_half_up,
     top,
@@ -64,8 +64,7 @@ class VisionZip(Pruner):
         super().__post_init__()
         require("dominant_ratio", self.dominant_ratio, 0.0, 1.0)
         require_int("cls_layer", self.cls_layer)
-        if type(self.keep_cls) is not bool:
-            raise TodreError(f"keep_cls {self.keep_cls!r} is unknown. Allowed: true, false.")
+        require_flag("keep_cls", self.keep_cls)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]

@@ -676,7 +676,10 @@ def test_damaged_lines_are_answered_again(documents, whole, tmp_path, monkeypatc
 
 
 def test_reading_a_log_takes_the_latest_run_and_each_item_once(tmp_path):
-    line = {"task": TASK, "split": SPLIT, "doc_id": 1, "repeat": 0, "batch": "b"}
+    line = {"task": TASK, "split": SPLIT, "doc_id": 1, "repeat": 0, "batch": "b", "prompt": "?"}
+    counts = ("visual_tokens", "kept_tokens", "mean_visual_tokens_per_layer", "seconds")
+    line |= dict.fromkeys((*counts, "peak_memory_mib"), 1)
+    line |= dict.fromkeys(("withdrawn_from", "prefill_flops", "prefill_flops_unpruned"))
     old, new = AnswerLog(tmp_path, "old", 0, {}), AnswerLog(tmp_path, "new", 0, {})
     old.append([line | {"answer": "old"}])
     new.append([line | {"answer": "first"}, line | {"doc_id": 0, "answer": "zero"}])

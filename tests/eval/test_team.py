@@ -19,7 +19,7 @@ pytest.importorskip("lmms_eval.api.model")
 from tests.eval import team_of_two  # noqa: E402 (needs lmms-eval)
 
 ROOT = Path(__file__).parents[2]
-COST = ("seconds", "peak_memory_mib")
+COST = ("seconds", "cpu_seconds", "peak_memory_mib")
 
 
 @pytest.fixture(scope="module")

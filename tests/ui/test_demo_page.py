@@ -166,7 +166,7 @@ def test_broken_uploads_are_named_and_the_page_goes_on(visitor: Visitor, tmp_pat
     Image.open(SCENE).convert("RGB").resize((640, 640)).save(whole)
     broken = {
         "text.png": (b"this is no picture\n" * 50, "is neither of what is allowed"),
-        "half.jpg": (whole.read_bytes()[:4000], "'half.jpg' is damaged"),
+        "half.jpg": (whole.read_bytes()[:4000], "'half.jpg' is closed, damaged or unreadable"),
         "empty.mp4": (b"", "'empty.mp4' is empty"),
         "cut.mp4": (clip(tmp_path / "clip.mp4").read_bytes()[:600], "'cut.mp4' is damaged"),
         "large.png": (b"\x89PNG\r\n\x1a\n" + bytes(21 << 20), "allowed for an image: up to 20 MiB"),
