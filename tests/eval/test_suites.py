@@ -180,7 +180,7 @@ def test_own_task_files_follow_lmms_evals_but_for_what_they_say(
     own: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lmms_eval")
-    decord = ModuleType("decord")  # theirs imports it; nobody maintains it, and we do not install it
+    decord = ModuleType("decord")  # theirs imports it; it is not installed, nobody maintains it
     vars(decord).update(VideoReader=None, cpu=None)
     monkeypatch.setitem(sys.modules, "decord", decord)
     import lmms_eval.tasks
