@@ -29,6 +29,7 @@ from llava_todre.files import write_whole
 from llava_todre.generate import Answer, Request, answer
 from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
 from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
+from llava_todre.mini.heldout import check_num_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
@@ -124,8 +125,7 @@ def run_demo(
         out: folder for everything that is written.
         fresh: do not use finished runs of an earlier call.
     """
-    if num_images < 1:
-        raise TodreError(f"num_images {num_images} is out of range; allowed: 1 or more.")
+    check_num_images(num_images)
     runs = plan(methods, ratios)
     path = Path(model_path) if model_path else bundled_checkpoint()
     tokenizer, model, _, _ = load_pretrained_model(path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 _LONGEST = 800
 _ENDS = 300
+_LONG_WORD = re.compile(r"(\S{60})\S{100,}(\S{40})")
 
 
 class TodreError(ValueError):
@@ -15,6 +17,8 @@ class TodreError(ValueError):
     def __init__(self, message: str) -> None:
         """Keep the message one line of readable length, whatever value it quotes."""
         line = " ".join(part.strip() for part in message.splitlines())
+        if len(line) > _LONGEST:  # first what no text is made of, such as a path or data
+            line = _LONG_WORD.sub(r"\1...\2", line)
         if len(line) > _LONGEST:
             line = f"{line[:_ENDS]} ... {line[-_ENDS:]}"
         super().__init__(line)

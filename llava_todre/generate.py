@@ -119,7 +119,9 @@ def answer(
     template = find_template(template, model, tokenizer)
     stop = template.stop
     if stop is not None and _can_stop(tokenizer, stop):  # where an answer does not end with EOS
-        settings = {"stop_strings": [stop], "tokenizer": tokenizer, **settings}
+        settings = {"stop_strings": [stop], **settings}
+    if settings.get("stop_strings") is not None:
+        settings = {"tokenizer": tokenizer, **settings}
     ids, mask = _prepare_prompts(model, tokenizer, requests, template)
     with model.clock.timing(timed) as stages:
         visuals = _encode(model, requests, memory)

@@ -134,3 +134,11 @@ def test_config_files_of_the_command_are_read_with_care(
     assert todre(["demo", "--config", str(file)]) == 1
     told = capsys.readouterr().err
     assert told.startswith(f"todre: error: config {str(file)!r} ") and said in told
+
+
+def test_what_is_wrong_stays_in_a_message_that_quotes_something_long() -> None:
+    told = str(TodreError(f"model {'x' * 5000!r} does not load: no {'y' * 5000!r} is there."))
+    assert len(told) < 400
+    assert "...xxx" in told
+    assert " does not load: no 'yyy" in told
+    assert told.endswith("yyy' is there.")

@@ -242,3 +242,6 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
         small_demo(tmp_path / "file")
     with pytest.raises(TodreError, match="num_images"):
         small_demo(tmp_path, num_images=0)
+    with pytest.raises(TodreError, match="num_images 10001 is out of range; allowed: 1 to 10,000"):
+        small_demo(tmp_path / "new", num_images=10_001)
+    assert not (tmp_path / "new").exists()

@@ -237,6 +237,19 @@ def test_an_answer_ends_where_the_template_says(
     assert short.text == whole.split(stop)[0].strip()
 
 
+def test_an_answer_ends_where_the_caller_says(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    model.set_pruner("todre_v1", retain_ratio=0.25)
+    whole = ask(model, tokenizer, images[0], "what", max_new_tokens=12).text
+    stop = whole[len(whole) // 2 :][:2]
+    short = ask(model, tokenizer, images[0], "what", max_new_tokens=12, stop_strings=[stop]).text
+    assert whole.startswith(short)
+    assert stop in short
+    assert len(short) < len(whole)
+
+
 def test_nothing_to_ask(loaded: tuple[Any, Any], images: list[Image.Image]) -> None:
     tokenizer, model = loaded
     assert answer(model, tokenizer, []) == []

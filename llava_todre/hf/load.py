@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,9 @@ def load_stock_model(
     Raises:
         TodreError: one line saying what about the arguments or the checkpoint is wrong.
     """
-    check_shard_names(Path(model_base or path).expanduser())
+    path = os.path.expanduser(path)
+    model_base = None if model_base is None else os.path.expanduser(model_base)
+    check_shard_names(Path(model_base or path))
     target = target_device(device, device_map)
     check_attention(attn_implementation, target)
     wanted = parse_dtype(dtype) or (torch.float32 if target.type == "cpu" else "auto")
@@ -130,7 +133,7 @@ def load_stock_model(
 def _part(path: str, revision: str | None, model_base: str | None, quantised: Any) -> Path | None:
     """Return the folder of an adapter for ``model_base``; None where ``path`` is a whole model."""
     if model_base is None:
-        if Path(path).is_dir():
+        if os.path.isdir(path):
             check_parts(Path(path), has_base=False)
         return None
     if quantised is not None:
@@ -238,11 +241,12 @@ def runs_as_stock(path: str, revision: str | None = None, needs_part: bool = Fal
         revision: branch, tag or commit on the hub.
         needs_part: whether an adapter is laid over it, in the same layout.
     """
+    path = os.path.expanduser(path)
     file = Path(path) / "config.json"
     try:
         raw = (
             read_json(file)
-            if file.exists()
+            if os.path.exists(file)
             else PreTrainedConfig.get_config_dict(path, revision=revision)[0]
         )
     except (OSError, ValueError):

@@ -91,6 +91,8 @@ class StockModel:
         for key, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 inputs[key] = value.to(self.model.dtype)
+        if settings.get("stop_strings") is not None:
+            settings = {"tokenizer": self.processor.tokenizer, **settings}
         output = self.model.generate(**inputs, **settings)
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)

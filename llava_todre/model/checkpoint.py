@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import re
 from pathlib import Path
@@ -41,11 +42,11 @@ def find_checkpoint(key: str, path: str, revision: str | None = None, weights: b
         revision: branch, tag or commit on the hub.
         weights: whether the weights are needed too.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        check_shard_names(folder)
-        return folder
-    if folder.exists():
+    folder = os.path.expanduser(path)
+    if os.path.isdir(folder):  # pathlib would raise for a name that is too long
+        check_shard_names(Path(folder))
+        return Path(folder)
+    if os.path.exists(folder):
         raise TodreError(f"{key} {path!r} is a file; give the directory of the checkpoint.")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
         raise TodreError(f"{key} {path!r} does not exist; give a directory or a hub id owner/name.")
@@ -186,7 +187,7 @@ def check_shard_names(folder: Path) -> None:
     Raises:
         TodreError: a shard's name is not the plain name of a file.
     """
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob("*.index.json")) if os.path.isdir(folder) else ():
         weight_map = read_json(index).get("weight_map")
         for name in weight_map.values() if isinstance(weight_map, dict) else ():
             if not isinstance(name, str) or not name or Path(name).name != name:

@@ -41,6 +41,22 @@ def test_ours_where_it_can(stock_folder: Path) -> None:
     assert not uses_stock("auto", str(stock_folder))
 
 
+def test_a_tilde_is_the_home_directory(
+    variant: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(variant(MISTRAL).parent))
+    assert uses_stock("auto", "~/variant")
+    load_stock_model("~/variant")
+
+
+@pytest.mark.parametrize("load", [load_pretrained_model, load_stock_model])
+@pytest.mark.parametrize("path", ["x" * 5000, "~nobody-of-that-name/x"])
+def test_a_path_that_leads_nowhere(load: Callable[[str], Any], path: str) -> None:
+    assert not uses_stock("auto", path)
+    with pytest.raises(TodreError, match="does not (exist|load)"):
+        load(path)
+
+
 MISTRAL = {"text_config.model_type": "mistral", "text_config.sliding_window": 4096}
 
 
