@@ -137,13 +137,18 @@ class Run:
         return f"{readable}-{self._digest()}"
 
     def _digest(self) -> str:
-        """Hash all that can change a score, the method's defaults and the suite's tasks too."""
+        """Hash all that can change a score, the method's defaults and the suite's tasks too.
+
+        Benchmarks that no average contains are left out: they can be added to a suite, and results
+        from before are still known for its own. ``suite_digest`` tells them apart.
+        """
         knobs = {
             key: value
             for key, value in knobs_of(create_pruner(self.method, **self.options)).items()
             if (key.rpartition(".")[2], value) not in _ADDED
         }
-        measured = [(m.key, m.tasks, m.metric, m.frames) for m in self.suite.benchmarks]
+        marks = [mark for mark in self.suite.benchmarks if mark.averaged]
+        measured = [(m.key, m.tasks, m.metric, m.frames) for m in marks]
         model = {**self.config()["model"], "device_map": None}  # where it computes is not what
         del model["tp_plan"]
         if model["backend"] == "transformers":  # reads none; once the default was written there
