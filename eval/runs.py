@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -198,6 +198,7 @@ def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
     options = config.get("options") or {}
     if not isinstance(options, Mapping):
         raise TodreError(f"{where}: options {options!r} is not a mapping of option to value.")
+    options = dict(_without_levels(options))
     for key in ("method", "suite"):
         if not isinstance(config[key], str):
             raise TodreError(f"{where}: {key} {config[key]!r} is not a name.")
@@ -320,6 +321,15 @@ def _fingerprint(folder: Path) -> str:
                 stream.seek((size - _SAMPLE) * place // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:12]
+
+
+def _without_levels(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield options as A+B calls them, also where ``--set options.inside.tau=`` made a level."""
+    for key, value in options.items():
+        if key in ("before", "inside") and isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
 
 
 def canonical_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,6 +188,14 @@ def test_a_benchmark_outside_of_averages_leaves_names_as_they_were(name: str) ->
     assert resolve({"model": model, "suite": suite, "method": "vanilla"}).name == name
 
 
+def test_options_of_a_stage_can_be_set_from_the_command_line() -> None:
+    config = CONFIG | {"method": "fastervlm+todre", "options": {"retain_ratio": 0.25}}
+    changed = with_changes(config, ["options.inside.tau=0.05"])
+    assert resolve(changed).options == {"retain_ratio": 0.25, "inside.tau": 0.05}
+    with pytest.raises(TodreError, match="'taw' is unknown"):
+        resolve(with_changes(config, ["options.inside.taw=0.05"]))
+
+
 def test_an_edited_model_file_makes_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
