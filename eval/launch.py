@@ -43,6 +43,7 @@ from eval.outcome import (
 )
 from eval.progress import Progress
 from eval.runs import Run, shown_path
+from eval.server_scores import server_file
 from eval.suites import prepare
 from llava_todre.errors import TodreError
 
@@ -269,10 +270,12 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
 
 
 def _set_aside(file: Path, record: Mapping[str, Any]) -> None:
-    """Move a result out of the way, to where no table looks."""
+    """Move a result out of the way, to where no table looks, with what servers said about it."""
     when = re.sub(r"\D", "", str(record.get("time_utc")))
     place = file.parent / "superseded" / f"{file.stem}.{when}.json"
     place.parent.mkdir(exist_ok=True)
+    if server_file(file).exists():  # its scores are of the old submission; no table would open
+        os.replace(server_file(file), server_file(place))
     os.replace(file, place)
 
 

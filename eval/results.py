@@ -12,6 +12,7 @@ from typing import Any
 
 from eval.server_scores import joined
 from eval.shapes import (
+    ABSENT,
     COUNT,
     GROUPS,
     ITEMS,
@@ -20,6 +21,7 @@ from eval.shapes import (
     NUMBERS,
     TEXT,
     TRUTH,
+    WATCHED,
     WHOLE,
     Each,
     checked,
@@ -43,7 +45,9 @@ BENCHMARK = {
     "note?": or_null(TEXT),
     "submission?": or_null(TEXT),
     "averaged?": TRUTH,
-    "watched_answer?": or_null(KEYS),
+    "watched_answer?": or_null(WATCHED),
+    "spread?": ABSENT,
+    "provenance?": ABSENT,
 }
 RUN = {
     "name": TEXT,
@@ -65,8 +69,11 @@ RUN = {
     "peak_memory_mib?": or_null(NUMBER),
     "tokens?": or_null(NUMBERS),
     "versions?": KEYS,
+    "members?": ABSENT,
 }
-"""Shape of a run; a key that ends in ``?`` may be missing, as in results of earlier versions."""
+"""Shape of a run; a key that ends in ``?`` may be missing, as in results of earlier versions.
+
+What is put together from several files afterwards is in none of them."""
 
 
 def is_run(value: object) -> bool:

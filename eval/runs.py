@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -137,13 +137,18 @@ class Run:
         return f"{readable}-{self._digest()}"
 
     def _digest(self) -> str:
-        """Hash all that can change a score, the method's defaults and the suite's tasks too."""
+        """Hash all that can change a score, the method's defaults and the suite's tasks too.
+
+        Benchmarks that no average contains are left out: they can be added to a suite, and results
+        from before are still known for its own. ``suite_digest`` tells them apart.
+        """
         knobs = {
             key: value
             for key, value in knobs_of(create_pruner(self.method, **self.options)).items()
             if (key.rpartition(".")[2], value) not in _ADDED
         }
-        measured = [(m.key, m.tasks, m.metric, m.frames) for m in self.suite.benchmarks]
+        marks = [mark for mark in self.suite.benchmarks if mark.averaged]
+        measured = [(m.key, m.tasks, m.metric, m.frames) for m in marks]
         model = {**self.config()["model"], "device_map": None}  # where it computes is not what
         del model["tp_plan"]
         if model["backend"] == "transformers":  # reads none; once the default was written there
@@ -193,6 +198,7 @@ def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
     options = config.get("options") or {}
     if not isinstance(options, Mapping):
         raise TodreError(f"{where}: options {options!r} is not a mapping of option to value.")
+    options = dict(_without_levels(options))
     for key in ("method", "suite"):
         if not isinstance(config[key], str):
             raise TodreError(f"{where}: {key} {config[key]!r} is not a name.")
@@ -315,6 +321,15 @@ def _fingerprint(folder: Path) -> str:
                 stream.seek((size - _SAMPLE) * place // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:12]
+
+
+def _without_levels(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield options as A+B calls them, also where ``--set options.inside.tau=`` made a level."""
+    for key, value in options.items():
+        if key in ("before", "inside") and isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
 
 
 def canonical_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,8 @@ def _benchmark(parts: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
     scores = [part["score"] for part in scored]
     spread = stdev(scores) if len(scores) > 1 else None
     notes = dict.fromkeys(part.get("note") for part in scored)
+    if len(scored) < len(parts):
+        notes[f"of {len(scored)} of {len(parts)} seeds; the others have no score"] = None
     return {
         **scored[0],
         "score": fmean(scores),

@@ -64,7 +64,8 @@ def enter(
         replace: what was entered before.
 
     Raises:
-        TodreError: no such submission, a score out of range, no source, or entered before.
+        TodreError: no such submission, a score out of range, no source, entered before, or it
+            cannot be written.
     """
     require_submission(run, benchmark, file)
     highest = _HIGHEST[run["benchmarks"][benchmark]["scale"]]
@@ -88,8 +89,5 @@ def enter(
         "benchmarks": {**known, benchmark: said},
     }
     beside = server_file(file)
-    try:
-        write_whole(beside, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise TodreError(f"result {str(beside)!r} cannot be written: {error.strerror}.") from None
+    write_whole(beside, json.dumps(content, indent=1) + "\n")
     return beside

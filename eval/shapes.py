@@ -87,6 +87,13 @@ NUMBERS = Value(
     ),
     "keys with numbers",
 )
+WATCHED = Value(
+    lambda value: (
+        isinstance(value, dict) and _is_text(value.get("answer")) and is_number(value.get("share"))
+    ),
+    "an answer and its share",
+)
+ABSENT = Value(lambda value: False, "no such key in a file")
 HITS = Value(
     lambda value: isinstance(value, list) and all(hit in (0, 1) for hit in value),
     "a list of 0 and 1",

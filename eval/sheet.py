@@ -319,7 +319,8 @@ def mixed_settings(runs: Sequence[Run]) -> list[str]:
     """Return a line about the settings in which runs differ, if they do."""
     settings: dict[str, set[str]] = {}
     for run in runs:
-        for key, value in {**run["config"]["model"], "seed": run["config"].get("seed")}.items():
+        others = {"seed": run["config"].get("seed"), "suite_digest": run.get("suite_digest")}
+        for key, value in {**run["config"]["model"], **others}.items():
             settings.setdefault(key, set()).add(str(value))
     mixed = [f"{k} {' | '.join(sorted(v))}" for k, v in settings.items() if len(v) > 1]
     return [f"These runs differ in: {'; '.join(mixed)}."] if mixed else []

@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.shapes import read_json
 from llava_todre.errors import TodreError
-from llava_todre.files import write_whole
+from llava_todre.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from eval.suites import Benchmark
@@ -63,9 +62,10 @@ def pad(file: Path, questions: Sequence[int], entries: int = ENTRIES) -> Path:
         entries: how many there must be.
 
     Raises:
-        TodreError: the file is something else, or its questions are not among these.
+        TodreError: the file is something else, its questions are not among these, or the new file
+            cannot be written.
     """
-    given = read_json(file)
+    given = read_json(file, "submission")
     if not isinstance(given, list) or not all(map(_is_entry, given)):
         raise TodreError(f"submission {str(file)!r} must list question_id and answer.")
     answers = {entry["question_id"]: entry["answer"] for entry in given}
@@ -82,10 +82,7 @@ def pad(file: Path, questions: Sequence[int], entries: int = ENTRIES) -> Path:
         )
     whole = [{"question_id": each, "answer": answers.get(each, DUMMY)} for each in known]
     padded = file.with_name(f"{file.stem}-padded.json")
-    try:
-        write_whole(padded, json.dumps(whole))
-    except OSError as error:
-        raise TodreError(f"{str(padded)!r} cannot be written: {error.strerror}.") from None
+    write_whole(padded, json.dumps(whole))
     return padded
 
 
@@ -117,7 +114,7 @@ def questions_of_data_set() -> list[int]:
 
 def questions_of_file(file: Path) -> list[int]:
     """Return the ids in VQA's own question file, or in a plain list of ids."""
-    found = read_json(file)
+    found = read_json(file, "questions")
     listed = found.get("questions") if isinstance(found, dict) else found
     given = listed if isinstance(listed, list) else []
     ids = [each.get("question_id") if isinstance(each, dict) else each for each in given]

@@ -1,8 +1,9 @@
 """A hash of what turns answers into scores: of a suite, its own task files, and data drawn here.
 
 It is stored in every result and is no part of a run's name: after an edit of the suite the run goes
-on with the answers in its log, and only what is asked differently is computed again. Not in it is
-lmms-eval itself, whose version every result tells.
+on with the answers in its log, and only what is asked differently is computed again. (Tasks,
+metrics and frames are in the name as well.) Not in it is lmms-eval itself, whose version every
+result tells.
 """
 
 from __future__ import annotations

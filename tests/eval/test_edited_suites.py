@@ -13,6 +13,7 @@ import pytest
 from eval import launch, mini_data, suites
 from eval.commands import _tell
 from eval.launch import Launch, Report, execute
+from eval.results import load_runs
 from eval.runs import ROOT, Run, resolve
 from eval.suite_digest import suite_digest
 from eval.suites import load_suite
@@ -121,6 +122,19 @@ def test_a_suite_edited_after_a_run_is_run_again_with_the_answers_that_are_there
     assert _tell(report, Launch(tmp_path / "out")) == 0
     assert "1 results were of a suite that was edited since" in capsys.readouterr().err
     assert carry_out("--fault", "raises")[1].superseded == []
+
+
+def test_scores_of_a_server_go_with_the_result_that_they_are_of(
+    copies: Path, carry_out: Callable[..., Any], tmp_path: Path
+) -> None:
+    first, _ = carry_out()
+    beside = tmp_path / "out" / f"{first['name']}.server.json"
+    said = {"what": "x", "run": first["name"], "run_time_utc": "before", "benchmarks": {}}
+    beside.write_text(json.dumps(said))
+    edit(copies / "suites" / "mini.yaml", "factor: 100", "factor: 10")
+    carry_out("--fault", "raises")
+    assert len(load_runs([tmp_path / "out"])) == 1, "what stood beside the old one is in no way"
+    assert len([*(tmp_path / "out" / "superseded").glob("*.server.json")]) == 1
 
 
 def test_a_result_that_does_not_tell_its_suite_is_made_again(

@@ -57,6 +57,10 @@ WRONG: list[tuple[tuple[str, ...], Any, str]] = [
     (("benchmarks", "read", "items"), [[0, 2.0]], "read.items .* between 0 and 1"),
     (("benchmarks", "read", "items"), [[0.5, 1.0]], "read.items"),
     (("benchmarks", "read", "groups"), [0], "1 groups for 96 items of 'read'"),
+    (("benchmarks", "read", "watched_answer"), {"x": 1}, "expected: an answer and its share"),
+    (("benchmarks", "read", "spread"), "x", "read.spread 'x'; expected: no such key"),
+    (("benchmarks", "read", "provenance"), {}, "read.provenance {}; expected: no such key"),
+    (("members",), [1], r"has members \[1\]; expected: no such key in a file"),
     (("tokens",), {"kept_tokens": "x"}, "has tokens"),
     (("seconds",), "long", "has seconds 'long'"),
 ]

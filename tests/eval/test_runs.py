@@ -173,6 +173,29 @@ def test_stored_results_have_the_names_that_the_same_runs_have_now() -> None:
         assert resolve(asked).name == file.stem
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llava_next_7b-ablation-vanilla-1-a92e56ac",
+        "llava_next_7b-image-vanilla-1-a24e957f",
+        "llava_next_7b-video-vanilla-1-37e3c6af",
+        "qwen2_5_vl_7b-image-vanilla-1-cec1e9f4",
+    ],
+)
+def test_a_benchmark_outside_of_averages_leaves_names_as_they_were(name: str) -> None:
+    """``mme_total`` joined two suites later; the names are those from before."""
+    model, suite, _ = name.split("-", 2)
+    assert resolve({"model": model, "suite": suite, "method": "vanilla"}).name == name
+
+
+def test_options_of_a_stage_can_be_set_from_the_command_line() -> None:
+    config = CONFIG | {"method": "fastervlm+todre", "options": {"retain_ratio": 0.25}}
+    changed = with_changes(config, ["options.inside.tau=0.05"])
+    assert resolve(changed).options == {"retain_ratio": 0.25, "inside.tau": 0.05}
+    with pytest.raises(TodreError, match="'taw' is unknown"):
+        resolve(with_changes(config, ["options.inside.taw=0.05"]))
+
+
 def test_an_edited_model_file_makes_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

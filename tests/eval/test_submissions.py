@@ -61,6 +61,14 @@ def test_what_cannot_be_padded_is_one_line(
     assert list(sent.parent.iterdir()) == [sent]
 
 
+def test_a_file_that_is_not_there_is_called_what_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "none.json"
+    with pytest.raises(TodreError, match=r"^submission '.*none.json' cannot be read"):
+        pad(file, KNOWN, entries=4)
+    with pytest.raises(TodreError, match=r"^questions '.*none.json' cannot be read"):
+        questions_of_file(file)
+
+
 def test_questions_come_from_vqas_own_file_or_a_list(tmp_path: Path) -> None:
     file = tmp_path / "questions.json"
     for content in ({"questions": [{"question_id": 1, "image_id": 5}]}, [1], [{"question_id": 1}]):

@@ -425,6 +425,20 @@ def test_seeds_are_averaged_with_their_spread() -> None:
     assert unshown([found], runs) == []
 
 
+def test_a_mean_over_fewer_seeds_than_were_run_says_so() -> None:
+    runs = seeds_of(40, 50, 60)
+    runs[1]["benchmarks"]["gqa"] = scored(None, status="submission")
+    (merged,) = over_seeds(runs)
+    assert merged["benchmarks"]["gqa"]["score"] == 50.0
+    assert merged["benchmarks"]["gqa"]["note"] == "of 2 of 3 seeds; the others have no score"
+
+
+def test_runs_of_a_suite_before_and_after_an_edit_are_told_apart() -> None:
+    full = planted("vanilla", {"retain_ratio": 1.0}, FULL) | {"suite_digest": "before"}
+    (found,) = sheets("1", [full, pruned() | {"suite_digest": "after"}], model="llava_next_7b")
+    assert "These runs differ in: suite_digest after | before." in said(found)
+
+
 def test_of_two_runs_with_one_seed_the_newest_counts() -> None:
     first, second = seeds_of(40, 60)
     old = first | {"time_utc": "2026-01-01", "name": "old"}
