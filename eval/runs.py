@@ -375,5 +375,7 @@ def _integer(where: str, key: str, value: Any, least: int, most: int | None = No
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if not is_number or value < least or (most is not None and value > most):
         allowed = f"{least} or more" if most is None else f"{least} to {most}"
-        raise TodreError(f"{where}: {key} {value!r} is out of range; allowed: {allowed}.")
+        raise TodreError(
+            f"{where}: {key} {value!r} is out of range; allowed: a whole number, {allowed}."
+        )
     return int(value)

@@ -28,7 +28,7 @@ from llava_todre.errors import TodreError, unknown
 
 _BY_BUDGET = ("1", "2", "cross_model")
 """Tables whose rows are methods and budgets."""
-_OF_THEIR_BENCHMARKS = ("2", "cross_model")
+OF_THEIR_BENCHMARKS = ("2", "cross_model")
 """Tables that have no counterpart on other benchmarks than their own."""
 
 
@@ -110,7 +110,7 @@ def _own_sheets(table: str, model: str, runs: Sequence[Run], version: str | None
     for suite in suites:
         of_suite = [run for run in runs if run["config"]["suite"] == suite]
         has = {key for run in of_suite for key in run["benchmarks"]}
-        if table not in _OF_THEIR_BENCHMARKS or has & set(table_spec(table).benchmarks):
+        if table not in OF_THEIR_BENCHMARKS or has & set(table_spec(table).benchmarks):
             found.append(_own_sheet(table, suite, model, of_suite, version))
     return found
 

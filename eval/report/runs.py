@@ -15,7 +15,7 @@ from eval.report.origin import origin
 from eval.report.page import Html, folded, heading, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, answers, with_pictures
 from eval.results import Run, load_runs
-from eval.tables import sheets
+from eval.tables import OF_THEIR_BENCHMARKS, sheets
 from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.arguments import draws, item_seed, with_seed
 from llava_todre.mini import held_out
@@ -32,7 +32,6 @@ _TABLES = {
     "cross_model": None,
 }
 """Tables of the papers that runs fill, and which version of the paper where they differ."""
-_OF_THEIR_BENCHMARKS = ("2", "cross_model")  # not drawn of other benchmarks
 
 
 def stored(folder: Path) -> list[Run]:
@@ -91,7 +90,7 @@ def _tables(runs: Sequence[Run]) -> list[Html]:
     for suite in dict.fromkeys(str(run["config"]["suite"]) for run in runs):
         has = {key for run in runs if run["config"]["suite"] == suite for key in run["benchmarks"]}
         for number, version in _TABLES.items():
-            if number in _OF_THEIR_BENCHMARKS and not has & set(table_spec(number).benchmarks):
+            if number in OF_THEIR_BENCHMARKS and not has & set(table_spec(number).benchmarks):
                 continue
             for sheet in sheets(number, runs, suite, version=version):
                 if set(sheet.used) - told:

@@ -36,10 +36,10 @@ def names(**changes: Any) -> set[str]:
         ({"options": {"seed": 3}}, "'seed' is the key 'seed' of the run"),
         ({"options": [0.1]}, "options [0.1] is not a mapping"),
         ({"suite": "imagge"}, "suite 'imagge' is unknown. Did you mean 'image'?"),
-        ({"limit": 0}, "limit 0 is out of range; allowed: 1 or more"),
+        ({"limit": 0}, "limit 0 is out of range; allowed: a whole number, 1 or more"),
         ({"limit": 2.5}, "limit 2.5 is out of range"),
         ({"batch_size": True}, "batch_size True is out of range"),
-        ({"seed": -1}, "seed -1 is out of range; allowed: 0 to 4294967295"),
+        ({"seed": -1}, "seed -1 is out of range; allowed: a whole number, 0 to 4294967295"),
         ({"seed": 2**32}, "seed 4294967296 is out of range"),
         (
             {"options": {"retain_ratio": 0.25, "retain_tokens": 9}},
