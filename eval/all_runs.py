@@ -223,8 +223,8 @@ def _notes(group: Sequence[Row]) -> Iterator[str]:
         " processes; TFLOPs: exact count of the prefill; means over prompts that show something."
     )
     yield (
-        "CPU: what the processors computed, minutes:seconds; wall: by the clock, which other work"
-        " on the machine changes: not to be compared unless the runs had it for themselves."
+        "CPU: what the processors computed, minutes:seconds; wall: by the clock. Other work"
+        " on the machine changes both: not to be compared unless the runs had it for themselves."
     )
     kinds: dict[str, dict[str, None]] = {}
     for row in group:

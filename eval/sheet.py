@@ -277,8 +277,8 @@ class Sheet:
         if "time" in self.columns:
             theirs = "; the papers' on theirs (v1: four RTX 3090)" if versions else ""
             notes.append(
-                "time: minutes:seconds; ours on the device below, of a GPU's run by the clock, of a"
-                f" CPU's what its processors computed, which other work does not change{theirs}."
+                "time: minutes:seconds by the clock; ours of runs on a GPU, on the device below"
+                f"{theirs}."
             )
         if any(cell.interval for _, cells, _ in self.rows for cell in cells.values()):
             drawn = over_what({kind: list(names) for kind, names in self._drawn.items()})
@@ -329,11 +329,11 @@ def mixed_settings(runs: Sequence[Run]) -> list[str]:
 def time_of(run: Run) -> float | None:
     """Return the seconds of a run that other work on the machine does not decide.
 
-    On a GPU by the clock, as a run has it for itself; on a CPU what its processors computed, if
-    the run says so.
+    On a GPU by the clock, as a run has it for itself. None on a CPU: the same run takes up to half
+    as much CPU time again when others share its caches.
     """
     on_cpu = str(run.get("device")).endswith(" cores")
-    seconds: float | None = run.get("cpu_seconds" if on_cpu else "seconds")
+    seconds: float | None = None if on_cpu else run.get("seconds")
     return seconds
 
 

@@ -238,7 +238,11 @@ def _convert(options: Namespace) -> None:
         options.model, revision=options.revision, dtype=options.dtype, device="cpu"
     )
     save_as_hf(model, tokenizer, Path(options.out), options.template)
-    print(f"{options.out}: {type(model).__name__} as AutoModelForImageTextToText reads it")
+    print(
+        f"{options.out}: {type(model).__name__} as AutoModelForImageTextToText reads it.\n"
+        "Its chat template writes BOS: use processor.apply_chat_template(..., tokenize=True), or "
+        "give what it writes to the processor with add_special_tokens=False."
+    )
 
 
 def _save(picture: Any, path: str) -> None:

@@ -55,13 +55,16 @@ def require_finite_pixels(key: str, pixels: Any) -> None:
 
 
 def require_finite(logits: Tensor) -> None:
-    """Raise a TodreError unless the (B, vocabulary) logits after the prompts are finite."""
-    if bool(torch.isfinite(logits).all()):
+    """Raise a TodreError unless the (B, vocabulary) logits after the prompts can be an answer."""
+    # Where the square of what the last norm reads overflows, it makes zeros of it.
+    is_flat = logits.amax(dim=-1) == logits.amin(dim=-1)
+    is_damaged = ~torch.isfinite(logits).all(dim=-1) | is_flat
+    if not bool(is_damaged.any()):
         return
-    damaged = int((~torch.isfinite(logits)).any(dim=-1).sum())
+    damaged = int(is_damaged.sum())
     dtype = str(logits.dtype).removeprefix("torch.")
     raise TodreError(
-        f"logits of {damaged} of {len(logits)} prompts contain NaN or Inf, so there is no answer; "
-        f"they must be finite: the weights or the config are damaged, or {dtype} overflows (try "
-        "float32 or bfloat16)."
+        f"logits of {damaged} of {len(logits)} prompts contain NaN or Inf, or are all equal; they "
+        f"must be finite and differ: the weights or the config are damaged, or {dtype} overflows "
+        "(try float32 or bfloat16)."
     )

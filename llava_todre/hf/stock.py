@@ -93,7 +93,15 @@ class StockModel:
                 inputs[key] = value.to(self.model.dtype)
         if settings.get("stop_strings") is not None:
             settings = {"tokenizer": self.processor.tokenizer, **settings}
-        output = self.model.generate(**inputs, **settings)
+        try:
+            output = self.model.generate(**inputs, **settings)
+        except TodreError:
+            raise
+        except (ValueError, TypeError, IndexError) as error:
+            raise TodreError(
+                f"{type(self.processor).__name__} and {type(self.model).__name__} do not fit each "
+                f"other or this batch: {first_line(error)}"
+            ) from error
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         stats = last_stats(self.model)

@@ -22,7 +22,7 @@ A line is an item and its answer:
     seconds                         of the batch, waiting for its pictures included, per item; the
                                     first question about a picture pays for what all of them share
     cpu_seconds                     the same in time that the processors computed for this process,
-                                    which other work on the machine hardly changes
+                                    which other work on the machine changes less
     peak_memory_mib                 of the process so far, on GPUs if it uses any
     pictures                        hash of the pictures or the video, or null: items about the same
                                     ones are no independent draws

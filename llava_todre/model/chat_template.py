@@ -35,8 +35,8 @@ TEMPLATES = (AUTO, *conv_templates)
 """What users may name."""
 # As LLaVA's run scripts; they say llava_v1 for "v1", but trained and evaluated with vicuna_v1.
 _NAMES = (
-    (r"llama[-_]?2", "llava_llama_2"),
-    (r"llama[-_]?3", "llava_llama_3"),
+    (r"(?<![a-z])llama[-_]?2(?!\d)", "llava_llama_2"),
+    (r"(?<![a-z])llama[-_]?3(?!\d)", "llava_llama_3"),
     (r"mistral", "mistral_instruct"),
     (r"v1\.6-34b", "chatml_direct"),
     (r"vicuna|v1|llava-1\.5", "vicuna_v1"),

@@ -35,7 +35,7 @@ MAX_PIXELS = 2 * 89_478_485
 
 MAX_FILE_PIXELS = 64_000_000
 """Of an image that is decoded here; checked before any of it is."""
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "QOI")
 """Pixels that begin with a signature. Some others are programs to run, or name files to open."""
 Picture = Image.Image | str | os.PathLike[str]
 """A PIL image, a file, or a data URI."""

@@ -107,7 +107,7 @@ def test_the_text_has_every_run_once(folder: Path, capsys: pytest.CaptureFixture
     assert text.count("divprune+todre") == 1 and text.count("probe_depths=[0.5]") == 1
     assert "50.0 ± 14.1" in text and "62.5 ± 17.7 (1 of 1)".removesuffix(" (1 of 1)") in text
     assert "lost failed: out of memory" in text
-    assert "wall: by the clock, which other work" in text
+    assert "wall: by the clock. Other work" in text
     assert "server" in text and " 1:30 " in text
 
 

@@ -130,7 +130,7 @@ def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
     run["benchmarks"] = {key: run["benchmarks"][key] for key in ("exist", "count")}
     count = run["benchmarks"]["count"]
     item, score = next(pair for pair in count["items"] if pair[1] == 0.0)
-    count["items"] = [[item, score]]
+    count |= {"items": [[item, score]], "groups": [0]}
     line = {"task": count["task"], "split": "test", "doc_id": item, "repeat": 0, "batch": "b"}
     numbers = ("visual_tokens", "kept_tokens", "mean_visual_tokens_per_layer", "prefill_flops")
     numbers += ("prefill_flops_unpruned", "seconds", "peak_memory_mib")

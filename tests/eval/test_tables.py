@@ -181,15 +181,11 @@ def test_a_time_that_other_work_decides_stands_in_no_table() -> None:
     row = cells(sheet([on_cpu], "4"), "vanilla")
     assert row["time"] == Cell(published="77:04")
     computed = on_cpu | {"cpu_seconds": 61.2}
-    row = cells(sheet([computed], "4"), "vanilla")
-    assert row["time"] == Cell("1:01", published="77:04")
-    assert "what its processors computed" in said(sheet([computed], "4"))
+    assert cells(sheet([computed], "4"), "vanilla")["time"] == Cell(published="77:04")
     assert cells(sheet([on_cpu], "3"), "vanilla")["samples_per_s"] == Cell(published="1.5")
     mini = [run | {"device": "AMD EPYC, 2 cores"} for run in mini_runs()]
     assert "time" not in sheet(mini, "5", suite="mini").columns
     assert "time:" not in said(sheet(mini, "5", suite="mini"))
-    known = [run | {"cpu_seconds": 30.0} for run in mini]
-    assert cells(sheet(known, "5", suite="mini"), "vanilla")["time"] == Cell("0:30")
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ def overflow(model: Any) -> None:
         layer.mlp.up_proj.weight.data *= 1e4
 
 
+def hidden_overflow(model: Any) -> None:
+    """The square of the hidden states is infinite, and the last norm makes zeros of them."""
+    decoder_of(model).layers[3].mlp.down_proj.weight.data.fill_(1e30)
+
+
 def bad_norm(model: Any) -> None:
     decoder_of(model).norm.variance_epsilon = float("nan")
 
@@ -45,7 +50,7 @@ def bad_rope(model: Any) -> None:
     decoder_of(model).rotary_emb.inv_freq.fill_(torch.nan)
 
 
-DAMAGES = [nan_weight, infinite_head, overflow, bad_norm, bad_rope]
+DAMAGES = [nan_weight, infinite_head, overflow, hidden_overflow, bad_norm, bad_rope]
 
 
 def check(call: Callable[[], Any], model: nn.Module) -> None:
@@ -115,7 +120,7 @@ def test_one_look_per_prompt(tiny_llava, monkeypatch):
 
 
 def test_a_message_says_how_many_prompts_and_which_type():
-    logits = torch.zeros(3, 8, dtype=torch.float16)
+    logits = torch.arange(24, dtype=torch.float16).view(3, 8)
     finite.require_finite(logits)
     logits[1, 2] = torch.inf
     with pytest.raises(TodreError, match=r"logits of 1 of 3 prompts .* float16 overflows"):

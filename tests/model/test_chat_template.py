@@ -151,6 +151,7 @@ def test_jinja_writes_what_the_template_writes(name: str, tokenizer: Any) -> Non
         ("llava-hf/llava-v1.6-34b-hf", "chatml_direct"),
         ("lmms-lab/llama3-llava-next-8b", "llava_llama_3"),
         ("someone/LLaVA-Meta-Llama-3-8B", "llava_llama_3"),
+        ("someone/tinyllama-33m", None),
         ("liuhaotian/llava-llama-2-13b-chat-lightning-preview", "llava_llama_2"),
         ("checkpoints/mini", None),
         ("mistral/some-llava", None),
