@@ -124,7 +124,7 @@ class Gate:
         """Return why an upload of so many bytes is not taken, or nothing."""
         if size > self._upload_bytes + FORM_BYTES:
             return f"An upload exceeds the maximum allowed size of {self._upload_bytes} bytes."
-        held = sum(file.stat().st_size for file in self._uploads.rglob("*") if file.is_file())
+        held = sum(map(_bytes_of, self._uploads.rglob("*")))
         if held + self._promised + size > self._total_bytes + FORM_BYTES:
             most = self._total_bytes / _MIB
             return (
@@ -132,6 +132,13 @@ class Gate:
                 "are removed an hour after they came."
             )
         return ""
+
+
+def _bytes_of(file: Path) -> int:
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except FileNotFoundError:  # removed meanwhile
+        return 0
 
 
 def _size(headers: dict[bytes, list[str]]) -> int | None:
