@@ -14,7 +14,8 @@ from llava_todre.lmms_plugin import model as plugin
 from llava_todre.mini import held_out
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = {"pretrained": str(ROOT / "checkpoints" / "mini"), "batch_size": 2, "retain_ratio": 0.3}
+MINI = str(ROOT / "checkpoints" / "mini")
+ARGUMENTS = {"pretrained": MINI, "batch_size": 2, "retain_ratio": 0.3, "seed": 0}
 TASKS, SPLIT, DOCUMENTS = ("scenes", "others"), "test", 5
 
 
