@@ -185,6 +185,15 @@ def test_what_was_converted_can_be_converted(folder: Path, tmp_path: Path) -> No
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def transformers_saves(settings: GenerationConfig, folder: Path) -> bool:
+    """Return whether this release writes such settings, which came from a file; 5.17 does not."""
+    try:
+        settings.save_pretrained(folder)
+    except ValueError:
+        return False
+    return True
+
+
 def test_published_settings_of_generate_are_kept(tmp_path: Path) -> None:
     shutil.copytree(GOLDEN / "clip-v16", tmp_path / "clip-v16")
     source = tmp_path / "source"
@@ -192,9 +201,11 @@ def test_published_settings_of_generate_are_kept(tmp_path: Path) -> None:
     published = json.loads((source / "generation_config.json").read_text()) | LEFTOVERS
     (source / "generation_config.json").write_text(json.dumps(published))
     assert main(["convert", "--model", str(source), "--out", str(tmp_path / "out")]) == 0
-    _, model, _, _ = load_pretrained_model(source)
-    model.save_pretrained(tmp_path / "saved")
-    for written in ("out", "saved"):
+    places = ["out"]
+    if transformers_saves(GenerationConfig.from_pretrained(source), tmp_path / "stock"):
+        load_pretrained_model(source)[1].save_pretrained(tmp_path / "saved")
+        places.append("saved")
+    for written in places:
         settings = GenerationConfig.from_pretrained(tmp_path / written).to_dict()
         assert settings.items() >= LEFTOVERS.items()
         assert settings["pad_token_id"] == 0
