@@ -329,8 +329,8 @@ def mixed_settings(runs: Sequence[Run]) -> list[str]:
 def time_of(run: Run) -> float | None:
     """Return the seconds of a run that other work on the machine does not decide.
 
-    On a GPU by the clock, as a run has it for itself. None on a CPU: the same run takes up to half
-    as much CPU time again when others share its caches.
+    On a GPU by the clock, as a run has it for itself. None on a CPU, where even the CPU time of
+    runs one after the other depends on what else runs: there only interleaved times compare.
     """
     on_cpu = str(run.get("device")).endswith(" cores")
     seconds: float | None = None if on_cpu else run.get("seconds")

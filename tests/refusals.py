@@ -17,6 +17,12 @@ SECONDS = 60
 BYTES = 6 * 2**30
 """What a refusal may allocate; without a bound a bomb would end the machine, not the test."""
 LONGEST = 850
+BOMB = "a: &a [x]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n"
+    for before, name in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+"""YAML whose aliases stand for 3.5 thousand million values."""
+DEEP = "[" * 20_000
 _FOREIGN = re.compile(r"Traceback|--debug shows where|\b(Key|Type|Attribute)Error\b")
 
 

@@ -11,18 +11,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from refusals import refused
+from refusals import BOMB, DEEP, refused
 
 from llava_todre.cli import main
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = str(GOLDEN / "llava-v1.6-tiny")
 IMAGE = str(GOLDEN / "v16_0.png")
-BOMB = "a: &a [x]\n" + "".join(
-    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n"
-    for before, name in zip("abcdefghij", "bcdefghijk", strict=True)
-)
-DEEP = "[" * 20_000
 
 # ------------------------------------------------------------------------------ options, by value
 

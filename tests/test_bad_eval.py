@@ -11,18 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import refused
+from refusals import BOMB, DEEP, refused
 
 from eval.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "docs" / "results" / "reproduce_mini"
 RUN = {"model": "mini", "method": "todre", "suite": "mini"}
-BOMB = "a: &a [x]\n" + "".join(
-    f"{name}: &{name} [{','.join(['*' + before] * 9)}]\n"
-    for before, name in zip("abcdefghij", "bcdefghijk", strict=True)
-)
-DEEP = "[" * 20_000
 
 
 @pytest.fixture(autouse=True)
