@@ -118,7 +118,7 @@ train-mini: $(STAMP) ## train the bundled model again (about an hour on 2 cores)
 
 docs: $(STAMP) ## write docs/methods.md, performance.md, models.md and licences.md again
 	@$(PY) -m eval docs
-	@$(PY) -m eval.licences
+	@$(PY) -m eval.pages.licences
 
 readme: $(STAMP) ## write the README's table and list of methods again
 	@$(PY) -m eval readme

@@ -21,10 +21,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from eval import commands, compare, server_command, submissions, table_command
     from eval.bench import command as bench
     from eval.figures import command as figures
     from eval.report import command as report
+    from eval.results import compare, server_command, submissions
+    from eval.run import commands
+    from eval.tables import command as table_command
 
     whole = argparse.ArgumentParser(prog="python -m eval", description=__doc__)
     whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -53,13 +55,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: list[str]) -> int:
-    from eval import commands, compare, server_command, submissions, table_command
     from eval.bench import command as bench
-    from eval.docs import check_docs, write_docs
     from eval.figures import command as figures
-    from eval.readme import check_readme, write_readme
+    from eval.pages.methods import check_docs, write_docs
+    from eval.pages.readme import check_readme, write_readme
     from eval.report import command as report
-    from eval.vtw import find_layer
+    from eval.results import compare, server_command, submissions
+    from eval.run import commands
+    from eval.run.vtw_layer import find_layer
+    from eval.tables import command as table_command
 
     for argument in arguments:  # "" would be the working folder where a path is asked for
         if argument == "" or re.fullmatch("--[a-z-]+=", argument):

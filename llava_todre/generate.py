@@ -16,11 +16,10 @@ from torch import Tensor
 from transformers import StopStringCriteria
 
 from llava_todre.errors import TodreError
+from llava_todre.locking import in_turn
 from llava_todre.model.chat_template import find_template
 from llava_todre.model.images import Picture, open_picture, picture_digest, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.model.multimodal import EncodedVisual
-from llava_todre.model.prefix import PrefixStore
 from llava_todre.model.prompt import (
     AUTO,
     DEFAULT_IMAGE_TOKEN,
@@ -30,8 +29,9 @@ from llava_todre.model.prompt import (
 )
 from llava_todre.pruners import Pruner
 from llava_todre.settings import checked, require_known, whole
+from llava_todre.stage1.select import ImageFeatures
+from llava_todre.stage2.prefix import PrefixStore
 from llava_todre.stats import PruneStats
-from llava_todre.turns import in_turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +209,7 @@ class Memory:
         self.prefixes = PrefixStore(max_images)
         self._images: list[_Encoded] = []
 
-    def find(self, key: Any, pruner: Pruner) -> EncodedVisual | None:
+    def find(self, key: Any, pruner: Pruner) -> ImageFeatures | None:
         """Return what is known about an image, and make it the latest."""
         for known in self._images:
             if known.key == key and known.pruner == pruner:
@@ -218,7 +218,7 @@ class Memory:
                 return known.visual
         return None
 
-    def add(self, key: Any, pruner: Pruner, group: _Group, visual: EncodedVisual) -> None:
+    def add(self, key: Any, pruner: Pruner, group: _Group, visual: ImageFeatures) -> None:
         """Remember an image; the oldest is forgotten when the call ends."""
         self._images.append(_Encoded(key, pruner, group, visual))
 
@@ -236,12 +236,12 @@ class _Encoded:
     pruner: Pruner
     group: _Group
     """Held so that no other :class:`Views` can get the identity of one of these."""
-    visual: EncodedVisual
+    visual: ImageFeatures
 
 
 def _encode(
     model: LlavaLlamaForCausalLM, requests: Sequence[Request], memory: Memory | None
-) -> list[EncodedVisual]:
+) -> list[ImageFeatures]:
     """Return one encoding per placeholder; those of equal images are the same object."""
     identity = _identity if memory is None else _lasting_identity
     if memory is not None:
@@ -255,7 +255,7 @@ def _encode(
         for request in requests
         for group in _groups(request)
     ]
-    known: dict[Any, EncodedVisual] = {}
+    known: dict[Any, ImageFeatures] = {}
     if memory is not None:
         found = ((key, memory.find(key, model.pruner)) for key, _ in shown)
         known = {key: visual for key, visual in found if visual is not None}

@@ -56,7 +56,7 @@ class VisualTokens:
         return len(self.features)
 
 
-class Kind(IntEnum):
+class TokenType(IntEnum):
     """What a position of a prompt holds."""
 
     PADDING = -1
@@ -72,7 +72,7 @@ class Kind(IntEnum):
 
 def is_visual(kinds: Tensor) -> Tensor:
     """Return where ``kinds`` is a patch or a newline token."""
-    return (kinds == Kind.VISUAL) | (kinds == Kind.NEWLINE)
+    return (kinds == TokenType.VISUAL) | (kinds == TokenType.NEWLINE)
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Spans:
     """What every position of a batch of prompts holds, built where the tokens are spliced."""
 
     kinds: Tensor
-    """(B, L) int8 of :class:`Kind`."""
-    line: Tensor
+    """(B, L) int8 of :class:`TokenType`."""
+    row_id: Tensor
     """(B, L) int64: a newline token and the patch tokens of its row share a number; -1 elsewhere.
     """
     patches: tuple[tuple[int, ...], ...]
@@ -90,7 +90,7 @@ class Spans:
     @classmethod
     def without_newlines(cls, kinds: Tensor) -> Spans:
         """Return the spans of prompts with one image each and no newline tokens."""
-        counts = (kinds == Kind.VISUAL).sum(dim=1).tolist()
+        counts = (kinds == TokenType.VISUAL).sum(dim=1).tolist()
         return cls(
             kinds, torch.full_like(kinds, -1, dtype=torch.int64), tuple((n,) for n in counts)
         )
@@ -98,4 +98,4 @@ class Spans:
     @property
     def valid(self) -> Tensor:
         """(B, L) bool: not padding."""
-        return self.kinds != Kind.PADDING
+        return self.kinds != TokenType.PADDING

@@ -22,7 +22,7 @@ from llava_todre.model.export_hf import save_as_hf
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import LayerView, Pruner
-from llava_todre.spans import Kind, VisualTokens, is_visual
+from llava_todre.spans import TokenType, VisualTokens, is_visual
 
 # Matrices this small are faster without handing work to a second thread.
 torch.set_num_threads(1)
@@ -203,5 +203,5 @@ class MeasureAll(Pruner):
         return tuple(range(num_layers))
 
     def at_layer(self, view: LayerView) -> None:
-        is_text = ~is_visual(view.kinds) if self.all_text else view.kinds == Kind.TEXT
+        is_text = ~is_visual(view.kinds) if self.all_text else view.kinds == TokenType.TEXT
         view.attention_ratios(is_text)

@@ -24,7 +24,7 @@ import shell_lines
 import yaml
 from PIL import Image
 
-from eval.sweeps import plan
+from eval.run.sweeps import plan
 from llava_todre import load_pretrained_model
 from llava_todre.model.export_hf import save_as_hf
 from llava_todre.pruners import create_pruner

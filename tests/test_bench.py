@@ -15,9 +15,13 @@ import pytest
 import torch
 
 from eval.__main__ import main
-from eval.bench import bars, command, loads, methods, parts, sizes, timing
+from eval.bench import command, methods, timing
+from eval.bench import dims as sizes
+from eval.bench import overhead as parts
+from eval.bench import targets as bars
+from eval.bench import throughput as loads
 from eval.bench.answers import QUESTION_TOKENS, STAGES, SYSTEM_TOKENS, answer, picture, questions
-from eval.bench.sizes import SIZES, Size, build
+from eval.bench.dims import SIZES, Size, build
 from llava_todre import TodreError
 from llava_todre.flops import DecoderShape, TowerShape, decoder_prefill_flops
 from llava_todre.model.llava import LlavaLlamaForCausalLM

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 from llava_todre.stats import PruneStats
 
 TinyLlava = Callable[..., LlavaLlamaForCausalLM]
@@ -80,7 +80,7 @@ def outcomes(model: LlavaLlamaForCausalLM, *names: str) -> list[Outcome]:
     assert model._last is not None
     last = model._last[1].segments[-1].kinds
     return [
-        Outcome(tokens, stats, int((kinds == Kind.VISUAL).sum()))
+        Outcome(tokens, stats, int((kinds == TokenType.VISUAL).sum()))
         for tokens, stats, kinds in zip(generated.tolist(), model.last_stats, last, strict=True)
     ]
 

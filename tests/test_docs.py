@@ -10,9 +10,9 @@ import pages
 import pytest
 import shell_lines
 
-from eval.runs import CONFIGS
-from eval.suites import load_suite
-from eval.sweeps import plan
+from eval.run.spec import CONFIGS
+from eval.run.suites import load_suite
+from eval.run.sweeps import plan
 
 ROOT = pages.ROOT
 DOCS = ROOT / "docs"

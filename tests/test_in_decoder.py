@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import LayerView, Merge, Pruner, create_pruner
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 
 STEPS = 5
 METHODS = {
@@ -53,7 +53,7 @@ class Spy(Pruner):
             "prompt_embeds": view.prompt_embeds().clone(),
             "final_norm": view.final_norm(view.hidden_states()),
             "attention": view.attention(rows),
-            "attention_ahead": view.attention_ahead(rows),
+            "next_layer_attention": view.next_layer_attention(rows),
         }
         decision = self.method.at_layer(view)
         self.seen.append((view, decision, shown))
@@ -104,7 +104,7 @@ def test_views_and_decisions_agree_with_the_slow_decoder(
     for row in range(3):
         real = mask[row].bool()
         kinds = withdrawal.segments[0].kinds[row, real]
-        line = withdrawal.line[row, real]
+        line = withdrawal.row_id[row, real]
         present = torch.ones(8, len(kinds), dtype=torch.bool)
         replaced = {}
         for view, decision, _ in seen[row::3]:
@@ -114,8 +114,8 @@ def test_views_and_decisions_agree_with_the_slow_decoder(
             if isinstance(decision, Merge):
                 replaced[view.layer] = view.positions[keep], decision.hidden_states[keep]
             present[view.layer + 1 :, view.positions[~keep]] = False
-            for newline in (kinds == Kind.NEWLINE).nonzero()[:, 0].tolist():
-                of_row = (line == line[newline]) & (kinds == Kind.VISUAL)
+            for newline in (kinds == TokenType.NEWLINE).nonzero()[:, 0].tolist():
+                of_row = (line == line[newline]) & (kinds == TokenType.VISUAL)
                 present[view.layer + 1 :, newline] = bool(present[view.layer + 1][of_row].any())
         tokens, expected = decoder.greedy(embeds[row, real], STEPS, present, replaced)
         assert output.sequences[row].tolist() == tokens
@@ -125,7 +125,9 @@ def test_views_and_decisions_agree_with_the_slow_decoder(
         run = decoder.run(embeds[row, real], present, replaced)
         for view, _, shown in seen[row::3]:
             check_view(view, shown, run, decoder, present, kinds, embeds[row, real])
-        assert seen[row][0].entered == tuple(len(image.keep_idx) for image in stats[row].images)
+        assert seen[row][0].visual_counts == tuple(
+            len(image.keep_idx) for image in stats[row].images
+        )
 
 
 def check_view(
@@ -147,7 +149,7 @@ def check_view(
         "prompt_embeds": embeds,
         "final_norm": decoder._norm(hidden, "model.norm")[where],
         "attention": run.attention[view.layer][:, where[rows]][:, :, where],
-        "attention_ahead": ahead[:, where[rows]][:, :, where],
+        "next_layer_attention": ahead[:, where[rows]][:, :, where],
     }
     assert torch.equal(view.positions, where)
     assert torch.equal(view.kinds, kinds[where])

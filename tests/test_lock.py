@@ -13,9 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from eval.licences import PAGE, licence, packages
+from eval.pages.licences import PAGE, licence, packages
 from llava_todre.errors import TodreError
-from llava_todre.withdrawal.supported import TOO_NEW, check_transformers
+from llava_todre.stage2.supported import TOO_NEW, check_transformers
 
 try:
     import tomllib

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from eval import docs, performance
 from eval.__main__ import main
+from eval.pages import methods as docs
+from eval.pages import performance
 from llava_todre import load_pretrained_model
 from llava_todre.generate import Request, answer
 from llava_todre.intervals import difference

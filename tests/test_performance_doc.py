@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import performance
 from eval.__main__ import main
 from eval.bench import report
-from eval.bench.sizes import SIZES
-from eval.roofline import DEVICES, bound
+from eval.bench.dims import SIZES
+from eval.bench.roofline import DEVICES, bound
+from eval.pages import performance
 from llava_todre import TodreError
 
 STORED = performance.RESULTS

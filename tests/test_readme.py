@@ -13,7 +13,7 @@ import pages
 import pytest
 
 from eval.figures.registry import FIGURES
-from eval.readme import RESULTS, TABLES, readme, tables
+from eval.pages.readme import RESULTS, TABLES, readme, tables
 from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS
 

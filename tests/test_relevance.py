@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaModel
 
 from llava_todre import relevance
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.pruners import LayerView, Todre
 from llava_todre.relevance import attention_mass, attention_rows
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
+from llava_todre.stage1.select import ImageFeatures
 
 SCALING = 0.3
 PROMPTS = {
@@ -112,8 +112,8 @@ def test_all_columns_take_everything_and_none_take_nothing():
 @pytest.mark.parametrize("text_set", ["after_image", "all"])
 def test_both_ratios_equal_those_of_the_whole_map(groups, prompt, text_set):
     kinds = torch.tensor(PROMPTS[prompt], dtype=torch.int8)
-    visual = kinds == Kind.VISUAL
-    text = ~visual if text_set == "all" else kinds == Kind.TEXT
+    visual = kinds == TokenType.VISUAL
+    text = ~visual if text_set == "all" else kinds == TokenType.TEXT
     queries, keys = heads(groups, len(kinds))
     view = view_of(kinds, queries, keys)
     to_visual, to_text = view.attention_ratios(text)
@@ -158,7 +158,7 @@ def test_probes_equal_eager_attention_maps(
 ):
     model = tiny_llava(attention, num_key_value_heads=key_heads)
     visuals = [torch.randn(12 + i, 64, generator=draw) for i in range(ids.count(-200))]
-    images = [EncodedVisual(v, torch.arange(len(v)), 4, False, None) for v in visuals]
+    images = [ImageFeatures(v, torch.arange(len(v)), 4, False, None) for v in visuals]
     model.set_pruner(MeasureAll(all_text=all_text))
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]), images=images)
@@ -183,7 +183,7 @@ def test_ratios_after_an_earlier_drop_leave_the_dropped_tokens_out(tiny_llava, d
     class HalveThenMeasure(MeasureAll):
         def at_layer(self, view: LayerView) -> Tensor | None:
             super().at_layer(view)
-            places = (view.kinds == Kind.VISUAL).nonzero()[:, 0]
+            places = (view.kinds == TokenType.VISUAL).nonzero()[:, 0]
             keep = torch.ones(len(view.kinds), dtype=torch.bool)
             keep[places[1::2]] = view.layer != 2
             return keep
@@ -195,7 +195,7 @@ def test_ratios_after_an_earlier_drop_leave_the_dropped_tokens_out(tiny_llava, d
     with torch.no_grad():
         model(
             input_ids=torch.tensor([ids]),
-            images=[EncodedVisual(visual, torch.arange(12), 4, False, None)],
+            images=[ImageFeatures(visual, torch.arange(12), 4, False, None)],
         )
     slow = reference.LlamaReference(model)
     embeds, kinds = reference.splice(slow.embedding, ids, [visual])
@@ -228,7 +228,7 @@ def test_the_second_ratio_is_not_computed_when_it_is_zero_by_causality():
 def test_a_prompt_that_ends_with_an_image_can_be_measured(tiny_llava, draw, use_cache):
     model = tiny_llava()
     model.set_pruner(MeasureAll())
-    image = EncodedVisual(torch.randn(9, 64, generator=draw), torch.arange(9), 4, False, None)
+    image = ImageFeatures(torch.randn(9, 64, generator=draw), torch.arange(9), 4, False, None)
     model(input_ids=torch.tensor([[1, 5, -200]]), images=[image], use_cache=use_cache)
     ratios = [(p.text_to_visual, p.visual_to_text) for p in model.last_stats[0].probes]
     assert ratios == [(0.0, 0.0)] * 8

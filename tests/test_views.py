@@ -8,7 +8,7 @@ from conftest import visual_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_todre.pruners.views import apportion, by_view, view_groups
+from llava_todre.pruners.per_view import apportion, by_view, view_groups
 
 
 @given(st.data())

@@ -158,7 +158,7 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
 
 def test_frames_are_the_same_whichever_way_a_clip_comes_in(command: Any) -> None:
     pytest.importorskip("av", reason="PyAV is not installed (make setup)")
-    from llava_todre.lmms_plugin.items import shown_of
+    from llava_todre.lmms_plugin.requests import shown_of
     from llava_todre.video import read_clip
 
     model, tokenizer = ours()

@@ -27,10 +27,10 @@ from transformers.masking_utils import flash_attention_mask
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import ROLLS_BACK_BY_LAYER, LlavaLlamaForCausalLM
-from llava_todre.model.multimodal import EncodedVisual
 from llava_todre.pruners import LayerView, Pruner
-from llava_todre.spans import Kind
-from llava_todre.withdrawal import LayerInputs, Withdrawal
+from llava_todre.spans import TokenType
+from llava_todre.stage1.select import ImageFeatures
+from llava_todre.stage2 import DecoderPruning, LayerInputs
 
 STEPS = 12
 TOLERANCE = {"rtol": 0, "atol": 5e-5}  # 9e-6 measured; logits have a spread of 1
@@ -114,12 +114,12 @@ class Scripted(Pruner):
         return tuple(sorted({layer for _, layer, _ in self.drops}))
 
     def at_layer(self, view: LayerView) -> Tensor | None:
-        num_text = int((view.kinds == Kind.TEXT).sum())
+        num_text = int((view.kinds == TokenType.TEXT).sum())
         plan = {layer: stride for text, layer, stride in self.drops if text == num_text}
         stride = plan.get(view.layer)
         if stride is None:
             return None
-        keep = view.kinds != Kind.VISUAL
+        keep = view.kinds != TokenType.VISUAL
         if stride:
             keep[(~keep).nonzero()[::stride, 0]] = True
         return keep
@@ -135,7 +135,7 @@ def batch_of(samples: list[Sample], side: str = "left") -> dict[str, Any]:
         where = slice(length - count, length) if side == "left" else slice(0, count)
         ids[row, where], mask[row, where] = torch.tensor(sample.ids), 1
     images = [
-        EncodedVisual(visual, torch.arange(len(visual)), 4, False, None)
+        ImageFeatures(visual, torch.arange(len(visual)), 4, False, None)
         for sample in samples
         for visual in sample.visuals
     ]
@@ -491,18 +491,23 @@ def test_a_method_sees_one_sample_without_padding(tiny_llava, attention, name, u
 
 
 def no_repair_in_decode(
-    self: Withdrawal, layer: int, inputs: LayerInputs, cache: Any, flash: bool, module: Any = None
+    self: DecoderPruning,
+    layer: int,
+    inputs: LayerInputs,
+    cache: Any,
+    flash: bool,
+    module: Any = None,
 ) -> LayerInputs:
-    """Do what ``Withdrawal.enter`` does, except re-expressing masks after the prefill."""
+    """Do what ``DecoderPruning.enter`` does, except re-expressing masks after the prefill."""
     return inputs if not self.prefilling else _ENTER(self, layer, inputs, cache, flash, module)
 
 
-_ENTER = Withdrawal.enter
+_ENTER = DecoderPruning.enter
 
 
 @pytest.mark.parametrize("name", ["two, padded", "two, different layers", "three, mixed"])
 def test_without_mask_repair_the_oracle_disagrees(tiny_llava, implementation, name, monkeypatch):
-    monkeypatch.setattr(Withdrawal, "enter", no_repair_in_decode)
+    monkeypatch.setattr(DecoderPruning, "enter", no_repair_in_decode)
     model = tiny_llava(implementation)
     with pytest.raises((AssertionError, RuntimeError)):
         assert_equals_oracle(model, BATCHES[name], generate(model, BATCHES[name]))

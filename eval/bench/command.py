@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from eval.bench.bars import judged
-from eval.bench.loads import loads
+from eval.bench.dims import SIZES, build
 from eval.bench.methods import Contender, compare, contenders, count_only, table3
-from eval.bench.parts import attached_but_off, cls_row, probe, selection
+from eval.bench.overhead import attached_but_off, cls_row, probe, selection
 from eval.bench.report import as_text
-from eval.bench.sizes import SIZES, build
+from eval.bench.targets import judged
+from eval.bench.throughput import loads
 from eval.bench.timing import say
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM

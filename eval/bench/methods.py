@@ -14,11 +14,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from eval.bench.answers import QUESTION_TOKENS, Timed, answer, picture, questions
+from eval.bench.dims import Size, build, thin, tower_shape
 from eval.bench.memory import cache_bytes, peak_mib
-from eval.bench.sizes import Size, build, thin, tower_shape
+from eval.bench.roofline import kv_bytes, step_bytes
 from eval.bench.timing import in_turns, percentiles, ratios, say
-from eval.published import rows
-from eval.roofline import kv_bytes, step_bytes
+from eval.results.published import rows
 from llava_todre.errors import TodreError
 from llava_todre.flops import (
     DecoderShape,

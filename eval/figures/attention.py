@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_todre.pruners import LayerView
 from llava_todre.pruners.base import Pruner
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def ratios(view: LayerView) -> dict[str, tuple[float, float]]:
     visual, the system prompt included.
     """
     return {
-        "after_image": view.attention_ratios(view.kinds == Kind.TEXT),
+        "after_image": view.attention_ratios(view.kinds == TokenType.TEXT),
         "all": view.attention_ratios(~view.visual),
     }
 
@@ -57,9 +57,9 @@ def received(view: LayerView, num_generated: int) -> dict[str, float]:
     is_generated = torch.zeros(total, dtype=torch.bool, device=view.kinds.device)
     is_generated[rows] = True
     kinds: dict[str, Tensor] = {
-        "system": view.kinds == Kind.SYSTEM,
+        "system": view.kinds == TokenType.SYSTEM,
         "visual": view.visual,
-        "question": (view.kinds == Kind.TEXT) & ~is_generated,
+        "question": (view.kinds == TokenType.TEXT) & ~is_generated,
         "generated": is_generated,
     }
     return {name: float(mass[chosen].sum()) for name, chosen in kinds.items()}

@@ -35,7 +35,7 @@ from llava_todre.generate import Request, answer
 from llava_todre.mini import TEST_SEED, held_out
 from llava_todre.pruners import Combined, LayerView, create_pruner
 from llava_todre.pruners.todre import Todre
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 
 RATIO = 0.10
 PICTURE, TASK = 0, "read"
@@ -60,7 +60,7 @@ def gather(sources: Sources) -> Data:
     shares: list[float] = []
 
     def look(view: LayerView) -> None:
-        for name, kind in (("system", Kind.SYSTEM), ("text", Kind.TEXT)):
+        for name, kind in (("system", TokenType.SYSTEM), ("text", TokenType.TEXT)):
             kinds[name] = int((view.kinds == kind).sum())
         shares.append(max(ratios(view)["after_image"]))
 

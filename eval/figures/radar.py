@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from eval.drawing import name_of
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import PAGE, SMALL, letter, look_of, new_figure
-from eval.published import VERSIONS, numbers, rows
+from eval.results.published import VERSIONS, numbers, rows
+from eval.tables.render import name_of
 from llava_todre.errors import TodreError
 
 PUBLISHED_RATIO = 0.10

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.measured_results import checked_bench, checked_demo
-from eval.shapes import read_json
+from eval import ROOT
+from eval.results.measured import checked_bench, checked_demo
+from eval.results.schema import read_json
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.mini import TEST_SEED
@@ -18,7 +19,7 @@ from llava_todre.model.load import load_pretrained_model
 
 Data = dict[str, Any]
 """What a figure shows: plain numbers, lists and text, as they are in its JSON."""
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+RESULTS = ROOT / "docs" / "results"
 NOT_EVIDENCE = "not evidence about 7B models"
 _DIGITS = 5
 

@@ -7,12 +7,12 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from eval.compare import groups_of, relative_interval
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import BLUE, PAGE, VERMILION, letter, new_figure
-from eval.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
-from eval.results import Run, load_runs
-from eval.tables import sheets
+from eval.results.compare import groups_of, relative_interval
+from eval.results.files import Run, load_runs
+from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
+from eval.tables.paper import sheets
 from llava_todre.errors import TodreError
 from llava_todre.pruners.todre import Todre, TodreV1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_todre.errors import TodreError
-from llava_todre.lmms_plugin.log import read_answers
+from llava_todre.lmms_plugin.answer_log import read_answers
 from llava_todre.mini import Sample
 
 _Key = tuple[str, int]

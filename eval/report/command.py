@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from eval.measured_results import checked_demo
 from eval.report import charts, demo, runs
-from eval.shapes import read_json
+from eval.results.measured import checked_demo
+from eval.results.schema import read_json
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.all_runs import as_tables
-from eval.drawing import Table, stacked
-from eval.matching import model_key
-from eval.published import table_spec
 from eval.report.answers import of_runs
 from eval.report.origin import origin
 from eval.report.page import Html, folded, heading, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, answers, with_pictures
-from eval.results import Run, load_runs
-from eval.tables import OF_THEIR_BENCHMARKS, sheets
+from eval.results.files import Run, load_runs
+from eval.results.lookup import model_key
+from eval.results.published import table_spec
+from eval.tables.all_runs import as_tables
+from eval.tables.paper import OF_THEIR_BENCHMARKS, sheets
+from eval.tables.render import Table, stacked
 from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.arguments import draws, item_seed, with_seed
 from llava_todre.mini import held_out

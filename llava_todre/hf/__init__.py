@@ -20,10 +20,10 @@ from llava_todre.hf.attachment import Attachment
 from llava_todre.hf.families import family_of
 from llava_todre.hf.original import ORIGINAL
 from llava_todre.hf.original_attachment import OriginalAttachment
+from llava_todre.locking import in_turn, turn
 from llava_todre.model.adapters import unwrapped
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.stats import PruneStats
-from llava_todre.turns import in_turn, turn
 
 _STACK = "_todre_attachments"
 

@@ -15,12 +15,11 @@ from transformers.cache_utils import DynamicCache
 from llava_todre.errors import TodreError
 from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.hf.arguments import check, refuse
-from llava_todre.hf.capture import Captured, Need, capture, decoder_of
-from llava_todre.hf.decoder import require_readable, withdrawing
+from llava_todre.hf.capture import DecoderInputs, Need, capture, decoder_of
 from llava_todre.hf.deepstack import adding
 from llava_todre.hf.families import family_of
 from llava_todre.hf.family import STATES, Family
-from llava_todre.hf.output import Streamer, with_whole_prompt
+from llava_todre.hf.generate_output import Streamer, with_whole_prompt
 from llava_todre.hf.prompts import (
     Visual,
     find_visuals,
@@ -30,14 +29,14 @@ from llava_todre.hf.prompts import (
     prune_prompt,
     untouched,
 )
-from llava_todre.hf.turns import uncompiled
+from llava_todre.locking import Latest, turn, uncompiled
 from llava_todre.model.checkpoint import first_line
 from llava_todre.pruners import Pruner
 from llava_todre.settings import checked, pad_id, real_tokens, setting, shorter_lengths
 from llava_todre.spans import is_visual
+from llava_todre.stage2 import DecoderPruning
+from llava_todre.stage2.hooks import require_readable, withdrawing
 from llava_todre.stats import PruneStats
-from llava_todre.turns import Latest, turn
-from llava_todre.withdrawal import Withdrawal
 
 _PLACEHOLDERS = {
     "image": ("image_token_id", "image_token_index"),
@@ -166,7 +165,7 @@ class Attachment:
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
         short, spans = left_padded(prompts, ids, pad_id(self.model, kwargs))
         decoder = decoder_of(self.model)
-        withdrawal = Withdrawal(self.pruner, spans, decoder.config.num_hidden_layers)
+        withdrawal = DecoderPruning(self.pruner, spans, decoder.config.num_hidden_layers)
         if captured.position_ids is not None:
             short["position_ids"] = kept_positions(captured.position_ids, prompts)
         if withdrawal.probe_layers:
@@ -222,7 +221,9 @@ class Attachment:
         layouts = self.family.layouts(self.model, inputs)
         return ids, real, find_visuals(ids, real, self._placeholders, layouts)
 
-    def _captured(self, given: Mapping[str, Any], needs: Sequence[Need], length: int) -> Captured:
+    def _captured(
+        self, given: Mapping[str, Any], needs: Sequence[Need], length: int
+    ) -> DecoderInputs:
         """Return the prompts as the decoder would have read them, ``length`` tokens each."""
         del length
         return capture(self.model, self.family, given, needs)

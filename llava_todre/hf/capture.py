@@ -24,7 +24,7 @@ Need = tuple[str, int | float]
 
 
 @dataclass(frozen=True)
-class Captured:
+class DecoderInputs:
     """The prompt as the decoder would have read it, unpruned."""
 
     embeds: Tensor
@@ -47,7 +47,7 @@ def decoder_of(model: Any) -> Any:
 @torch.no_grad()
 def capture(
     model: Any, family: Family, inputs: Mapping[str, Any], needs: Iterable[Need]
-) -> Captured:
+) -> DecoderInputs:
     """Run everything but the decoder.
 
     Args:
@@ -65,7 +65,7 @@ def capture(
     with _recorded(decoder_of(model)) as taken, measuring(family, model, needs) as measured:
         model.model(**(given | {"use_cache": False}))
     positions = taken.get("position_ids")
-    return Captured(
+    return DecoderInputs(
         taken["inputs_embeds"],
         positions if positions is not None and positions.ndim == 3 else None,
         taken.get("deepstack_visual_embeds"),

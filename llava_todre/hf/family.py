@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
-from llava_todre.hf.layout import Layout
+from llava_todre.stage1.layout import Layout
 
 Inputs = Mapping[str, Any]
 Layouts = dict[str, list[Layout]]

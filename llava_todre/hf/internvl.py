@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
-from llava_todre.hf.layout import Layout
 from llava_todre.model.vision import QUANTITIES
+from llava_todre.stage1.layout import Layout
 
 
 def _layouts(model: Any, inputs: Inputs) -> Layouts:

@@ -11,7 +11,6 @@ import torch
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
-from llava_todre.hf.layout import Layout
 from llava_todre.hf.llava import (
     CLIP,
     anyres_layout,
@@ -23,6 +22,7 @@ from llava_todre.hf.llava import (
     tower_side,
 )
 from llava_todre.model.vision import QUANTITIES
+from llava_todre.stage1.layout import Layout
 
 
 def pooled_video(num_frames: int, side: int, stride: int) -> Layout:
@@ -40,7 +40,7 @@ def pooled_video(num_frames: int, side: int, stride: int) -> Layout:
     frame, row, column = places.unbind(dim=1)
     return Layout(
         is_newline=torch.zeros(len(frame), dtype=torch.bool),
-        line=torch.full((len(frame),), -1),
+        row_id=torch.full((len(frame),), -1),
         view=frame,
         row=row,
         column=column,

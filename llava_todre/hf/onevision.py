@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from llava_todre.hf.family import Family, Inputs, Layouts
-from llava_todre.hf.layout import Layout
 from llava_todre.hf.llava import (
     crop_grid,
     image_sizes,
@@ -23,8 +22,9 @@ from llava_todre.hf.llava import (
     tower_layers,
     tower_side,
 )
-from llava_todre.model.multimodal import NEWLINE
 from llava_todre.model.vision import attention_received
+from llava_todre.stage1.layout import Layout
+from llava_todre.stage1.select import NEWLINE
 
 
 def _measure(quantity: str, layer: nn.Module, hidden: Tensor, called: Inputs) -> Tensor:
@@ -87,7 +87,7 @@ def anyres_max_layout(model: Any, height: int, width: int) -> Layout:
     tokens = torch.cat([thumbnail, patch(*nearest)])
     return Layout(
         is_newline=is_newline,
-        line=line,
+        row_id=line,
         view=tokens // side**2,
         row=tokens % side**2 // side,
         column=tokens % side,
@@ -116,7 +116,7 @@ def video_layout(model: Any, num_frames: int) -> Layout:
     end = torch.tensor([True])
     return Layout(
         is_newline=torch.cat([torch.zeros(len(frame), dtype=torch.bool), end]),
-        line=torch.zeros(len(frame) + 1, dtype=torch.int64),
+        row_id=torch.zeros(len(frame) + 1, dtype=torch.int64),
         view=frame,
         row=within // tokens,
         column=within % tokens,

@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.attachment import MANY, Attachment, Read
-from llava_todre.hf.capture import Captured, Need, measuring
-from llava_todre.hf.layout import Layout
+from llava_todre.hf.capture import DecoderInputs, Need, measuring
 from llava_todre.hf.prompts import Visual
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
+from llava_todre.stage1.layout import Layout
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
 
@@ -44,7 +44,9 @@ class OriginalAttachment(Attachment):
         side = getattr(self.model.config, "tokenizer_padding_side", "right")
         return expanded(ids, real, layouts, side)
 
-    def _captured(self, given: Mapping[str, Any], needs: Sequence[Need], length: int) -> Captured:
+    def _captured(
+        self, given: Mapping[str, Any], needs: Sequence[Need], length: int
+    ) -> DecoderInputs:
         with measuring(self.family, self.model, needs) as measured:
             prepared = getattr(self.model, _PREPARE)(
                 given["input_ids"],
@@ -61,7 +63,7 @@ class OriginalAttachment(Attachment):
                 f"the prompts have {embeds.shape[1]} tokens, {length} expected; allowed: "
                 "prompts within tokenizer_model_max_length, and the layouts of llava-torch 1.2.2."
             )
-        return Captured(embeds, None, None, None, measured)
+        return DecoderInputs(embeds, None, None, None, measured)
 
     def _call(
         self, given: Mapping[str, Any], short: dict[str, Any], settings: dict[str, Any]

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llava_todre.errors import TodreError
-from llava_todre.hf.capture import Captured
+from llava_todre.hf.capture import DecoderInputs
 from llava_todre.hf.family import STATES, Layouts
-from llava_todre.hf.layout import Layout
 from llava_todre.pruners import Pruner, Selection
-from llava_todre.spans import Kind, Spans, VisualTokens
+from llava_todre.spans import Spans, TokenType, VisualTokens
+from llava_todre.stage1.layout import Layout
 from llava_todre.stats import ImageStats, PruneStats
 
 _NOTHING = Layout.of_slots(torch.empty(0, dtype=torch.int64), 0, 1)
@@ -47,8 +47,8 @@ class Prompt:
     embeds: Tensor
     """(M, D)."""
     kinds: Tensor
-    """(M,) int8 of :class:`~llava_todre.spans.Kind`."""
-    line: Tensor
+    """(M,) int8 of :class:`~llava_todre.spans.TokenType`."""
+    row_id: Tensor
     """(M,) see :class:`~llava_todre.spans.Spans`."""
     images: tuple[ImageStats, ...]
 
@@ -95,7 +95,7 @@ def find_visuals(
 
 def prune_prompt(
     pruner: Pruner,
-    captured: Captured,
+    captured: DecoderInputs,
     row: int,
     real: Tensor,
     visuals: Sequence[Visual],
@@ -113,15 +113,15 @@ def prune_prompt(
     """
     embeds, real = captured.embeds[row], real.cpu()
     stays = real.clone()
-    kinds = torch.full_like(real, Kind.SYSTEM, dtype=torch.int8)
+    kinds = torch.full_like(real, TokenType.SYSTEM, dtype=torch.int8)
     line = torch.full_like(real, -1, dtype=torch.int64)
     images, num_lines = [], 0
     is_visual = torch.zeros_like(stays)
     for visual in visuals:
         is_visual[visual.columns] = True
     if visuals:
-        kinds[int(visuals[0].columns[0]) :] = Kind.TEXT
-    is_text = (kinds == Kind.TEXT) & ~is_visual & real
+        kinds[int(visuals[0].columns[0]) :] = TokenType.TEXT
+    is_text = (kinds == TokenType.TEXT) & ~is_visual & real
     text = embeds[is_text] if "text_embeds" in pruner.needs else None
     for visual in visuals:
         layout, columns = visual.layout, visual.columns
@@ -135,8 +135,10 @@ def prune_prompt(
             places = columns[~layout.is_newline][kept]
             embeds[places] = selection.features.to(embeds)
         stays[columns] = layout.keep(kept)
-        kinds[columns] = torch.where(layout.is_newline, Kind.NEWLINE, Kind.VISUAL).to(kinds)
-        line[columns] = torch.where(layout.line < 0, -1, layout.line + num_lines)
+        kinds[columns] = torch.where(layout.is_newline, TokenType.NEWLINE, TokenType.VISUAL).to(
+            kinds
+        )
+        line[columns] = torch.where(layout.row_id < 0, -1, layout.row_id + num_lines)
         images.append(_image_stats(layout, kept))
         num_lines += images[-1].num_newlines
     columns = stays.nonzero()[:, 0]
@@ -147,7 +149,7 @@ def _tokens(
     visual: Visual,
     embeds: Tensor,
     text: Tensor | None,
-    captured: Captured,
+    captured: DecoderInputs,
     project: Callable[[Tensor], Tensor],
 ) -> VisualTokens:
     """Return what a method selects from."""
@@ -224,8 +226,8 @@ def left_padded(
     kept = [row[prompt.columns] for row, prompt in zip(ids, prompts, strict=True)]
     embeds = _padded([prompt.embeds for prompt in prompts], 0.0)
     spans = Spans(
-        _padded([prompt.kinds for prompt in prompts], Kind.PADDING).to(embeds.device),
-        _padded([prompt.line for prompt in prompts], -1).to(embeds.device),
+        _padded([prompt.kinds for prompt in prompts], TokenType.PADDING).to(embeds.device),
+        _padded([prompt.row_id for prompt in prompts], -1).to(embeds.device),
         tuple(tuple(len(image.keep_idx) for image in prompt.images) for prompt in prompts),
     )
     arguments = {
@@ -249,7 +251,7 @@ def kept_positions(position_ids: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     return torch.cat([_padded(plain, 0)[None], _padded(kept, 0).permute(2, 0, 1)])
 
 
-def kept_deep_features(captured: Captured, prompts: Sequence[Prompt]) -> list[Tensor]:
+def kept_deep_features(captured: DecoderInputs, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Return what is added behind the first decoder layers, for the kept tokens of all samples."""
     assert captured.deepstack is not None and captured.deepstack_at is not None
     stays = torch.zeros_like(captured.deepstack_at)

@@ -18,14 +18,14 @@ from llava_todre.generate import Answer, Request, call_settings
 from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
-from llava_todre.hf.times import metadata_of
+from llava_todre.hf.video_metadata import metadata_of
+from llava_todre.locking import turn
 from llava_todre.model.adapters import unwrapped
 from llava_todre.model.bounded import within
 from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import check_elongation, open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
-from llava_todre.turns import turn
 
 
 class StockModel:

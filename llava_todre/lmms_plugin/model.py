@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from llava_todre.errors import PromptTooLongError, TodreError, unknown
 from llava_todre.generate import Answer, Memory, Picture, Request, Views
-from llava_todre.lmms_plugin.ahead import ahead
+from llava_todre.lmms_plugin.answer_log import AnswerLog, Line
 from llava_todre.lmms_plugin.arguments import (
     build_pruner,
     draws,
@@ -30,9 +30,16 @@ from llava_todre.lmms_plugin.arguments import (
     with_seed,
 )
 from llava_todre.lmms_plugin.backend import load_backend
+from llava_todre.lmms_plugin.distributed import (
+    all_counts,
+    join_processes,
+    peak_memory_mib,
+    placement,
+)
 from llava_todre.lmms_plugin.fingerprint import fingerprint
-from llava_todre.lmms_plugin.grouping import picture_keys, share_pictures
-from llava_todre.lmms_plugin.items import (
+from llava_todre.lmms_plugin.image_keys import picture_keys, share_pictures
+from llava_todre.lmms_plugin.prefetch import ahead
+from llava_todre.lmms_plugin.requests import (
     Batch,
     Item,
     Key,
@@ -43,10 +50,8 @@ from llava_todre.lmms_plugin.items import (
     items_of,
     shown_of,
 )
-from llava_todre.lmms_plugin.log import AnswerLog, Line
-from llava_todre.lmms_plugin.processes import all_counts, join_processes, peak_memory_mib, placement
 from llava_todre.lmms_plugin.response_cache import tell_response_cache
-from llava_todre.lmms_plugin.team import Team
+from llava_todre.lmms_plugin.tensor_parallel import Team
 from llava_todre.model.chat_template import TEMPLATES
 from llava_todre.model.prompt import AUTO
 from llava_todre.stats import PruneStats

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.model.decoder import PruningLlamaModel
 from llava_todre.model.images import Size, anyres_grid_shape
-from llava_todre.model.multimodal import (
-    EncodedVisual,
+from llava_todre.model.vision import VisionTower
+from llava_todre.pruners import Need, Pruner
+from llava_todre.selection import check_finite
+from llava_todre.stage1.select import (
+    ImageFeatures,
     build_projector,
     merge_slots,
     needs_selection,
     whole_rows,
 )
-from llava_todre.model.vision import VisionTower
-from llava_todre.pruners import Need, Pruner
-from llava_todre.selection import check_finite
+from llava_todre.stage2.llama import PruningLlamaModel
 
 MODALITIES = ("image", "video")
 
@@ -75,7 +75,7 @@ class LlavaLlamaModel(PruningLlamaModel):
         image_sizes: Sequence[Size] | None,
         modalities: Sequence[str] | None,
         pruner: Pruner,
-    ) -> list[EncodedVisual]:
+    ) -> list[ImageFeatures]:
         """Run tower and projector over all views at once; see ``encode_images``."""
         views = [image if image.ndim == 4 else image[None] for image in images]
         sizes = [None] * len(views)
@@ -107,7 +107,7 @@ class LlavaLlamaModel(PruningLlamaModel):
             start = part.stop
             before = bool(needs & {"vision_features", "clip_similarity"})
             visuals.append(
-                EncodedVisual(
+                ImageFeatures(
                     projected=projected[part].flatten(0, 1),
                     slots=slot,
                     side=self.vision_tower.side,

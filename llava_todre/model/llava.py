@@ -22,23 +22,23 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llava_todre.errors import PromptTooLongError, TodreError, unknown
 from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.flops import DecoderShape
+from llava_todre.locking import Latest, in_turn, turn
 from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
 from llava_todre.model.images import Size
-from llava_todre.model.multimodal import EncodedVisual, prune, prune_ahead
-from llava_todre.model.prefix import Layers, PrefixStore, may_share
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
-from llava_todre.model.splice import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
 from llava_todre.pruners.base import plain
 from llava_todre.settings import checked, real_tokens, setting, shorter_lengths, stated_tokens
 from llava_todre.spans import Spans
+from llava_todre.stage1.pack import SplicedPrompt, pad_prompts, question_rows, splice
+from llava_todre.stage1.select import ImageFeatures, prune, prune_ahead
+from llava_todre.stage2 import DecoderPruning
+from llava_todre.stage2.prefix import Layers, PrefixStore, may_share
 from llava_todre.stats import Clock, ImageStats, PruneStats
-from llava_todre.turns import Latest, in_turn, turn
-from llava_todre.withdrawal import Withdrawal
 
-Images = Tensor | Sequence[Tensor] | Sequence[EncodedVisual]
+Images = Tensor | Sequence[Tensor] | Sequence[ImageFeatures]
 Prepared = tuple[
     Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None
 ]
@@ -56,7 +56,7 @@ _GENERATION_DEFAULTS = {
     "cache_implementation": None,
 }
 
-_Record = tuple[list[tuple[ImageStats, ...]], Withdrawal]
+_Record = tuple[list[tuple[ImageStats, ...]], DecoderPruning]
 """Stage 1 on the images of each sample, and the state of Stage 2."""
 
 
@@ -147,7 +147,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         images: Images,
         image_sizes: Sequence[Size] | None = None,
         modalities: Sequence[str] | None = None,
-    ) -> list[EncodedVisual]:
+    ) -> list[ImageFeatures]:
         """Run tower and projector; the result serves as ``images`` for any number of questions.
 
         Args:
@@ -162,7 +162,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if not isinstance(images, (Tensor, Sequence, Iterator)):
             raise TodreError(f"images must be a tensor or a list, got {type(images).__name__}.")
         entries: list[Any] = list(images)
-        if all(isinstance(entry, EncodedVisual) for entry in entries):
+        if all(isinstance(entry, ImageFeatures) for entry in entries):
             return entries
         self._check_pixels(entries)
         with self.clock.stage("vision"):
@@ -260,14 +260,16 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         with self.clock.stage("selection"):
             return self._splice(ids, targets, visuals, questions)
 
-    def _begin(self, prompts: Sequence[SplicedPrompt], spans: Spans, cached: int = 0) -> Withdrawal:
+    def _begin(
+        self, prompts: Sequence[SplicedPrompt], spans: Spans, cached: int = 0
+    ) -> DecoderPruning:
         """Return the state of Stage 2 for prompts whose first ``cached`` keys are stored."""
         length, limit = spans.kinds.shape[1], self.config.max_position_embeddings
         if length > limit:
             raise PromptTooLongError(
                 f"prompt of {length} tokens is longer than the {limit} the model can read."
             )
-        withdrawal = Withdrawal(self.pruner, spans, self.config.num_hidden_layers, cached)
+        withdrawal = DecoderPruning(self.pruner, spans, self.config.num_hidden_layers, cached)
         images = [tuple(visual.stats for visual in prompt.visuals) for prompt in prompts]
         self._latest.put((images, withdrawal))
         return withdrawal
@@ -301,7 +303,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
         prefixes.claim(self)
         embeds, spans, _ = pad_prompts(prompts, "left", by_part=True)
-        withdrawal = self._begin(prompts, spans, cached=max(prompt.head for prompt in prompts))
+        withdrawal = self._begin(
+            prompts, spans, cached=max(prompt.prefix_len for prompt in prompts)
+        )
         cache = prefixes.cache(prompts, self.config, compute)
         if withdrawal.probe_layers:
             cache.withdrawal = withdrawal
@@ -319,7 +323,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self,
         ids: Sequence[Tensor],
         labels: Sequence[Tensor | None],
-        visuals: Sequence[EncodedVisual],
+        visuals: Sequence[ImageFeatures],
         questions: Sequence[str] | None,
     ) -> list[SplicedPrompt]:
         """Run Stage 1 on every image, once where the question does not matter, and splice."""
@@ -438,7 +442,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             modalities: see :meth:`encode_images`.
             questions: see :meth:`prepare_inputs_labels_for_multimodal`.
             prefixes: where the keys of system prompt and images are kept for later questions about
-                the same :class:`~llava_todre.model.multimodal.EncodedVisual` objects; not read
+                the same :class:`~llava_todre.stage1.select.ImageFeatures` objects; not read
                 where it would change an answer, nor with beam search.
             kwargs: everything ``transformers``' ``generate`` takes, ``attention_mask`` included.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.relevance import attention_mass, attention_rows
-from llava_todre.spans import Kind, VisualTokens, is_visual
+from llava_todre.spans import TokenType, VisualTokens, is_visual
 
 VISION_NEEDS = {
     "cls_attention": "(N,) softmax attention of [CLS], mean over heads",
@@ -98,7 +98,7 @@ class LayerView:
     """The layer that has just run, 0-based."""
     num_layers: int
     kinds: Tensor
-    """(N,) int8 of :class:`~llava_todre.spans.Kind`, one per token still present."""
+    """(N,) int8 of :class:`~llava_todre.spans.TokenType`, one per token still present."""
     hidden_states: Callable[[], Tensor]
     """() -> (N, D) output of ``layer``."""
     queries: Callable[[Tensor], Tensor]
@@ -112,9 +112,9 @@ class LayerView:
     """(L,) int8, one per token that layer 0 read."""
     prompt_embeds: Callable[[], Tensor]
     """() -> (L, D) what layer 0 read."""
-    entered: tuple[int, ...]
+    visual_counts: tuple[int, ...]
     """Patch tokens of each image or video that layer 0 read."""
-    attention_ahead: Callable[[Tensor], Tensor]
+    next_layer_attention: Callable[[Tensor], Tensor]
     """(R,) positions -> (H, R, N) attention of these rows in ``layer + 1``, before it has run."""
     rope_frequencies: Tensor
     """(E / 2,) radians per position of each pair of the rotary embedding."""
@@ -136,7 +136,7 @@ class LayerView:
     @property
     def patches(self) -> Tensor:
         """Positions of the patch tokens, ascending."""
-        return (self.kinds == Kind.VISUAL).nonzero()[:, 0]
+        return (self.kinds == TokenType.VISUAL).nonzero()[:, 0]
 
     def attention(self, rows: Tensor) -> Tensor:
         """Return the attention of ``rows`` (R,) in ``layer``: (H, R, N) float32."""
@@ -195,7 +195,7 @@ class Pruner:
         """
         return False
 
-    def shares_prefix(self, num_layers: int) -> bool:
+    def prefix_cacheable(self, num_layers: int) -> bool:
         """Whether questions about one image may share its part of the KV cache.
 
         They may when the question has no say in which tokens enter the decoder, nor in what the

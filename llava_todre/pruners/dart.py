@@ -14,7 +14,7 @@ from torch import Tensor
 from llava_todre.pruners.base import About, LayerView, require_int, require_layer, top
 from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import unit_rows
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class DART(StagedPruner):
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the image pivots and what the pivots take."""
-        patches, text = view.patches, (view.kinds == Kind.TEXT).nonzero()[:, 0]
+        patches, text = view.patches, (view.kinds == TokenType.TEXT).nonzero()[:, 0]
         strength = view.keys().float().abs().sum(dim=(0, 2))  # (N,) all heads concatenated
         of_image, of_text = (
             group[top(strength[group], most)].sort().values

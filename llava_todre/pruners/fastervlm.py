@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from llava_todre.pruners.base import About, Need, Pruner, Selection, require_int, top
-from llava_todre.pruners.views import by_view
+from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
 

@@ -23,7 +23,7 @@ from llava_todre.pruners.base import (
     round_half_up,
     top,
 )
-from llava_todre.pruners.views import apportion, by_view
+from llava_todre.pruners.per_view import apportion, by_view
 from llava_todre.spans import VisualTokens
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
-from llava_todre.spans import Kind, VisualTokens
+from llava_todre.spans import TokenType, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,6 @@ class Observed(Pruner):
         if bool(view.visual.any()):
             # Last, so that every layer is measured with the same text; no work of the method's.
             spent = view.tally.flops
-            view.attention_ratios(view.kinds == Kind.TEXT)
+            view.attention_ratios(view.kinds == TokenType.TEXT)
             view.tally.flops = spent
         return decision

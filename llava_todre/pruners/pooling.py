@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from llava_todre.pruners.base import About, Pruner, Selection
-from llava_todre.pruners.cells import cut
+from llava_todre.pruners.grid import cut
 from llava_todre.selection import check_finite
 from llava_todre.spans import VisualTokens
 

@@ -52,5 +52,5 @@ class PyramidDrop(StagedPruner):
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the patch tokens with the highest attention ahead, mean over heads."""
-        scores = view.attention_ahead(last_row(view)).mean(dim=0)[0, view.patches]
+        scores = view.next_layer_attention(last_row(view)).mean(dim=0)[0, view.patches]
         return view.patches[top(scores, count)]

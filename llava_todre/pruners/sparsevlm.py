@@ -26,7 +26,7 @@ from llava_todre.pruners.base import (
 )
 from llava_todre.pruners.staged import StagedPruner, keep_of, last_row
 from llava_todre.selection import check_finite
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 
 PUBLISHED_TOTAL = 192
 
@@ -174,9 +174,9 @@ def raters(view: LayerView) -> Tensor:
     dot products of their input embeddings. Where all match alike, the last token rates. With
     several images, text between them rates only those before it, because attention is causal.
     """
-    text = (view.prompt_kinds == Kind.TEXT).nonzero()[:, 0]
+    text = (view.prompt_kinds == TokenType.TEXT).nonzero()[:, 0]
     embeds = view.prompt_embeds().float()
-    patches = embeds[view.prompt_kinds == Kind.VISUAL]  # (P, D)
+    patches = embeds[view.prompt_kinds == TokenType.VISUAL]  # (P, D)
     votes = (patches @ embeds[text].T).softmax(dim=1)  # (P, T)
     view.tally.product(*patches.shape, len(text))
     match = votes.mean(dim=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import LayerView, Merge, Pruner, require_choice, round_half_up
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 
 BudgetRule = Literal["count", "mean"]
 
@@ -66,8 +66,8 @@ class StagedPruner(Pruner):
 
     def at_layer(self, view: LayerView) -> Tensor | Merge | None:
         """Drop what the stage behind this layer drops."""
-        total = sum(view.entered)
-        wanted = sum(self.budget(num_patches) for num_patches in view.entered)
+        total = sum(view.visual_counts)
+        wanted = sum(self.budget(num_patches) for num_patches in view.visual_counts)
         if wanted == total:
             return None
         ratio = wanted / total
@@ -120,7 +120,7 @@ class StagedPruner(Pruner):
 
 def keep_of(view: LayerView, chosen: Tensor) -> Tensor:
     """Return (N,) bool: of the patch tokens only those at the positions ``chosen``."""
-    keep = view.kinds != Kind.VISUAL
+    keep = view.kinds != TokenType.VISUAL
     keep[chosen] = True
     return keep
 

@@ -24,7 +24,7 @@ from llava_todre.pruners.base import (
     require_int,
 )
 from llava_todre.selection import Objective, greedy_diverse_batch, unit_rows
-from llava_todre.spans import Kind, VisualTokens
+from llava_todre.spans import TokenType, VisualTokens
 
 Pivot = Literal["cls", "random", "nearest", "farthest"]
 Similarity = Literal["raw", "centred"]
@@ -149,7 +149,7 @@ class Todre(Pruner):
         visual = view.visual
         if not bool(visual.any()) or bool(visual[-1]):
             return None  # a prompt that ends with an image: its last token predicts the answer
-        text = ~visual if self.text_set == "all" else view.kinds == Kind.TEXT
+        text = ~visual if self.text_set == "all" else view.kinds == TokenType.TEXT
         return ~visual if max(view.attention_ratios(text)) < self.tau else None
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from llava_todre.pruners.base import About, Pruner, Selection
-from llava_todre.pruners.cells import cut
+from llava_todre.pruners.grid import cut
 from llava_todre.spans import VisualTokens
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.pruners.base import About, Need, Pruner, Selection, require, require_int, top
-from llava_todre.pruners.views import by_view
+from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
 

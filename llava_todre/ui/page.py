@@ -14,11 +14,11 @@ from typing import Any
 from llava_todre.catalogue import COMBINATION
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
-from llava_todre.ui import facts
+from llava_todre.ui import summary as facts
 from llava_todre.ui.drawing import preview
-from llava_todre.ui.studio import Studio, has_budget
+from llava_todre.ui.handler import RESULTS, SIDES, Settings, part, reason, visit
+from llava_todre.ui.session import Studio, has_budget
 from llava_todre.ui.uploads import read_upload
-from llava_todre.ui.visit import RESULTS, SIDES, Settings, part, reason, visit
 
 _START = (("vanilla", 1.0), ("todre", 0.1))
 _FRAMES, _MOST_FRAMES = 8, 32

@@ -18,7 +18,7 @@ from llava_todre.errors import TodreError
 from llava_todre.model.prompt import AUTO
 from llava_todre.ui.gate import Gate, address_of, is_loopback
 from llava_todre.ui.page import CSS, build_page
-from llava_todre.ui.studio import Studio
+from llava_todre.ui.session import Studio
 from llava_todre.ui.uploads import LIMITS
 
 LOCAL = "127.0.0.1"
@@ -40,7 +40,7 @@ def serve(
 
     Args:
         model_path: folder or hub id; the bundled model when None.
-        backend: llava, transformers or auto, see :class:`~llava_todre.ui.studio.Studio`.
+        backend: llava, transformers or auto, see :class:`~llava_todre.ui.session.Studio`.
         template: conversation template, of our class; auto is the checkpoint's own.
         host: the address to listen on; only this machine can reach the default one.
         port: TCP port.

@@ -16,7 +16,7 @@ import traceback
 import zlib
 from pathlib import Path
 
-from llava_todre.lmms_plugin.log import AnswerLog
+from llava_todre.lmms_plugin.answer_log import AnswerLog
 
 SIZE = 96
 STATS = {

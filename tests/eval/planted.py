@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from eval.published import table_spec
+from eval.results.published import table_spec
 
 IMAGE = table_spec("1").benchmarks
 FULL = dict(zip(IMAGE, (1500.0, 70.0, 60.0, 80.0, 65.0, 55.0, 50.0, 75.0), strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llava_todre.lmms_plugin.log import AnswerLog, read_answers
+from llava_todre.lmms_plugin.answer_log import AnswerLog, read_answers
 
 LINE = {
     "task": "gqa",

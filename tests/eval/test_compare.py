@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval import compare as module
-from eval.compare import (
+from eval.results import compare as module
+from eval.results.compare import (
     compare,
     difference_interval,
     drawn_over,

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from eval import launch, mini_data, suites
-from eval.commands import _tell
-from eval.launch import Launch, Report, execute
-from eval.results import load_runs
-from eval.runs import ROOT, Run, resolve
-from eval.suite_digest import suite_digest
-from eval.suites import load_suite
+from eval.mini import data as mini_data
+from eval.results.files import load_runs
+from eval.run import launch, suites
+from eval.run.commands import _tell
+from eval.run.launch import Launch, Report, execute
+from eval.run.spec import ROOT, Run, resolve
+from eval.run.suite_digest import suite_digest
+from eval.run.suites import load_suite
 
 FAKE = Path(__file__).with_name("fake_lmms_eval.py")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from eval import drawing, table_command
 from eval.bench.methods import table3
-from eval.efficiency import MISSING, efficiencies, load_benches
-from eval.published import rows
+from eval.results.published import rows
+from eval.tables import command as table_command
+from eval.tables import render as drawing
+from eval.tables.efficiency import MISSING, efficiencies, load_benches
 
 TABLE3 = [each.label for each in table3()]
 

@@ -20,7 +20,7 @@ from eval.figures.registry import FIGURES
 from eval.figures.sources import Sources
 from llava_todre.mini import held_out
 from llava_todre.pruners import LayerView
-from llava_todre.spans import Kind, is_visual
+from llava_todre.spans import TokenType, is_visual
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "figures"
 LIVE = [name for name, spec in FIGURES.items() if spec.live]
@@ -47,7 +47,7 @@ def test_observed_attention_is_that_of_the_eager_model(tiny_llava: Callable[...,
     assert len(seen) == len(maps) == 8
     for (shares, taken, kinds), attention in zip(seen, maps, strict=True):
         rows = attention[0].mean(dim=0)  # (N, N)
-        visual, text = is_visual(kinds), kinds == Kind.TEXT
+        visual, text = is_visual(kinds), kinds == TokenType.TEXT
         for name, chosen in {"after_image": text, "all": ~visual}.items():
             expected = rows[chosen][:, visual].sum(1).mean(), rows[visual][:, chosen].sum(1).mean()
             assert shares[name] == pytest.approx([float(each) for each in expected], abs=1e-5)

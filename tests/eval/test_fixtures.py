@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from eval.fixtures import HF_HOME, NUM_SCENES, make_fixtures
-from eval.suites import ROOT, load_suite, scores
+from eval.mini.fixtures import HF_HOME, NUM_SCENES, make_fixtures
+from eval.run.suites import ROOT, load_suite, scores
 from llava_todre.demo import bundled_checkpoint
 
 for package in ("lmms_eval", "datasets", "av", "cv2", "pandas", "openpyxl"):

@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 
-from eval import commands, launch, outcome
-from eval.launch import Launch, command, execute
-from eval.outcome import complete, last_error, read_record
-from eval.runs import ROOT, Run, resolve
+from eval.run import collect as outcome
+from eval.run import commands, launch
+from eval.run.collect import complete, last_error, read_record
+from eval.run.launch import Launch, command, execute
+from eval.run.spec import ROOT, Run, resolve
 from llava_todre import files
 from llava_todre.errors import TodreError
 
@@ -317,7 +318,7 @@ def test_a_dry_run_prints_commands_that_a_shell_runs_as_they_are(
 ) -> None:
     monkeypatch.setattr(launch, "_python", lambda: sys.executable)
     status, printed, said = evaluate("--dry-run", "--offline", "--jobs", "2")
-    assert status == 0 and "python -m eval.mini_data" in said
+    assert status == 0 and "python -m eval.mini.data" in said
     assert not (tmp_path / "out").exists()
     lines = printed.splitlines()
     assert len(lines) == 3

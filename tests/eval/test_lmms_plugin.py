@@ -23,11 +23,11 @@ from llava_todre.errors import TodreError
 from llava_todre.generate import Request, answer
 from llava_todre.hf.stock import StockModel
 from llava_todre.lmms_plugin import NAME
+from llava_todre.lmms_plugin.answer_log import AnswerLog, read_answers
 from llava_todre.lmms_plugin.arguments import build_pruner, draws, item_seed, option, with_seed
+from llava_todre.lmms_plugin.distributed import join_processes, placement
 from llava_todre.lmms_plugin.fingerprint import fingerprint, weights_digest
-from llava_todre.lmms_plugin.items import cut, generation, items_of, shown_of
-from llava_todre.lmms_plugin.log import AnswerLog, read_answers
-from llava_todre.lmms_plugin.processes import join_processes, placement
+from llava_todre.lmms_plugin.requests import cut, generation, items_of, shown_of
 from llava_todre.mini import held_out
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, create_pruner

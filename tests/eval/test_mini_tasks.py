@@ -17,8 +17,8 @@ pytest.importorskip("lmms_eval")
 
 import datasets
 
-from eval import mini_data
-from eval.suites import ROOT, load_suite, prepare, scores
+from eval.mini import data as mini_data
+from eval.run.suites import ROOT, load_suite, prepare, scores
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.generate import Request, answer

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from eval import progress
-from eval.progress import Progress
+from eval.run import progress
+from eval.run.progress import Progress
 
 
 def start(log: Path, name: str, answers: int, unused: str = "") -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.known_models import known_models, num_layers_of, settings_of
-from eval.published import (
+from eval.results.known_models import known_models, num_layers_of, settings_of
+from eval.results.published import (
     NUMBERS,
     TABLES,
     models,

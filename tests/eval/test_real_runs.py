@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from eval.launch import Launch, execute
-from eval.outcome import read_record
-from eval.runs import ROOT, Run, resolve
+from eval.run.collect import read_record
+from eval.run.launch import Launch, execute
+from eval.run.spec import ROOT, Run, resolve
 from llava_todre.cli import main
 
 pytest.importorskip("lmms_eval")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import main
-from eval.readme import REPRODUCED
+from eval.pages.readme import REPRODUCED
 from eval.report import page
 from eval.report.answers import of_runs
 from eval.report.command import report

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.outcome import read_record
-from eval.results import load_runs, read_run
+from eval.results.files import load_runs, read_run
+from eval.run.collect import read_record
 from llava_todre import TodreError
 
 ROOT = Path(__file__).resolve().parents[2]

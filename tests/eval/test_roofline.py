@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from eval.roofline import DEVICES, Device, bound, kv_bytes, step_bytes, weight_bytes
+from eval.bench.roofline import DEVICES, Device, bound, kv_bytes, step_bytes, weight_bytes
 from llava_todre.flops import DecoderShape, decoder_prefill_flops
 
 LLAMA_7B = DecoderShape(32, 4096, 11008, 32, 32, 32000)

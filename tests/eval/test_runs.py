@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from eval import known_models, runs
-from eval.config_keys import with_changes
-from eval.runs import resolve, resolve_model
+from eval.results import known_models
+from eval.run import spec as runs
+from eval.run.config_keys import with_changes
+from eval.run.spec import resolve, resolve_model
 from llava_todre.errors import TodreError
 from llava_todre.files import read_mapping
 from llava_todre.pruners import create_pruner

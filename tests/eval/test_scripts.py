@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from eval import commands
 from eval.__main__ import parser as parser_of_eval
 from eval.bench import command as bench
-from eval.runs import ROOT
+from eval.run import commands
+from eval.run.spec import ROOT
 
 SCRIPTS = {
     "table1_image": (15, ["1"]),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.results import load_runs, read_run
-from eval.server_scores import WAITING, server_file
+from eval.results.files import load_runs, read_run
+from eval.results.server_scores import WAITING, server_file
 from llava_todre import TodreError
 
 SOURCE = "EvalAI submission 123, 2026-11-28, https://eval.ai/web/challenges/challenge-page/523"

@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 
-from eval import submissions
 from eval.__main__ import main
-from eval.submissions import complete_submissions, pad, questions_of_data_set, questions_of_file
-from eval.suites import load_suite
+from eval.results import submissions
+from eval.results.submissions import (
+    complete_submissions,
+    pad,
+    questions_of_data_set,
+    questions_of_file,
+)
+from eval.run.suites import load_suite
 from llava_todre import TodreError
 
 ANSWERS = [{"question_id": 11, "answer": "yes"}, {"question_id": 13, "answer": "2"}]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from eval import suites
-from eval.items import item_scores
-from eval.suites import ROOT, Benchmark, Suite, load_suite, scores, suite_names
+from eval.results.item_scores import item_scores
+from eval.run import suites
+from eval.run.suites import ROOT, Benchmark, Suite, load_suite, scores, suite_names
 from llava_todre.errors import TodreError
 from llava_todre.mini import TASKS
 

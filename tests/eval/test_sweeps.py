@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from eval import launch, slurm
-from eval.launch import Launch
-from eval.outcome import read_record
-from eval.runs import CONFIGS, Run
-from eval.sweeps import plan
+from eval.run import launch, slurm
+from eval.run.collect import read_record
+from eval.run.launch import Launch
+from eval.run.spec import CONFIGS, Run
+from eval.run.sweeps import plan
 from llava_todre.errors import TodreError
 
 FAKE = Path(__file__).with_name("fake_lmms_eval.py")

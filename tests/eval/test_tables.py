@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from eval import drawing, table_command
-from eval.drawing import Cell, Table, render, stacked
-from eval.matching import identity, model_key
-from eval.published import TABLES, table_spec
-from eval.results import load_runs
-from eval.seeds import members, over_seeds
-from eval.sweeps import plan
-from eval.tables import Sheet, sheets, unshown
+from eval.results.files import load_runs
+from eval.results.lookup import identity, model_key
+from eval.results.published import TABLES, table_spec
+from eval.results.seeds import members, over_seeds
+from eval.run.sweeps import plan
+from eval.tables import command as table_command
+from eval.tables import render as drawing
+from eval.tables.paper import Sheet, sheets, unshown
+from eval.tables.render import Cell, Table, render, stacked
 from llava_todre import TodreError
 from tests.eval.planted import FULL, LESS, hits, planted, pruned, scored
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llava_todre.errors import TodreError
-from llava_todre.lmms_plugin.log import read_answers
+from llava_todre.lmms_plugin.answer_log import read_answers
 
 pytest.importorskip("accelerate")
 pytest.importorskip("lmms_eval.api.model")

@@ -17,7 +17,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from llava_todre import hf
 from llava_todre.pruners import LayerView, Pruner, Selection
-from llava_todre.spans import Kind, VisualTokens
+from llava_todre.spans import TokenType, VisualTokens
 from llava_todre.stats import PruneStats
 
 STEPS = 16
@@ -61,11 +61,11 @@ class Strides(Pruner):
         return tuple(sorted({layer for _, layer, _ in self.plan}))
 
     def at_layer(self, view: LayerView) -> Tensor | None:
-        num_text = int((view.kinds == Kind.TEXT).sum())
+        num_text = int((view.kinds == TokenType.TEXT).sum())
         strides = {layer: stride for layer, stride in self.steps(num_text)}
         if view.layer not in strides:
             return None
-        keep = view.kinds != Kind.VISUAL
+        keep = view.kinds != TokenType.VISUAL
         if strides[view.layer]:
             keep[(~keep).nonzero()[:: strides[view.layer], 0]] = True
         return keep

@@ -11,7 +11,7 @@ from checks import Strides
 
 from llava_todre import hf
 from llava_todre.errors import TodreError
-from llava_todre.hf.decoder import READABLE
+from llava_todre.stage2.hooks import READABLE
 
 STAGE_1 = Strides(retain_ratio=0.25)
 STAGE_2 = Strides(retain_ratio=0.25, plan=((9, 3, 0),))

@@ -35,7 +35,7 @@ from tiny import (
     model_of,
 )
 
-from eval.models_doc import MATRIX, YES
+from eval.pages.models import MATRIX, YES
 from llava_todre import hf
 
 LLAVA = tuple(USUAL_DECODER)

@@ -87,10 +87,10 @@ def test_tokens_keep_their_order_and_have_places_of_their_own(family):
             place = (layout.view * layout.side + layout.row) * layout.side + layout.column
             assert len(place.unique()) == len(place)
             assert int(layout.row.max()) < layout.side and int(layout.column.max()) < layout.side
-            assert layout.line[layout.is_newline].tolist() == list(
+            assert layout.row_id[layout.is_newline].tolist() == list(
                 range(int(layout.is_newline.sum()))
             )
-            assert (layout.line[1:] >= layout.line[:-1]).all()
+            assert (layout.row_id[1:] >= layout.row_id[:-1]).all()
 
 
 def test_sizes_whose_padding_our_own_class_rounds_differently():
@@ -219,7 +219,7 @@ def test_a_method_inside_the_decoder_is_told_how_many_patches_entered():
 
     class Asking(Strides):
         def at_layer(self, view: LayerView) -> None:
-            entered.append(view.entered)
+            entered.append(view.visual_counts)
 
     model = model_of("llava_next")
     with hf.prune(model, Asking(retain_ratio=0.25, plan=((9, 3, 0),))):

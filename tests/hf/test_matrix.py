@@ -38,7 +38,7 @@ from tiny import (
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 
-from eval.models_doc import (
+from eval.pages.models import (
     ABSENT,
     FEATURES,
     MATRIX,

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from tiny import FAMILIES, QWEN
 
-from eval.models_doc import MATRIX, YES
+from eval.pages.models import MATRIX, YES
 from llava_todre import Request, TodreError, hf
 from llava_todre.cli import main
 from llava_todre.hf.load import load_stock_model, runs_as_stock
 from llava_todre.hf.stock import StockModel
-from llava_todre.hf.times import TIMED, metadata_of
+from llava_todre.hf.video_metadata import TIMED, metadata_of
 from llava_todre.lmms_plugin.backend import StockBackend, load_backend
-from llava_todre.lmms_plugin.items import shown_of
+from llava_todre.lmms_plugin.requests import shown_of
 from llava_todre.model.placement import target_device
 
 OF_VIDEO = [family for family in FAMILIES if MATRIX[family]["video"] == YES]

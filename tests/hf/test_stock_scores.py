@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.models_doc import score_pairs
+from eval.pages.models import score_pairs
 
 PAIRS = score_pairs()
 

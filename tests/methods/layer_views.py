@@ -15,9 +15,14 @@ from torch import Tensor
 
 from llava_todre.pruners.base import LayerView, Merge, Pruner
 from llava_todre.relevance import attention_rows
-from llava_todre.spans import Kind
+from llava_todre.spans import TokenType
 
-SYSTEM, VISUAL, TEXT, NEWLINE = Kind.SYSTEM, Kind.VISUAL, Kind.TEXT, Kind.NEWLINE
+SYSTEM, VISUAL, TEXT, NEWLINE = (
+    TokenType.SYSTEM,
+    TokenType.VISUAL,
+    TokenType.TEXT,
+    TokenType.NEWLINE,
+)
 HEADS, GROUPS = 8, 4
 
 LLAVA_15 = [SYSTEM] * 35 + [VISUAL] * 576 + [TEXT] * 20
@@ -94,8 +99,8 @@ def make_case(
         "positions": left,
         "prompt_kinds": prompt_kinds,
         "prompt_embeds": lambda: embeds,
-        "entered": entered or (kinds.count(VISUAL),),
-        "attention_ahead": lambda rows: attention_rows(
+        "visual_counts": entered or (kinds.count(VISUAL),),
+        "next_layer_attention": lambda rows: attention_rows(
             ahead_queries[:, rows], ahead_keys, rows, scaling
         ),
         "final_norm": final_norm,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import visual_tokens
 
-from llava_todre.pruners.cells import cells, middles
+from llava_todre.pruners.grid import cells, middles
 from llava_todre.pruners.uniform import Uniform
 from llava_todre.spans import VisualTokens
 

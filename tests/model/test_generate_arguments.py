@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from llava_todre import hf
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.model.prefix import PrefixStore
+from llava_todre.stage2.prefix import PrefixStore
 
 PROMPTS = [[1, 5, 6, IMAGE, 7, 8, 9, 10, 11], [1, 4, IMAGE, 3, 17, 23]]
 SIZES = [(120, 80), (113, 111)]  # (width, height), five views each

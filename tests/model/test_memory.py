@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from eval.bench.memory import cache_bytes, peak_mib
-from eval.roofline import kv_bytes
+from eval.bench.roofline import kv_bytes
 from llava_todre import ask as ask_question
 from llava_todre import load_pretrained_model
 from llava_todre.mini.heldout import held_out

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.model.multimodal import (
+from llava_todre.pruners import Pruner, Random, Selection, Todre, Vanilla
+from llava_todre.selection import greedy_diverse_batch
+from llava_todre.spans import VisualTokens
+from llava_todre.stage1.select import (
     NEWLINE,
-    EncodedVisual,
+    ImageFeatures,
     build_projector,
     merge_slots,
     needs_selection,
     prune,
 )
-from llava_todre.pruners import Pruner, Random, Selection, Todre, Vanilla
-from llava_todre.selection import greedy_diverse_batch
-from llava_todre.spans import VisualTokens
 
 # (columns, rows) of crops and (width, height) of an image on them; odd numbers on purpose.
 CANVASES = [
@@ -66,17 +66,17 @@ def encoded(
     grid: tuple[int, int] | None = (2, 2),
     size: tuple[int, int] | None = (640, 481),
     merge_type: str = "spatial_unpad",
-) -> EncodedVisual:
+) -> ImageFeatures:
     """Return a random image of some views."""
     generator = torch.Generator().manual_seed(num_views * side)
     projected = torch.randn(num_views * side * side, 8, generator=generator)
     slots = merge_slots(num_views, side, grid, size, merge_type)
     vision = {("cls_attention", -1): torch.arange(len(projected)) / 7}
     needs = frozenset(vision)
-    return EncodedVisual(projected, slots, side, grid is None, grid, needs, vision)
+    return ImageFeatures(projected, slots, side, grid is None, grid, needs, vision)
 
 
-def rows_of(visual: EncodedVisual) -> tuple[list[int], list[list[int]], list[int]]:
+def rows_of(visual: ImageFeatures) -> tuple[list[int], list[list[int]], list[int]]:
     """Return the thumbnail's tokens, the tokens of each row with a newline, and the rest."""
     num_thumbnail = visual.side**2 if len(visual.projected) > visual.side**2 else 0
     rows, row, token = [], [], 0
@@ -90,7 +90,7 @@ def rows_of(visual: EncodedVisual) -> tuple[list[int], list[list[int]], list[int
     return list(range(num_thumbnail)), rows, row
 
 
-def slow_pack(visual: EncodedVisual, keep: set[int], features: Tensor, newline: Tensor) -> Tensor:
+def slow_pack(visual: ImageFeatures, keep: set[int], features: Tensor, newline: Tensor) -> Tensor:
     """Return the kept tokens row by row, with a newline after every row that has one left."""
     thumbnail, rows, rest = rows_of(visual)
     embeds = [features[token] for token in thumbnail if token in keep]
@@ -154,12 +154,12 @@ def test_every_token_knows_the_newline_of_its_row(grid, size, merge_type):
     expected = [-1] * len(thumbnail)
     for number, row in enumerate(rows):
         expected += [number] * len(row)
-    assert visual.line.tolist() == expected + [-1] * len(rest)
+    assert visual.row_id.tolist() == expected + [-1] * len(rest)
 
 
 def test_tokens_of_one_view_share_its_newline():
-    assert encoded(1, 4).line.tolist() == [0] * 16
-    assert encoded(1, 4, grid=None).line.tolist() == [-1] * 16
+    assert encoded(1, 4).row_id.tolist() == [0] * 16
+    assert encoded(1, 4, grid=None).row_id.tolist() == [-1] * 16
 
 
 def test_tokens_know_their_place():
@@ -241,8 +241,8 @@ def test_merged_features_stand_where_the_kept_tokens_stood(draw):
 def test_images_encoded_for_a_method_without_pivot_cannot_be_given_one():
     features, slots = torch.randn(16, 8), torch.arange(16)
     vision = {("cls_attention", -2): torch.rand(16)}
-    without = EncodedVisual(features, slots, 4, False)
-    of_layer_2 = EncodedVisual(features, slots, 4, False, None, frozenset(vision), vision)
+    without = ImageFeatures(features, slots, 4, False)
+    of_layer_2 = ImageFeatures(features, slots, 4, False, None, frozenset(vision), vision)
     for visual in (without, of_layer_2):
         with pytest.raises(TodreError, match=r"without .*cls_attention', -1.* Todre needs"):
             prune(visual, Todre(), None, None)

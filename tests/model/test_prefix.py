@@ -12,10 +12,10 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.model.multimodal import EncodedVisual
-from llava_todre.model.prefix import PrefixStore
 from llava_todre.pruners import LayerView, Pruner, create_pruner
 from llava_todre.pruners.todre import Todre
+from llava_todre.stage1.select import ImageFeatures
+from llava_todre.stage2.prefix import PrefixStore
 
 QUESTIONS = [[7, 8, 11, 12, 60], [13, 14], [9], [21, 22, 23, 24, 25, 26, 27]]
 SHARING = {
@@ -36,13 +36,13 @@ NOT_SHARING = {
 Model = Callable[..., LlavaLlamaForCausalLM]
 
 
-def encoded(model: LlavaLlamaForCausalLM) -> list[EncodedVisual]:
+def encoded(model: LlavaLlamaForCausalLM) -> list[ImageFeatures]:
     draw = torch.Generator().manual_seed(5)
     pixels = [torch.randn(views, 3, 56, 56, generator=draw) for views in (5, 3)]
     return model.encode_images(pixels, [(112, 90), (112, 40)])
 
 
-def batch(rows: list[list[int]], visuals: list[EncodedVisual]) -> dict[str, Any]:
+def batch(rows: list[list[int]], visuals: list[ImageFeatures]) -> dict[str, Any]:
     length = max(map(len, rows))
     padded = [[0] * (length - len(row)) + row for row in rows]
     mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
@@ -137,7 +137,7 @@ def test_prefixes_are_told_apart_by_text_image_and_method(tiny_llava: Model) -> 
     visuals = encoded(model)
     store = PrefixStore(max_prefixes=8)
 
-    def check(row: list[int], visual: EncodedVisual, hits: int) -> None:
+    def check(row: list[int], visual: ImageFeatures, hits: int) -> None:
         given = batch([row], [visual])
         shared = logits(model, given, prefixes=store)
         torch.testing.assert_close(shared, logits(model, given), rtol=0, atol=2e-5)
@@ -241,7 +241,7 @@ def test_a_method_that_reads_stored_rows_is_told_so(tiny_llava: Model, tau: floa
 
 def test_only_methods_that_withdraw_everything_say_so() -> None:
     def shares(method: Pruner) -> bool:
-        return method.shares_prefix(32)
+        return method.prefix_cacheable(32)
 
     assert shares(create_pruner("todre")) and shares(create_pruner("vtw"))
     assert not shares(create_pruner("fastv")) and not shares(create_pruner("sparsevlm"))

@@ -16,7 +16,7 @@ from visitor import Visitor
 
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.ui.serve import open_page
-from llava_todre.ui.studio import Studio
+from llava_todre.ui.session import Studio
 
 av = pytest.importorskip("av", reason="PyAV is not installed (make setup)")
 SCENE = Path(__file__).parents[2] / "checkpoints" / "mini" / "examples" / "scene_1.png"

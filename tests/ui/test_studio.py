@@ -17,10 +17,10 @@ from llava_todre.cli import main
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.stats import ImageStats
 from llava_todre.ui.drawing import frame_stats, kept_picture
-from llava_todre.ui.studio import Outcome, Question, Step, Studio
+from llava_todre.ui.handler import Settings, visit
+from llava_todre.ui.progress import Stopped
+from llava_todre.ui.session import Outcome, Question, Step, Studio
 from llava_todre.ui.uploads import Upload
-from llava_todre.ui.visit import Settings, visit
-from llava_todre.ui.watch import Stopped
 
 SCENE = bundled_checkpoint() / "examples" / "scene_0.png"
 TEXT = "What does the sign say?"

@@ -1,0 +1,156 @@
+"""Write ``docs/methods.md`` from the registry, a template and the stored results.
+
+``docs/performance.md`` and ``docs/models.md`` are written along with it, see
+:mod:`eval.pages.performance` and :mod:`eval.pages.models`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from eval import ROOT
+from eval.pages import models as models_doc
+from eval.pages import performance
+from llava_todre.catalogue import where
+from llava_todre.errors import TodreError
+from llava_todre.intervals import difference
+from llava_todre.mini import NUM_IMAGES
+from llava_todre.pruners import PRUNERS, Need
+from llava_todre.table import markdown_lines, note, with_interval
+
+PAGE = ROOT / "docs" / "methods.md"
+TEMPLATE = ROOT / "eval" / "methods.template.md"
+RESULTS = ROOT / "docs" / "results" / "methods_mini.json"
+REFERENCE = "todre"
+
+
+def render() -> str:
+    """Return the page."""
+    if not RESULTS.exists():
+        raise TodreError(
+            f"{RESULTS.relative_to(ROOT)} is missing; make it with `make demo METHODS=all"
+            f" IMAGES={NUM_IMAGES} OUT=outputs/methods` and copy outputs/methods/results.json"
+            " there."
+        )
+    results = json.loads(RESULTS.read_text())
+    page = TEMPLATE.read_text()
+    for name, text in {
+        "methods": _methods(),
+        "deviations": _deviations(),
+        "results": _results(results),
+        "resamples": f"{results['interval']['resamples']:,}",
+        "note": note(results),
+        "patch_tokens": f"{results['rows'][0]['kept_tokens']:.0f}",
+    }.items():
+        page = page.replace("{{" + name + "}}", text)
+    return page
+
+
+def _methods() -> str:
+    header = ["method", "paper", "where", "text", "needs", "budget", "count", "order"]
+    table = [header]
+    for name, method in PRUNERS.items():
+        about = method.about
+        text = "yes" if about.reads_text else "no"
+        needs = ", ".join(_need(need) for need in sorted(method().needs, key=str)) or "-"
+        cells = [about.paper, where(method), text, needs, about.budget, about.count, about.order]
+        table.append([f"`{name}`", *(cell.replace("|", "\\|") for cell in cells)])
+    return "\n".join(markdown_lines(table, left=len(header)))
+
+
+def _need(need: Need) -> str:
+    return f"`{need}`" if isinstance(need, str) else f"`{need[0]}` {need[1]}"
+
+
+def _deviations() -> str:
+    lines = []
+    for name, method in PRUNERS.items():
+        if method.about.deviations:
+            lines.append(f"**`{name}`**\n")
+            lines += [f"- {sentence}" for sentence in method.about.deviations]
+            lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _results(results: dict[str, Any]) -> str:
+    """Return a table per ratio, methods in the order of the registry, and what has no result."""
+    order = {name: place for place, name in enumerate(PRUNERS)}
+    rows = sorted(results["rows"], key=lambda row: order.get(row["method"], len(order)))
+    unpruned, pruned = rows[0], [row for row in rows if row["method"] != "vanilla"]
+    parts = []
+    for ratio in sorted({row["retain_ratio"] for row in pruned}, reverse=True):
+        chosen = [unpruned, *(row for row in pruned if row["retain_ratio"] == ratio)]
+        parts.append(f"### `retain_ratio` {ratio:.0%}\n")
+        parts += [*markdown_lines(list(_table(results, chosen))), ""]
+    missing = [f"`{name}`" for name in PRUNERS if name not in {row["method"] for row in rows}]
+    if missing:
+        parts.append(f"No stored result yet: {', '.join(missing)}.\n")
+    return "\n".join(parts).rstrip()
+
+
+def _table(results: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    yield [
+        *("method", "tokens", "per layer", "FLOPs", "mean", "relative", f"minus `{REFERENCE}`"),
+        *("prefill", "TTFT"),
+    ]
+    for row in rows:
+        draws = f" (mean of {row['draws']})" if row["draws"] > 1 else ""
+        yield [
+            f"`{row['method']}`{draws}",
+            f"{row['kept_tokens']:.0f}",
+            f"{row['mean_visual_tokens_per_layer']:.0f}",
+            f"{row['flops_share']:.0%}",
+            f"{100 * row['average']:.1f}",
+            with_interval(row["relative_average"], row["relative_interval"]),
+            _lead(results, row, rows),
+            f"{row['prefill_speedup']['median']:.1f}x",
+            f"{row['first_token_speedup']['median']:.1f}x",
+        ]
+
+
+def _lead(results: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Return the lead over the reference method at the same ratio, with its interval."""
+    reference = next((other for other in rows if other["method"] == REFERENCE), None)
+    if reference is None or row["method"] in (REFERENCE, "vanilla"):
+        return ""
+    unpruned = _hits(results, rows[0])[0]
+    low, high = difference(_hits(results, row), _hits(results, reference), unpruned)["relative"]
+    lead = row["relative_average"] - reference["relative_average"]
+    return f"{100 * lead:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Return the hits of every draw behind a row."""
+    wanted = row["method"], row["retain_ratio"]
+    return [
+        stored["hits"]
+        for stored in results["runs"]
+        if (stored["run"]["method"], stored["run"]["retain_ratio"]) == wanted
+    ]
+
+
+def _pages() -> dict[Path, str]:
+    pages = {models_doc.PAGE: models_doc.render(), performance.PAGE: performance.render()}
+    return {PAGE: render(), **pages}
+
+
+def write_docs() -> int:
+    """Write the pages; returns the exit status."""
+    for page, text in _pages().items():
+        page.write_text(text)
+    return 0
+
+
+def check_docs() -> int:
+    """Return 1 and say so when a page is not what registry, templates and results give."""
+    stale = [
+        page.name
+        for page, text in _pages().items()
+        if not (page.exists() and page.read_text() == text)
+    ]
+    for name in stale:
+        print(f"docs/{name} is stale: run `make docs`.")
+    return 1 if stale else 0

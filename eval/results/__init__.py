@@ -1,0 +1,1 @@
+"""Stored results: read, checked, compared, averaged; published numbers."""

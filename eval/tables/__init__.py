@@ -1,0 +1,1 @@
+"""Tables filled from stored results, and how they are printed."""

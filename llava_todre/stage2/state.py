@@ -1,0 +1,380 @@
+"""Dropping tokens between decoder layers: hidden states, positions, masks, per-layer KV cache.
+
+Symbols: B batch, L prompt length at layer 0, M prompt length in a later layer, Q query length of
+one forward call, D width.
+
+DecoderPruning from layer l on means: the hidden states entering layer l lose those rows, so layers l...
+never write keys for them, while the layers before keep theirs. Nothing is masked; the tokens leave
+the tensors. Three consequences are handled here, for our own decoder and for forward pre-hooks on
+stock ones alike:
+
+* samples decide for themselves, so rows are re-packed to the right and the gap on the left is
+  marked as filler;
+* positions stay what they were (the cosines and sines of RoPE are gathered, not recomputed);
+* every mask the model builds comes from layer 0's length; each later layer gets it re-expressed in
+  its own key axis.
+
+When the keys of the first ``cached`` positions (up to the last visual token) were computed for an
+earlier question about the same images, only the rows behind them run, and dropping tokens means
+gathering the stored keys. This equals a fresh run for methods that withdraw all visual tokens or
+none (``Pruner.prefix_cacheable``).
+
+The state of one prompt batch lives on its KV cache (``cache.withdrawal``), so calls, turns and
+models cannot mix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from llava_todre.errors import TodreError
+from llava_todre.pruners import Merge, Pruner
+from llava_todre.spans import Spans, TokenType, is_visual
+from llava_todre.stage2.masks import causal, gather, hide
+from llava_todre.stage2.probe import LayerProbe
+from llava_todre.stage2.segment import LayerInputs, Segment
+from llava_todre.stats import ImageStats, Probe, PruneStats
+
+
+def _require_finite(layer: int, measured: Mapping[str, float]) -> None:
+    """Raise a TodreError if what a method has measured is no number: it compares with nothing."""
+    for key, value in measured.items():
+        if not math.isfinite(value):
+            raise TodreError(
+                f"{key} after decoder layer {layer} is {value}; it must be finite: the weights or "
+                "the config are damaged, or half precision overflows (try float32 or bfloat16)."
+            )
+
+
+class DecoderPruning:
+    """Stage 2 for one batch of prompts: asks the method after its probe layers, and obeys."""
+
+    def __init__(self, pruner: Pruner, spans: Spans, num_layers: int, cached: int = 0) -> None:
+        """Start with every layer holding the whole prompt.
+
+        Args:
+            pruner: the method; its ``probe_layers`` and ``at_layer`` are used.
+            spans: kinds of the (B, L) positions of the prompt.
+            num_layers: number of decoder layers.
+            cached: positions of the prompt whose keys the cache holds when the prefill begins.
+        """
+        self.pruner = pruner
+        self.cached = cached
+        self.num_layers = num_layers
+        self.probe_layers = frozenset(pruner.probe_layers(num_layers))
+        batch, length = spans.kinds.shape
+        columns = torch.arange(length, device=spans.kinds.device).expand(batch, length)
+        self.segments = [Segment(0, columns, spans.valid, spans.kinds)]
+        self.row_id = spans.row_id
+        self.patches = spans.patches
+        self.probes: list[list[Probe]] = [[] for _ in range(batch)]
+        self.probe_flops = [0] * batch
+        self.prefilling = True
+        self.prompt_embeds: Tensor | None = None
+        """(B, L, D), held until the last probe layer has been asked."""
+        self._query_output: Tensor | None = None
+        """(B, Q, heads * E) what the query projection of the layer that ran last has made."""
+        self._query_hook: Any = None
+
+    # ------------------------------------------------------------------ calls of the decoder
+
+    def begin(self, hidden_states: Tensor, cache: Cache | None) -> None:
+        """Take note of a new forward call, before layer 0.
+
+        Raises:
+            TodreError: the cache cannot hold layers of different lengths, or the prompt arrives in
+                pieces.
+        """
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise TodreError(
+                f"cache {type(cache).__name__} cannot drop tokens per layer; allowed: DynamicCache."
+            )
+        self.prefilling = cache is None or cache.get_seq_length() == self.cached
+        for segment in self.segments:
+            segment.decode_mask = None
+        if not self.prefilling:
+            return
+        batch, length = hidden_states.shape[:2]
+        if self.probe_layers:
+            self.prompt_embeds = hidden_states
+        prompt = self.segments[0]
+        expected = prompt.columns.shape[1] - self.cached
+        if length != expected:
+            raise TodreError(
+                f"prompt of {length} tokens, expected {expected}: chunked prefill "
+                "and assisted decoding cannot be combined with withdrawal inside the decoder; "
+                "set probe_depths=() or switch them off."
+            )
+        copies = batch // len(prompt.columns)  # beam search repeats every sample
+        if copies > 1:
+            prompt.columns, prompt.valid, prompt.kinds = (
+                tensor.repeat_interleave(copies, dim=0)
+                for tensor in (prompt.columns, prompt.valid, prompt.kinds)
+            )
+            self.row_id = self.row_id.repeat_interleave(copies, dim=0)
+            self.patches = tuple(counts for counts in self.patches for _ in range(copies))
+        self.segments = [prompt]
+        self.probes = [[] for _ in range(batch)]
+        self.probe_flops = [0] * batch
+
+    def enter(
+        self,
+        layer: int,
+        inputs: LayerInputs,
+        cache: Cache | None,
+        flash: bool,
+        module: Any = None,
+    ) -> LayerInputs:
+        """Return the inputs of ``layer`` in terms of the tokens it holds.
+
+        Args:
+            layer: 0-based index of the layer about to run.
+            inputs: hidden states as the previous layer left them; mask and positions as built for
+                layer 0.
+            cache: the KV cache of the call, if any.
+            flash: whether the attention implementation takes (B, keys) masks.
+            module: the layer itself, whose queries are then query_output where a method will be asked;
+                :meth:`stop_listening` must follow, whatever happens.
+        """
+        if module is not None and self.prefilling and layer in self.probe_layers:
+            self._listen(module)
+        segment = self.segment(layer)
+        if segment.start == 0:
+            return inputs
+        if not self.prefilling:
+            assert cache is not None, "only a cached call follows the prefill"
+            if segment.decode_mask is None:
+                num_queries = inputs.hidden_states.shape[1]
+                num_new = cache.get_seq_length() - self.segments[0].columns.shape[1]
+                segment.decode_mask = self._decode_mask(
+                    segment, inputs.attention_mask, num_new, num_queries, flash
+                )
+            return replace(inputs, attention_mask=segment.decode_mask)
+        if self.cached:
+            assert cache is not None, "the stored keys are in a cache"
+            return self._enter_behind_stored_keys(layer, segment, inputs, cache, flash)
+        hidden_states = inputs.hidden_states
+        if layer == segment.start:
+            assert segment.step is not None
+            for sample, (present, merged) in segment.merged.items():
+                hidden_states = hidden_states.clone()
+                hidden_states[sample, present.to(hidden_states.device)] = merged.to(hidden_states)
+            segment.merged.clear()
+            hidden_states = gather(hidden_states, segment.step, dim=1)
+            segment.prompt_context = self._prompt_context(segment, inputs, flash)
+        assert segment.prompt_context is not None
+        return LayerInputs(hidden_states, *segment.prompt_context)
+
+    def leave(
+        self,
+        layer: int,
+        decoder: Any,
+        inputs: LayerInputs,
+        output: Tensor,
+        cache: Cache | None,
+    ) -> None:
+        """Ask the method after a probe layer; if it drops tokens, a segment starts at the next.
+
+        Args:
+            layer: the layer that has run.
+            decoder: the Llama decoder, of which ``layers`` and ``norm`` are used.
+            inputs: what :meth:`enter` returned for it.
+            output: (B, M, D) its output.
+            cache: the KV cache, already updated by the layer.
+        """
+        if not self.prefilling or layer not in self.probe_layers:
+            return
+        self.stop_listening()
+        embeds = self.prompt_embeds
+        assert embeds is not None, "set when the prefill began"
+        segment = self.segment(layer)
+        keep = segment.valid.clone()
+        merged = {}
+        for sample in range(len(keep)):
+            present = segment.present(sample)
+            heard, method = self._query_output, type(self.pruner).__name__
+            look = LayerProbe(segment, sample, layer, decoder, inputs, output, cache, heard, method)
+            view = look.view(self.num_layers, self.segments[0], embeds, self.patches[sample])
+            decision = self.pruner.at_layer(view)
+            dropped = 0
+            ends_with_image = bool(view.visual[-1])  # and its last token predicts the answer
+            if decision is not None and layer + 1 < self.num_layers and not ends_with_image:
+                if isinstance(decision, Merge):
+                    merged[sample] = present, decision.hidden_states
+                    decision = decision.keep
+                stays = self._with_newlines(segment, sample, present, decision.to(keep.device))
+                keep[sample, present] = stays
+                dropped = len(present) - int(stays.sum())
+            _require_finite(layer, view.measured)
+            self.probe_flops[sample] += look.tally.flops + view.tally.flops
+            if view.measured or dropped:
+                self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
+        self._query_output = None
+        if layer == max(self.probe_layers):
+            self.prompt_embeds = None
+        if merged or not torch.equal(keep, segment.valid):
+            self._start_segment(layer + 1, segment, keep, merged)
+
+    def _listen(self, module: Any) -> None:
+        """Keep the queries that a layer computes for itself, so that a method has them for free."""
+        listener = get_ident()
+
+        def hear(projection: Any, args: Any, output: Tensor) -> None:
+            if get_ident() == listener:  # other threads may run the layer meanwhile
+                self._query_output = output
+
+        self._query_hook = module.self_attn.q_proj.register_forward_hook(hear)
+
+    def stop_listening(self) -> None:
+        """Take the hook away, if there is one."""
+        if self._query_hook is not None:
+            self._query_hook.remove()
+            self._query_hook = None
+
+    # ------------------------------------------------------------------ what it knows
+
+    def segment(self, layer: int) -> Segment:
+        """Return the segment that ``layer`` belongs to."""
+        return next(segment for segment in reversed(self.segments) if segment.start <= layer)
+
+    def tokens_per_layer(self, sample: int) -> tuple[int, ...]:
+        """Return how many prompt tokens each layer processes for a sample."""
+        return self._count([segment.valid[sample] for segment in self.segments])
+
+    def visual_tokens_per_layer(self, sample: int) -> tuple[int, ...]:
+        """Return how many patch and newline tokens each layer processes for a sample."""
+        return self._count([is_visual(segment.kinds[sample]) for segment in self.segments])
+
+    def stats(self, images: Sequence[tuple[ImageStats, ...]]) -> tuple[PruneStats, ...]:
+        """Return what happened to each sample of the batch.
+
+        Args:
+            images: Stage 1 on the images of each sample.
+        """
+        copies = len(self.probes) // len(images)  # beam search repeats samples
+        newlines = (self.segments[0].kinds == TokenType.NEWLINE).sum(dim=1)[::copies].tolist()
+        return tuple(
+            PruneStats(
+                images=of_sample,
+                newline_tokens=newlines[index],
+                probes=tuple(self.probes[index * copies]),
+                prompt_tokens_per_layer=self.tokens_per_layer(index * copies),
+                visual_tokens_per_layer=self.visual_tokens_per_layer(index * copies),
+                probe_flops=self.probe_flops[index * copies],
+            )
+            for index, of_sample in enumerate(images)
+        )
+
+    def _count(self, chosen: list[Tensor]) -> tuple[int, ...]:
+        starts = [segment.start for segment in self.segments]
+        counts = dict(zip(starts, (int(columns.sum()) for columns in chosen), strict=True))
+        return tuple(counts[self.segment(layer).start] for layer in range(self.num_layers))
+
+    # ------------------------------------------------------------------ mechanics
+
+    def _enter_behind_stored_keys(
+        self, layer: int, segment: Segment, inputs: LayerInputs, cache: Cache, flash: bool
+    ) -> LayerInputs:
+        """Drop tokens from the keys stored for ``layer``; the rows that run all stay."""
+        num_rows = inputs.hidden_states.shape[1]
+        stored = cache.layers[layer]
+        columns = segment.columns[:, : segment.columns.shape[1] - num_rows]
+        stored.keys = gather(stored.keys, columns, dim=2)
+        stored.values = gather(stored.values, columns, dim=2)
+        if layer == segment.start:
+            mask = inputs.attention_mask
+            if mask is not None:
+                mask = hide(gather(mask, segment.columns, dim=-1), segment.valid)
+            elif segment.ragged:
+                valid = segment.valid
+                mask = valid if flash else causal(num_rows, valid.shape[1], valid)
+            segment.prompt_context = mask, inputs.position_embeddings, inputs.position_ids
+        assert segment.prompt_context is not None
+        return LayerInputs(inputs.hidden_states, *segment.prompt_context)
+
+    def _with_newlines(
+        self, segment: Segment, sample: int, present: Tensor, keep: Tensor
+    ) -> Tensor:
+        """Let a newline token stay if, and only if, a patch token of its row does.
+
+        Args:
+            segment: what the layer that was probed holds.
+            sample: index in the batch.
+            present: (N,) columns of its tokens.
+            keep: (N,) bool, the method's decision.
+        """
+        kinds = segment.kinds[sample, present]
+        is_patch, is_newline = kinds == TokenType.VISUAL, kinds == TokenType.NEWLINE
+        line = self.row_id[sample].to(kinds.device)[segment.columns[sample, present]]
+        stays = torch.isin(line, line[is_patch & keep])
+        # Rows that unpadding left empty keep their newline until something is dropped.
+        nothing_dropped = (keep | ~is_patch).all()
+        return torch.where(is_newline, stays | nothing_dropped, keep)
+
+    def _start_segment(
+        self,
+        start: int,
+        previous: Segment,
+        keep: Tensor,
+        merged: dict[int, tuple[Tensor, Tensor]],
+    ) -> None:
+        """Pack the kept columns (B, M bool) to the right, as many as the longest sample needs.
+
+        Behind stored keys, only these are packed.
+        """
+        num_rows = self.segments[0].columns.shape[1] - self.cached
+        end = keep.shape[1] - (num_rows if self.cached else 0)
+        counts = keep[:, :end].sum(dim=-1)
+        length = int(counts.max())
+        order = keep[:, :end].to(torch.int8).argsort(dim=-1, stable=True)[:, end - length :]
+        valid = torch.arange(length, device=keep.device) >= (length - counts)[:, None]
+        if self.cached:
+            rows = torch.arange(end, keep.shape[1], device=keep.device).expand(len(keep), -1)
+            order = torch.cat([order, rows], dim=1)
+            valid = torch.cat([valid, previous.valid[:, end:]], dim=1)
+        kinds = previous.kinds.gather(1, order).masked_fill(~valid, TokenType.PADDING)
+        columns = previous.columns.gather(1, order)
+        self.segments.append(Segment(start, columns, valid, kinds, order, merged))
+
+    def _prompt_context(
+        self, segment: Segment, inputs: LayerInputs, flash: bool
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None]:
+        """Gather mask and positions, built for layer 0's prompt, at the segment's columns."""
+        mask, columns = inputs.attention_mask, segment.columns
+        length = columns.shape[1]
+        if mask is None and segment.ragged:
+            mask = segment.valid if flash else causal(length, length, segment.valid)
+        elif mask is not None:
+            rows = mask if mask.ndim == 2 else gather(mask, columns, dim=2)
+            mask = hide(gather(rows, columns, dim=-1), segment.valid)
+        cosines, sines = (gather(table, columns, dim=1) for table in inputs.position_embeddings)
+        position_ids = inputs.position_ids
+        if position_ids is not None:
+            # Layers rotate by the tables above. FlashAttention's check for packed sequences is the
+            # only reader of the ids, and would take the gap left by the visual tokens for a
+            # boundary between two sequences.
+            position_ids = torch.arange(length, device=columns.device).expand(len(position_ids), -1)
+        return mask, (cosines, sines), position_ids
+
+    def _decode_mask(
+        self, segment: Segment, mask: Tensor | None, num_new: int, num_queries: int, flash: bool
+    ) -> Tensor | None:
+        """Re-express layer 0's mask, ``num_new`` later keys included, in the segment's axis."""
+        if mask is None and not segment.ragged:
+            return None
+        batch, length = segment.columns.shape
+        valid = torch.cat([segment.valid, segment.valid.new_ones(batch, num_new)], dim=1)
+        if mask is None:
+            return valid if flash else causal(num_queries, length + num_new, valid)
+        first_new = self.segments[0].columns.shape[1]
+        new = torch.arange(first_new, first_new + num_new, device=segment.columns.device)
+        columns = torch.cat([segment.columns, new.expand(batch, -1)], dim=1)
+        return hide(gather(mask, columns, dim=-1), valid)

@@ -1,0 +1,226 @@
+"""One model, one question at a time: the answer as it grows, then everything there is to show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+from PIL import Image
+from transformers import StoppingCriteriaList
+
+from llava_todre.errors import TodreError
+from llava_todre.generate import Answer, Request
+from llava_todre.hf.capture import decoder_of
+from llava_todre.lmms_plugin.backend import OurBackend, load_backend
+from llava_todre.model.prompt import AUTO
+from llava_todre.pruners import PRUNERS, Observed, Pruner, create_pruner
+from llava_todre.stats import Probe, PruneStats
+from llava_todre.ui.progress import Stopped, Tell, Words, watching
+from llava_todre.ui.uploads import Upload
+
+_LOOK_S = 0.05
+"""How often a visitor's screen is brought up to date, at most."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both sides are asked."""
+
+    upload: Upload
+    text: str
+    max_new_tokens: int = 64
+    every_layer: bool = True
+    """Whether a pass of its own measures the attention ratios after every layer."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far an answer is."""
+
+    line: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer and how it came about."""
+
+    text: str
+    name: str
+    """The method, and the share of tokens it was given to keep, if any."""
+    pruner: Pruner
+    stats: PruneStats
+    new_tokens: int
+    times_ms: dict[str, float]
+    """By stage, in order."""
+    stopped: bool
+    ratios: tuple[Probe, ...] = ()
+    """One probe per layer that held visual tokens; () when they were not measured."""
+    no_ratios: str = ""
+    """Why they were not."""
+
+
+class Studio:
+    """A model that answers one question after the other, in a thread of its own."""
+
+    def __init__(self, path: str, backend: str = "auto", template: str = AUTO) -> None:
+        """Load, and answer once, so that the first visitor does not measure the start-up.
+
+        Args:
+            path: folder or hub id.
+            backend: llava for our class, transformers for its own, auto for whichever fits.
+            template: conversation template, of our class; auto is the checkpoint's own.
+
+        Raises:
+            TodreError: the checkpoint cannot be loaded.
+        """
+        self.backend = load_backend(
+            backend, path, template=template, protocol="native", clip_text=None, revision=None
+        )
+        self.model: Any = self.backend.model
+        self.tokenizer = self.backend.parts()[1]
+        is_ours = isinstance(self.backend, OurBackend)
+        self.module = self.model.model  # of torch, in both cases: layers of tower and decoder
+        self.decoder_layers = (self.module if is_ours else decoder_of(self.module)).layers
+        self.draws_pictures = is_ours
+        """Whether it is known what part of an image each token sees."""
+        self._settings = {"timed": True} if is_ours else {}
+        self._stop = Event()
+        """Of the answer at work."""
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
+        self.model.set_pruner("uniform", retain_tokens=1)
+        blank = Request("What is this?", [Image.new("RGB", (64, 64), "white")])
+        self.backend.answer([blank], None, {"max_new_tokens": 1})
+
+    def methods(self) -> list[str]:
+        """Return the names of the methods that this model can run with their defaults."""
+        return [name for name in PRUNERS if self._runs(name)]
+
+    def _runs(self, name: str) -> bool:
+        try:
+            self.model.set_pruner(create_pruner(name))
+        except TodreError:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Stop the answer at work, and take no more questions."""
+        self._stop.set()
+        self._worker.shutdown(cancel_futures=True)
+
+    def answer(
+        self, question: Question, method: str, ratio: float, stop: Event
+    ) -> Iterator[Step | Outcome]:
+        """Yield how far the answer is, now and then, and at last the outcome.
+
+        Args:
+            question: what is asked.
+            method: a name of the registry, or A+B.
+            ratio: share of the visual tokens that is kept; without effect on vanilla.
+            stop: may be set by another thread at any time.
+
+        Raises:
+            TodreError: the model or the method refuses the question.
+            Stopped: ``stop`` was set before the first token.
+        """
+        latest = Step("waits for the model")
+
+        def tell(line: str) -> None:
+            nonlocal latest
+            latest = Step(line, latest.text)
+
+        def say(text: str) -> None:
+            nonlocal latest
+            latest = Step("writes", text)
+
+        work = self._worker.submit(self._answer, question, method, ratio, stop, tell, say)
+        shown = None
+        try:
+            while not wait([work], timeout=_LOOK_S).done:
+                if latest != shown:
+                    shown = latest
+                    yield shown
+            yield work.result()
+        finally:
+            if not work.done():  # nobody listens any more
+                stop.set()
+
+    def _answer(
+        self,
+        question: Question,
+        method: str,
+        ratio: float,
+        stop: Event,
+        tell: Tell,
+        say: Callable[[str], None],
+    ) -> Outcome:
+        budget = has_budget(method)
+        pruner = create_pruner(method, **({"retain_ratio": ratio} if budget else {}))
+        name = f"{method} {ratio:.0%}" if budget else method
+        ratios: tuple[Probe, ...] = ()
+        reason = "" if question.every_layer else "not asked for"
+        if question.every_layer:  # first, so that the times of the answer are those of a warm model
+            try:
+                ratios = self._ratios(question, pruner, stop, tell)
+            except TodreError as error:
+                reason = str(error)
+        tell("prepares the picture")
+        start = time.perf_counter()
+        given, words = self._run(question, pruner, question.max_new_tokens, stop, tell, say)
+        end = time.perf_counter()
+        first = words.first_at or end
+        times = given.stages_ms or {
+            "up to the first token": (first - start) * 1e3,
+            "the other tokens": (end - first) * 1e3,
+        }
+        stopped = stop.is_set()
+        return Outcome(
+            given.text, name, pruner, given.stats, len(words.ids), times, stopped, ratios, reason
+        )
+
+    def _ratios(
+        self, question: Question, pruner: Pruner, stop: Event, tell: Tell
+    ) -> tuple[Probe, ...]:
+        """Run the prompt with every layer measured."""
+
+        def measuring(line: str) -> None:
+            tell(f"measures the attention of every layer: {line}")
+
+        observed = Observed(method=pruner)
+        given, _ = self._run(question, observed, 1, stop, measuring, lambda text: None)
+        return tuple(probe for probe in given.stats.probes if probe.text_to_visual is not None)
+
+    def _run(
+        self,
+        question: Question,
+        pruner: Pruner,
+        max_new_tokens: int,
+        stop: Event,
+        tell: Tell,
+        say: Callable[[str], None],
+    ) -> tuple[Answer, Words]:
+        self._stop = stop
+        if stop.is_set():
+            raise Stopped
+        self.model.set_pruner(pruner)
+        upload = question.upload
+        request = Request(question.text, upload.images, upload.is_video, upload.seconds)
+        words = Words(self.tokenizer, say, stop)
+        settings = {
+            **self._settings,
+            "max_new_tokens": max_new_tokens,
+            "streamer": words,
+            "stopping_criteria": StoppingCriteriaList([words]),
+        }
+        with watching(self.module, self.decoder_layers, words, tell, stop):
+            (given,) = self.backend.answer([request], None, settings)
+        return given, words
+
+
+def has_budget(method: str) -> bool:
+    """Return whether a method takes a share; the unpruned model takes none, not even all."""
+    return method.partition("+")[0] != "vanilla"
