@@ -3,7 +3,7 @@
 Symbols: B batch, L prompt length at layer 0, M prompt length in a later layer, Q query length of
 one forward call, D width.
 
-DecoderPruning from layer l on means: the hidden states entering layer l lose those rows, so layers l...
+Withdrawal from layer l on means: the hidden states entering layer l lose those rows, so layers l...
 never write keys for them, while the layers before keep theirs. Nothing is masked; the tokens leave
 the tensors. Three consequences are handled here, for our own decoder and for forward pre-hooks on
 stock ones alike:
@@ -141,7 +141,7 @@ class DecoderPruning:
                 layer 0.
             cache: the KV cache of the call, if any.
             flash: whether the attention implementation takes (B, keys) masks.
-            module: the layer itself, whose queries are then query_output where a method will be asked;
+            module: the layer itself, whose queries are recorded where a method is queried;
                 :meth:`stop_listening` must follow, whatever happens.
         """
         if module is not None and self.prefilling and layer in self.probe_layers:
