@@ -22,7 +22,7 @@ from llava_todre.pruners import PRUNERS, Need
 from llava_todre.table import markdown_lines, note, with_interval
 
 PAGE = ROOT / "docs" / "methods.md"
-TEMPLATE = ROOT / "eval" / "methods.template.md"
+TEMPLATE = ROOT / "eval" / "pages" / "methods.template.md"
 RESULTS = ROOT / "docs" / "results" / "methods_mini.json"
 REFERENCE = "todre"
 

@@ -19,7 +19,7 @@ from llava_todre.pruners import PRUNERS
 from llava_todre.table import markdown_lines
 
 PAGE = ROOT / "docs" / "models.md"
-TEMPLATE = ROOT / "eval" / "models.template.md"
+TEMPLATE = ROOT / "eval" / "pages" / "models.template.md"
 REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
 STOCK = ROOT / "docs" / "results" / "stock_mini"
 """Made with: todre convert --model checkpoints/mini --out outputs/mini_hf, and for each method

@@ -16,7 +16,7 @@ from llava_todre.errors import TodreError
 from llava_todre.table import markdown_lines
 
 PAGE = ROOT / "docs" / "performance.md"
-TEMPLATE = ROOT / "eval" / "performance.template.md"
+TEMPLATE = ROOT / "eval" / "pages" / "performance.template.md"
 RESULTS = ROOT / "docs" / "results"
 CPU, GPU = "bench_cpu.json", "bench_gpu.json"
 TABLE3 = "table3"

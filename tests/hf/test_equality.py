@@ -121,9 +121,10 @@ def test_nothing_is_left_behind(family):
         }
         return modules, model.config.to_dict(), model.generation_config.to_dict()
 
+    inputs = inputs_for(model, BATCH)
+    model.generate(**inputs, max_new_tokens=1)  # transformers installs hooks of its own once
     before = everything()
     with hf.prune(model, retain_ratio=0.25, tau=1.0, probe_depths=(0.5,)):
-        inputs = inputs_for(model, BATCH)
         model.generate(**inputs, max_new_tokens=2)
         with pytest.raises(Exception, match="."):
             model.generate(**inputs, max_new_tokens=2, logits_processor="broken")
