@@ -24,12 +24,12 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
+from eval.mini import TASKS, TEST_SEED, Sample, held_out
+from eval.mini.heldout import check_num_images
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
 from llava_todre.generate import Answer, Request, answer
 from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
-from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
-from llava_todre.mini.heldout import check_num_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance

@@ -15,11 +15,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import llava_todre.mini
+import eval.mini
 from eval import ROOT
+from eval.mini import NUM_IMAGES, TASKS, TEST_SEED, held_out
+from eval.mini.heldout import check_num_images
 from llava_todre.errors import TodreError
-from llava_todre.mini import NUM_IMAGES, TASKS, TEST_SEED, held_out
-from llava_todre.mini.heldout import check_num_images
 
 FOLDER = ROOT / "configs" / "tasks" / "mini" / "data"
 _SOURCES = ("heldout.py", "questions.py", "render.py", "scenes.py", "shapes.py")
@@ -59,7 +59,7 @@ def prepare(folder: Path = FOLDER, num_images: int = NUM_IMAGES) -> Path:
 
 def stamp(num_images: int = NUM_IMAGES) -> str:
     """Return what the data depends on, as text."""
-    package = Path(llava_todre.mini.__file__).parent
+    package = Path(eval.mini.__file__).parent
     sources = b"".join((package / name).read_bytes() for name in _SOURCES)
     digest = hashlib.sha256(sources + Path(__file__).read_bytes()).hexdigest()
     return json.dumps({"num_images": num_images, "seed": TEST_SEED, "sources": digest[:16]})

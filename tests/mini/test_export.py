@@ -13,15 +13,15 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from llava_todre.mini.checkpoint import load_checkpoint, save_checkpoint
-from llava_todre.mini.evaluate import encode_images
-from llava_todre.mini.heldout import held_out_samples
-from llava_todre.mini.network import DecoderConfig, MiniDecoder
-from llava_todre.mini.packing import pack_questions
-from llava_todre.mini.scenes import SeedFamily
-from llava_todre.mini.tokenizer import PromptEncoder
-from llava_todre.mini.views import pixel_values
-from llava_todre.mini.vision import VisionConfig, VisionTower
+from eval.mini.heldout import held_out_samples
+from eval.mini.scenes import SeedFamily
+from scripts.mini_training.checkpoint import load_checkpoint, save_checkpoint
+from scripts.mini_training.evaluate import encode_images
+from scripts.mini_training.network import DecoderConfig, MiniDecoder
+from scripts.mini_training.packing import pack_questions
+from scripts.mini_training.tokenizer import PromptEncoder
+from scripts.mini_training.views import pixel_values
+from scripts.mini_training.vision import VisionConfig, VisionTower
 
 NUM_VISUAL = 336
 IMAGE_TOKEN = 102

@@ -7,17 +7,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llava_todre.mini import TASKS, held_out
-from llava_todre.mini.heldout import held_out_samples
-from llava_todre.mini.questions import ask
-from llava_todre.mini.scenes import (
+from eval.mini import TASKS, held_out
+from eval.mini.heldout import held_out_samples
+from eval.mini.questions import ask
+from eval.mini.scenes import (
     IMAGE_LAYOUT,
     TILE_LAYOUT,
     SeedFamily,
     sample_scene,
     stream,
 )
-from llava_todre.mini.shapes import SIGN_HEIGHT, SIGN_WIDTH
+from eval.mini.shapes import SIGN_HEIGHT, SIGN_WIDTH
 
 NUMBERS = "zero one two three four five six seven".split()
 
