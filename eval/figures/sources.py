@@ -12,8 +12,8 @@ from eval import ROOT
 from eval.mini import TEST_SEED
 from eval.results.measured import checked_bench, checked_demo
 from eval.results.schema import read_json
-from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
+from llava_todre.files import bundled_checkpoint
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 

@@ -1,5 +1,6 @@
 """Scenes and questions: deterministic, disjoint, balanced, and true."""
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from eval.mini import TASKS, held_out
+from eval.mini.data import DRAWN
 from eval.mini.heldout import held_out_samples
 from eval.mini.questions import ask
 from eval.mini.scenes import (
@@ -158,3 +160,11 @@ def test_seed_families_share_nothing():
         assert np.abs(x - y).mean() > 10
     corner = [stream(family, 0).integers(0, 2**62, 100) for family in SeedFamily]
     assert len(set(np.concatenate(corner).tolist())) == 300
+
+
+def test_what_is_drawn_has_a_name():
+    """A change here needs a new ``eval.mini.data.DRAWN``: stored answers are about these pictures."""
+    digest = hashlib.sha256()
+    for sample in held_out(12):
+        digest.update(sample.image.tobytes() + repr(sample.questions).encode())
+    assert (DRAWN, digest.hexdigest()[:16]) == ("682a27b03c7362ed", "b65bc78fc1e29535")
