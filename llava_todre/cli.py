@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llava_todre.command import run_command
 from llava_todre.errors import TodreError
-from llava_todre.files import parse_yaml, read_mapping
+from llava_todre.files import CHECKOUT, configs, parse_yaml, read_mapping
 from llava_todre.version import __version__
 
 # Commands import what they use when they run: `todre --help` should not wait for torch.
@@ -319,6 +319,8 @@ def _demo(options: Namespace) -> None:
 
 def _comparison() -> Callable[..., None]:
     """Return the demo, which lies next to the package in a checkout and is not installed."""
+    if (CHECKOUT / "eval" / "demo").is_dir() and str(CHECKOUT) not in sys.path:
+        sys.path.insert(0, str(CHECKOUT))  # an editable install finds the package alone
     try:
         compare: Callable[..., None] = importlib.import_module("eval.demo.command").compare
     except ModuleNotFoundError as error:
@@ -345,6 +347,7 @@ def _list(options: Namespace) -> None:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     print("\nprunes: before the decoder, inside it, or both; text: what goes depends on the text.")
     print(COMBINATION)
+    print(f"\nmethod files: {configs('methods')}\ntask files for lmms-eval: {configs('tasks')}")
 
 
 _OUR_CLASS_ONLY = {

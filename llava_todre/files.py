@@ -17,7 +17,7 @@ import yaml
 
 from llava_todre.errors import TodreError
 
-_CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[1]
 """Of a package in a checkout; where pip has put the package this is ``site-packages``."""
 _YAML_BYTES = 256 << 10
 JSON_BYTES = 256 << 20
@@ -29,7 +29,7 @@ _LONGEST_REASON = 300
 
 def bundled_checkpoint() -> Path:
     """Return the checkpoint that comes with a checkout."""
-    path = _CHECKOUT / "checkpoints" / "mini"
+    path = CHECKOUT / "checkpoints" / "mini"
     if not path.is_dir():
         raise TodreError(f"model {str(path)!r} is missing; run from a checkout or give --model.")
     return path
@@ -38,7 +38,7 @@ def bundled_checkpoint() -> Path:
 def configs(kind: str) -> Path:
     """Return the folder of our ``methods`` or ``tasks``: in the package, or in its checkout."""
     packed = Path(__file__).with_name("configs") / kind
-    return packed if packed.is_dir() else _CHECKOUT / "configs" / kind
+    return packed if packed.is_dir() else CHECKOUT / "configs" / kind
 
 
 def read_text(file: Path, key: str, most: int = _YAML_BYTES) -> str:

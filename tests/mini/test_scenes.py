@@ -163,7 +163,7 @@ def test_seed_families_share_nothing():
 
 
 def test_what_is_drawn_has_a_name():
-    """A change here needs a new ``eval.mini.data.DRAWN``: stored answers are about these pictures."""
+    """A change here needs a new ``eval.mini.data.DRAWN``: answers in results are about these."""
     digest = hashlib.sha256()
     for sample in held_out(12):
         digest.update(sample.image.tobytes() + repr(sample.questions).encode())
