@@ -86,15 +86,18 @@ TASK = "todre_mmbench_cn_dev_static"
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy, without what earlier builds may have left in a checkout."""
+    """Build it from the sdist of a copy, without what earlier builds left in a checkout."""
     copy = tmp_path_factory.mktemp("wheel") / "source"
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("llava_todre", "configs", "eval", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    sdist = "from setuptools import build_meta; build_meta.build_sdist('..')"
+    subprocess.run([sys.executable, "-c", sdist], cwd=copy, check=True, capture_output=True)
+    (packed,) = copy.parent.glob("llava_todre-*.tar.gz")
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", copy.parent)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", copy, *options], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", packed, *options], check=True)
     (found,) = copy.parent.glob("llava_todre-*.whl")
     return found
 
