@@ -201,11 +201,11 @@ def test_a_decoder_stage_without_a_stage_before_it_runs_once() -> None:
 def test_many_methods_get_a_sheet_per_ratio_in_rows(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sheets: list[list[list[str]]] = []
+    drawn: list[list[list[str]]] = []
     contact_sheet = sheets.contact_sheet
 
     def spy(rows: Any, caption: str) -> Any:
-        sheets.append([[title for title, _ in row] for row in rows])
+        drawn.append([[title for title, _ in row] for row in rows])
         return contact_sheet(rows, caption)
 
     monkeypatch.setattr(sheets, "contact_sheet", spy)
@@ -218,7 +218,7 @@ def test_many_methods_get_a_sheet_per_ratio_in_rows(
     small_demo(tmp_path, ratios=[0.1, 0.25])
     pictures = {f"kept_{scene}_{ratio}.png" for scene in (0, 1) for ratio in (0.25, 0.1)}
     assert {file.name for file in tmp_path.glob("*.png")} == pictures
-    for sheet, tokens in zip(sheets, (80, 32) * NUM_IMAGES, strict=True):
+    for sheet, tokens in zip(drawn, (80, 32) * NUM_IMAGES, strict=True):
         (vanilla,), (random,), (todre,) = sheet
         assert vanilla.startswith("vanilla, 320 in, 336 per layer: ")
         assert random.startswith(f"random, {tokens} in, ") and todre.startswith(f"todre, {tokens}")
