@@ -27,14 +27,6 @@ _LONGEST_NUMBER = 100
 _LONGEST_REASON = 300
 
 
-def bundled_checkpoint() -> Path:
-    """Return the checkpoint that comes with a checkout."""
-    path = CHECKOUT / "checkpoints" / "mini"
-    if not path.is_dir():
-        raise TodreError(f"model {str(path)!r} is missing; run from a checkout or give --model.")
-    return path
-
-
 def configs(kind: str) -> Path:
     """Return the folder of our ``methods`` or ``tasks``: in the package, or in its checkout."""
     packed = Path(__file__).with_name("configs") / kind

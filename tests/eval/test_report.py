@@ -19,8 +19,8 @@ from eval.report.answers import of_runs
 from eval.report.command import report
 from eval.report.runs import pruner_of
 from llava_todre.errors import TodreError
-from llava_todre.files import bundled_checkpoint
 from llava_todre.generate import Request, answer
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model
 
 
