@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llava_todre.command import run_command
 from llava_todre.errors import TodreError
-from llava_todre.files import CHECKOUT, configs, parse_yaml, read_mapping
+from llava_todre.files import configs, parse_yaml, read_mapping
 from llava_todre.version import __version__
 
 # Commands import what they use when they run: `todre --help` should not wait for torch.
@@ -319,8 +319,6 @@ def _demo(options: Namespace) -> None:
 
 def _comparison() -> Callable[..., None]:
     """Return the demo, which lies next to the package in a checkout and is not installed."""
-    if (CHECKOUT / "eval" / "demo").is_dir() and str(CHECKOUT) not in sys.path:
-        sys.path.insert(0, str(CHECKOUT))  # an editable install finds the package alone
     try:
         compare: Callable[..., None] = importlib.import_module("eval.demo.command").compare
     except ModuleNotFoundError as error:

@@ -17,8 +17,6 @@ import yaml
 
 from llava_todre.errors import TodreError
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-"""Of a package in a checkout; where pip has put the package this is ``site-packages``."""
 _YAML_BYTES = 256 << 10
 JSON_BYTES = 256 << 20
 _MOST_NODES = 100_000
@@ -29,8 +27,9 @@ _LONGEST_REASON = 300
 
 def configs(kind: str) -> Path:
     """Return the folder of our ``methods`` or ``tasks``: in the package, or in its checkout."""
-    packed = Path(__file__).with_name("configs") / kind
-    return packed if packed.is_dir() else CHECKOUT / "configs" / kind
+    package = Path(__file__).resolve().parent
+    packed = package / "configs" / kind
+    return packed if packed.is_dir() else package.parent / "configs" / kind
 
 
 def read_text(file: Path, key: str, most: int = _YAML_BYTES) -> str:

@@ -167,3 +167,14 @@ def test_lmms_eval_finds_the_model_and_its_tasks(installed: SimpleNamespace) -> 
     installed.run("python", "-m", "lmms_eval", "--model", "llava_todre", *options)
     (file,) = (installed.folder / "out").rglob("*_results.json")
     assert set(json.loads(file.read_text())["results"]) == {TASK}
+
+
+def test_an_editable_install_is_the_whole_checkout(wheel: Path) -> None:
+    build = "from setuptools import build_meta; build_meta.build_editable('../editable')"
+    (wheel.parent / "editable").mkdir()
+    source = wheel.parent / "source"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (found,) = (wheel.parent / "editable").glob("*.whl")
+    with zipfile.ZipFile(found) as archive:
+        (names,) = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert archive.read(names).decode().strip() == str(source), "eval and scripts are found"
