@@ -6,8 +6,6 @@ installed. Every option of model and method is a model argument:
     python -m lmms_eval --model llava_todre --tasks pope --batch_size 4 \
         --model_args pretrained=checkpoints/mini,method=todre,retain_ratio=0.1,log_dir=outputs/log
 
-Our own tasks need ``--include_path`` with their folder, which ``todre list`` prints.
-
 ``model`` holds the class, ``arguments`` what stands behind ``--model_args``, ``backend`` the kinds
 of models, ``items`` what one call of lmms-eval asks for, ``grouping`` which documents show the same
 picture, ``ahead`` what is prepared meanwhile, ``video`` the frames of a clip, ``team`` several
