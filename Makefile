@@ -33,7 +33,7 @@ $(LOCKED): requirements.txt requirements-torch.txt
 	@$(PIP) --no-warn-conflicts -r requirements-torch.txt
 	@touch $@
 
-$(STAMP): $(LOCKED) pyproject.toml
+$(STAMP): $(LOCKED) pyproject.toml setup.py
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 

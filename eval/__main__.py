@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--num-samples", type=int, default=20)
     search.add_argument("--eta", type=float, default=0.003, help="bound on the divergence, in nats")
     search.add_argument("--first", type=int, default=5, help="first layer to try")
+    parsers.add_parser("demo", help="compare methods on the bundled model; same as todre demo")
     for name, page in (
         ("docs", "the pages of docs/"),
         ("readme", "the generated parts of README.md"),
@@ -64,10 +65,13 @@ def _run(arguments: list[str]) -> int:
     from eval.run import commands
     from eval.run.vtw_layer import find_layer
     from eval.tables import command as table_command
+    from llava_todre.cli import main as todre
 
     for argument in arguments:  # "" would be the working folder where a path is asked for
         if argument == "" or re.fullmatch("--[a-z-]+=", argument):
             raise TodreError(f"argument {argument!r} is empty; leave it out or give a value.")
+    if arguments[:1] == ["demo"]:
+        return todre(arguments)
     options = parser().parse_args(arguments)
     match options.command:
         case "run" | "sweep":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from llava_todre.command import run_command
 from llava_todre.errors import TodreError
-from llava_todre.files import parse_yaml, read_mapping
+from llava_todre.files import configs, parse_yaml, read_mapping
 from llava_todre.version import __version__
 
 # Commands import what they use when they run: `todre --help` should not wait for torch.
@@ -306,26 +307,28 @@ def _demo(options: Namespace) -> None:
             options.model, options.backend, options.template, host=options.host, port=options.port
         )
         return
-    from llava_todre.demo import run_demo
-    from llava_todre.mini import NUM_IMAGES
-    from llava_todre.table import as_text
-
-    out = Path(options.out)
-    results = run_demo(
-        model_path=options.model,
+    _comparison()(
+        options.model,
         methods=options.methods,
         ratios=options.ratios,
         num_images=options.num_images,
-        out=out,
+        out=Path(options.out),
         fresh=options.fresh,
     )
-    print(as_text(results))
-    if options.num_images < NUM_IMAGES:
-        print(
-            f"\nA first look, at {options.num_images} pictures: make demo IMAGES={NUM_IMAGES}, or"
-            f" --num-images {NUM_IMAGES}, has narrower intervals and takes some minutes."
-        )
-    print(f"\nResults, table and pictures are in {out}.")
+
+
+def _comparison() -> Callable[..., None]:
+    """Return the demo, which lies next to the package in a checkout and is not installed."""
+    try:
+        compare: Callable[..., None] = importlib.import_module("eval.demo.command").compare
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] != "eval":
+            raise
+        raise TodreError(
+            "todre demo compares methods on the model of a checkout of llava_todre; clone the "
+            "project and run it there (make demo)."
+        ) from None
+    return compare
 
 
 def _list(options: Namespace) -> None:
@@ -342,6 +345,7 @@ def _list(options: Namespace) -> None:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
     print("\nprunes: before the decoder, inside it, or both; text: what goes depends on the text.")
     print(COMBINATION)
+    print(f"\nmethod files: {configs('methods')}\ntask files for lmms-eval: {configs('tasks')}")
 
 
 _OUR_CLASS_ONLY = {

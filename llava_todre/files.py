@@ -25,6 +25,13 @@ _LONGEST_NUMBER = 100
 _LONGEST_REASON = 300
 
 
+def configs(kind: str) -> Path:
+    """Return the folder of our ``methods`` or ``tasks``: in the package, or in its checkout."""
+    package = Path(__file__).resolve().parent
+    packed = package / "configs" / kind
+    return packed if packed.is_dir() else package.parent / "configs" / kind
+
+
 def read_text(file: Path, key: str, most: int = _YAML_BYTES) -> str:
     """Return the text of a regular file.
 

@@ -20,20 +20,24 @@ def digests(*modules: str, alone: str = "") -> dict[str, str]:
     """Return a hash of every module that some modules need, themselves included, by its name.
 
     Args:
-        modules: of this package, without its name: ``generate``, ``model.load``.
+        modules: full names, of this package or of one next to it; both are followed.
         alone: one more, which counts without what it needs.
+
+    Returns:
+        Hashes by full name, for this package without its own.
     """
+    packages = frozenset(name.split(".")[0] for name in (PACKAGE.name, *modules))
     found: dict[str, str] = {}
-    waiting = [f"{PACKAGE.name}.{name}" for name in modules]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         if name in found:
             continue
-        found[name], needed = _read(name)
+        found[name], needed = _read(name, packages)
         waiting += needed
-    prefix = f"{PACKAGE.name}."
     if alone:
-        found[prefix + alone] = _read(prefix + alone)[0]
+        found[alone] = _read(alone, packages)[0]
+    prefix = f"{PACKAGE.name}."
     return {name.removeprefix(prefix): found[name] for name in sorted(found)}
 
 
@@ -60,17 +64,17 @@ def what_changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 @cache
 def _file(module: str) -> Path | None:
-    path = PACKAGE.joinpath(*module.split(".")[1:])
+    path = PACKAGE.parent.joinpath(*module.split("."))
     files = (path / "__init__.py", path.with_suffix(".py"))
     return next((file for file in files if file.is_file()), None)
 
 
-def _read(module: str) -> tuple[str, list[str]]:
-    """Return the hash of a module and the modules of this package that it imports."""
+def _read(module: str, packages: frozenset[str]) -> tuple[str, list[str]]:
+    """Return the hash of a module and the modules of the packages that it imports."""
     file = _file(module)
     assert file is not None, f"no module {module}"
     tree = ast.parse(file.read_bytes())
-    needed = [name for name in _imported(tree) if name.split(".")[0] == PACKAGE.name]
+    needed = [name for name in _imported(tree) if name.split(".")[0] in packages]
     parents = module.split(".")[:-1]
     needed += [".".join(parents[: end + 1]) for end in range(len(parents))]
     digest = hashlib.sha256(ast.dump(_Bare().visit(tree)).encode()).hexdigest()[:16]

@@ -6,4 +6,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 # Spinning barriers burn the own time slice on a shared machine.
 export OMP_WAIT_POLICY=PASSIVE
-exec "$PYTHON" -m llava_todre.mini.train "$@"
+exec "$PYTHON" -m scripts.mini_training.train "$@"

@@ -21,10 +21,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from eval import __main__ as evaluation
+from eval.demo.plan import plan as plan_demo
 from eval.run.spec import CONFIGS
 from eval.run.suites import load_suite
 from llava_todre import cli
-from llava_todre.demo import plan as plan_demo
 from llava_todre.lmms_plugin.arguments import build_pruner
 from llava_todre.pruners import create_pruner
 

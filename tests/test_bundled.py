@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from eval.mini import TEST_SEED
+from eval.mini.heldout import held_out
 from llava_todre import Answer, Memory, Request, answer, load_pretrained_model
 from llava_todre.cli import main
-from llava_todre.mini import TEST_SEED
-from llava_todre.mini.heldout import held_out
 
 MINI = Path(__file__).parents[1] / "checkpoints" / "mini"
 EXAMPLES = json.loads((MINI / "examples" / "examples.json").read_text())

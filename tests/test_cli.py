@@ -102,8 +102,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         assert (shown, paper) == (name, method.about.paper)
         assert place in ("before", "inside", "both") or name == "vanilla"
         assert text in ("yes", "no")
-    blank, _, last = lines[len(PRUNERS) :]
-    assert blank == "" and last == "A+B: Stage 1 of A, decoder stage of B."
+    blank, _, combination, _, *folders = lines[len(PRUNERS) :]
+    assert blank == "" and combination == "A+B: Stage 1 of A, decoder stage of B."
+    methods, tasks = (Path(line.partition(": ")[2]) for line in folders)
+    assert (methods / "todre.yaml").is_file() and (tasks / "mmbench" / "utils.py").is_file()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pages
 import pytest
 
 from eval.figures.registry import FIGURES
+from eval.mini import NUM_IMAGES
 from eval.pages.readme import RESULTS, TABLES, readme, tables
-from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS
 
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ import pytest
 from llava_todre import source
 from llava_todre.source import what_changed
 
-ROOTS = ("lmms_plugin.model",)
-NOT_NEEDED = ("ui/page.py", "cli.py", "viz.py", "demo.py", "table.py", "mini/loop.py")
+ROOTS = ("llava_todre.lmms_plugin.model",)
+NOT_NEEDED = ("ui/page.py", "cli.py", "viz.py", "table.py", "ui/drawing.py")
 CHANGES = (
     ("pruners/todre.py", "tau: float = 0.10", "tau: float = 0.11"),
     ("selection_triton.py", "import triton", "import triton, torch"),  # imported in a function
@@ -74,8 +74,13 @@ def test_code_that_computes_answers_counts_and_is_named(
 
 
 def test_one_module_can_count_without_what_it_needs() -> None:
-    alone = source.digests("errors", alone="demo")
-    assert {"demo", "errors"} < set(alone) and not {"viz", "generate"} & set(alone)
+    alone = source.digests("llava_todre.errors", alone="eval.demo.run")
+    assert {"eval.demo.run", "errors"} < set(alone) and not {"viz", "generate"} & set(alone)
+
+
+def test_what_another_package_needs_of_ours_is_followed() -> None:
+    found = source.digests("eval.demo.plan")
+    assert {"eval.demo.plan", "pruners.todre"} < set(found) and "torch" not in found
 
 
 def test_what_changed_names_parts_and_few_of_many() -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from eval.figures.attention import Observer, received
 from eval.figures.sources import Data, Sources, held_out_note, middle, opened
 from eval.figures.style import BLACK, BLUE, GREEN, ORANGE, PAGE, letter, new_figure, some
-from llava_todre.mini import held_out
+from eval.mini import held_out
 from llava_todre.model.images import process_images
 from llava_todre.model.prompt import build_prompt, tokenizer_image_token
 from llava_todre.pruners import LayerView

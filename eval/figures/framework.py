@@ -31,8 +31,8 @@ from eval.figures.style import (
     new_figure,
     some,
 )
+from eval.mini import TEST_SEED, held_out
 from llava_todre.generate import Request, answer
-from llava_todre.mini import TEST_SEED, held_out
 from llava_todre.pruners import Combined, LayerView, create_pruner
 from llava_todre.pruners.todre import Todre
 from llava_todre.spans import TokenType

@@ -19,8 +19,8 @@ from eval.figures.style import (
     new_figure,
     some,
 )
+from eval.mini import held_out
 from llava_todre.generate import Request, answer
-from llava_todre.mini import held_out
 from llava_todre.pruners import Combined, LayerView, Pruner, create_pruner
 from llava_todre.pruners.todre import Todre
 

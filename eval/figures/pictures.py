@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from PIL import Image, ImageFilter
 
+from eval.demo.plan import Run
 from eval.figures.sources import Data
 from eval.figures.style import GREEN, VERMILION, few_colours
-from llava_todre.demo import Run
 from llava_todre.generate import Answer
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import Pruner

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from eval.mini import Sample, held_out
 from llava_todre.errors import TodreError
-from llava_todre.mini import Sample, held_out
 
 NUM_SCENES = 4
 SIDE = 112

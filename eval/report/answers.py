@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.mini import Sample
 from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.answer_log import read_answers
-from llava_todre.mini import Sample
 
 _Key = tuple[str, int]
 """Task and number of a document."""

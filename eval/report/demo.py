@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from eval.demo.plan import Run
+from eval.mini import held_out
 from eval.report.answers import of_demo
 from eval.report.origin import origin
 from eval.report.page import Html, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, with_pictures
-from llava_todre.demo import Run
 from llava_todre.errors import TodreError
-from llava_todre.mini import held_out
 from llava_todre.pruners import Pruner
 from llava_todre.table import LEGEND, cells
 

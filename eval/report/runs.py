@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.mini import held_out
 from eval.report.answers import of_runs
 from eval.report.origin import origin
 from eval.report.page import Html, folded, heading, page, paragraph, table
@@ -18,7 +19,6 @@ from eval.tables.paper import OF_THEIR_BENCHMARKS, sheets
 from eval.tables.render import Table, stacked
 from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.arguments import draws, item_seed, with_seed
-from llava_todre.mini import held_out
 from llava_todre.pruners import Pruner, create_pruner
 
 _MINI = "mini"

@@ -20,6 +20,12 @@ from eval.run.suites import Suite
 
 _DEFINES = re.compile(r"^task:\s*['\"]?([\w.-]+)['\"]?\s*(?:#.*)?$", re.MULTILINE)
 _NOT_OURS = ("data", "__pycache__")
+_COMMENT_EDITED = {
+    "997eb421c20b563bd5cb41d8d613479b6d6af5b44ba6c3df2f34c7479a4ec0a7": (  # mini/_template_yaml
+        "640438cab193294a5799f8a029a0167d7ceb83a46f2cea2342882d34bdb60a6b"
+    ),
+}
+"""Files of which only a comment was edited since results were stored: hash now, hash then."""
 
 
 def suite_digest(suite: Suite) -> str:
@@ -53,4 +59,5 @@ def _task_files(suite: Suite) -> Iterator[tuple[str, str]]:
 
 
 def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return _COMMENT_EDITED.get(digest, digest)

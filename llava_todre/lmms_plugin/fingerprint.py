@@ -48,7 +48,7 @@ def fingerprint(
         "generation_config": _digest(str(model.generation_config)),
         "image_processor": _digest(str(processor)),
         "tokenizer": _digest(_words(tokenizer)),
-        "source": digests("lmms_plugin.model"),
+        "source": digests("llava_todre.lmms_plugin.model"),
         "versions": _versions(),
         "device": model.device.type,
     }

@@ -13,8 +13,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.prompt import AUTO
 from llava_todre.ui.gate import Gate, address_of, is_loopback
 from llava_todre.ui.page import CSS, build_page

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from eval.mini import held_out
 from llava_todre.lmms_plugin import model as plugin
-from llava_todre.mini import held_out
 
 ROOT = Path(__file__).parents[2]
 MINI = str(ROOT / "checkpoints" / "mini")

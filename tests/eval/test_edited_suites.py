@@ -168,3 +168,11 @@ def test_results_of_another_lmms_eval_are_told(
     _, report = carry_out("--fault", "raises")
     assert _tell(report, Launch(tmp_path / "out")) == 0
     assert "some results are of lmms-eval 0.1.0; here is " in capsys.readouterr().err
+
+
+def test_stored_results_are_of_the_suite_as_it_is() -> None:
+    stored = [
+        json.loads(f.read_text()) for f in (ROOT / "docs/results/reproduce_mini").glob("*.json")
+    ]
+    digests = {record["suite_digest"] for record in stored if "suite_digest" in record}
+    assert digests == {suite_digest(load_suite("mini"))}

@@ -18,7 +18,7 @@ from eval.figures.files import as_json, stored
 from eval.figures.pictures import counts, frame_of, simplified, views_of
 from eval.figures.registry import FIGURES
 from eval.figures.sources import Sources
-from llava_todre.mini import held_out
+from eval.mini import held_out
 from llava_todre.pruners import LayerView
 from llava_todre.spans import TokenType, is_visual
 

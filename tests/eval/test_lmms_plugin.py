@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from eval.mini import held_out
 from llava_todre.cli import main
 from llava_todre.errors import TodreError
 from llava_todre.generate import Request, answer
@@ -28,7 +29,6 @@ from llava_todre.lmms_plugin.arguments import build_pruner, draws, item_seed, op
 from llava_todre.lmms_plugin.distributed import join_processes, placement
 from llava_todre.lmms_plugin.fingerprint import fingerprint, weights_digest
 from llava_todre.lmms_plugin.requests import cut, generation, items_of, shown_of
-from llava_todre.mini import held_out
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, create_pruner
 from llava_todre.video import read_clip

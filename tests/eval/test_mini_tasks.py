@@ -17,12 +17,12 @@ pytest.importorskip("lmms_eval")
 
 import datasets
 
+from eval.mini import TASKS, TEST_SEED, held_out
 from eval.mini import data as mini_data
 from eval.run.suites import ROOT, load_suite, prepare, scores
-from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.generate import Request, answer
-from llava_todre.mini import TASKS, TEST_SEED, held_out
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model
 
 NUM_IMAGES = 3

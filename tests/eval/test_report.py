@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import main
+from eval.demo.run import run_demo
+from eval.mini import held_out
 from eval.pages.readme import REPRODUCED
 from eval.report import page
 from eval.report.answers import of_runs
 from eval.report.command import report
 from eval.report.runs import pruner_of
-from llava_todre.demo import bundled_checkpoint, run_demo
 from llava_todre.errors import TodreError
 from llava_todre.generate import Request, answer
-from llava_todre.mini import held_out
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
+from eval.mini import TASKS
 from eval.results.item_scores import item_scores
 from eval.run import suites
 from eval.run.suites import ROOT, Benchmark, Suite, load_suite, scores, suite_names
 from llava_todre.errors import TodreError
-from llava_todre.mini import TASKS
 
 PUBLISHED = yaml.safe_load((ROOT / "configs" / "paper" / "published.yaml").read_text())
 

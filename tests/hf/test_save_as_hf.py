@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+from eval.mini.heldout import held_out
 from llava_todre import Request, TodreError, answer, load_pretrained_model
 from llava_todre.cli import main
 from llava_todre.generate import Answer
 from llava_todre.hf.load import load_stock_model, runs_as_stock
 from llava_todre.hf.stock import StockModel
-from llava_todre.mini.heldout import held_out
 from llava_todre.model.export_hf import save_as_hf
 
 MINI = Path(__file__).parents[2] / "checkpoints" / "mini"

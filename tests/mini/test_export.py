@@ -1,6 +1,7 @@
 """The exported checkpoint is an original LLaVA checkpoint, and transformers computes the same."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,15 +14,16 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from llava_todre.mini.checkpoint import load_checkpoint, save_checkpoint
-from llava_todre.mini.evaluate import encode_images
-from llava_todre.mini.heldout import held_out_samples
-from llava_todre.mini.network import DecoderConfig, MiniDecoder
-from llava_todre.mini.packing import pack_questions
-from llava_todre.mini.scenes import SeedFamily
-from llava_todre.mini.tokenizer import PromptEncoder
-from llava_todre.mini.views import pixel_values
-from llava_todre.mini.vision import VisionConfig, VisionTower
+from eval.mini.heldout import held_out_samples
+from eval.mini.scenes import SeedFamily
+from scripts.mini_training.card import model_card
+from scripts.mini_training.checkpoint import load_checkpoint, save_checkpoint
+from scripts.mini_training.evaluate import encode_images
+from scripts.mini_training.network import DecoderConfig, MiniDecoder
+from scripts.mini_training.packing import pack_questions
+from scripts.mini_training.tokenizer import PromptEncoder
+from scripts.mini_training.views import pixel_values
+from scripts.mini_training.vision import VisionConfig, VisionTower
 
 NUM_VISUAL = 336
 IMAGE_TOKEN = 102
@@ -137,3 +139,9 @@ def test_names_and_size(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.unk_token == "<unk>" and tokenizer.padding_side == "right"
+
+
+def test_the_card_is_what_the_generator_writes_and_notes_of_the_run():
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "mini"
+    written = set((checkpoint / "README.md").read_text().splitlines())
+    assert set(model_card(checkpoint).splitlines()) <= written

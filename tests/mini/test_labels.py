@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from llava_todre.mini.labels import HEAD_SIZES, IGNORE, NUM_PAIRS, tile_labels
-from llava_todre.mini.render import Renderer
-from llava_todre.mini.scenes import IMAGE_LAYOUT, TILE_LAYOUT, SeedFamily, sample_scene, stream
-from llava_todre.mini.shapes import COLOURS, SHAPES
-from llava_todre.mini.views import pixel_values, views
+from eval.mini.render import Renderer
+from eval.mini.scenes import IMAGE_LAYOUT, TILE_LAYOUT, SeedFamily, sample_scene, stream
+from eval.mini.shapes import COLOURS, SHAPES
+from scripts.mini_training.labels import HEAD_SIZES, IGNORE, NUM_PAIRS, tile_labels
+from scripts.mini_training.views import pixel_values, views
 
 
 def drawn(layout, count):

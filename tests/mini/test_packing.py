@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from llava_todre.mini.heldout import held_out_samples
-from llava_todre.mini.network import DecoderConfig, MiniDecoder
-from llava_todre.mini.packing import NO_TARGET, pack_questions
-from llava_todre.mini.scenes import SeedFamily
-from llava_todre.mini.tokenizer import BEFORE_IMAGE, PromptEncoder, save_tokenizer
+from eval.mini.heldout import held_out_samples
+from eval.mini.scenes import SeedFamily
+from scripts.mini_training.network import DecoderConfig, MiniDecoder
+from scripts.mini_training.packing import NO_TARGET, pack_questions
+from scripts.mini_training.tokenizer import BEFORE_IMAGE, PromptEncoder, save_tokenizer
 
 IMAGE_TOKEN_INDEX = -200
 

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from llava_todre.mini.decoder import PHASE_A, PHASE_B, DecoderPhase
-from llava_todre.mini.loop import Run, rate
-from llava_todre.mini.network import DecoderConfig, MiniDecoder
-from llava_todre.mini.tokenizer import PromptEncoder
-from llava_todre.mini.tower import TowerConfig, TowerPhase
-from llava_todre.mini.vision import VisionConfig, VisionTower
+from scripts.mini_training.decoder import PHASE_A, PHASE_B, DecoderPhase
+from scripts.mini_training.loop import Run, rate
+from scripts.mini_training.network import DecoderConfig, MiniDecoder
+from scripts.mini_training.tokenizer import PromptEncoder
+from scripts.mini_training.tower import TowerConfig, TowerPhase
+from scripts.mini_training.vision import VisionConfig, VisionTower
 
 VISION = VisionConfig(
     hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2

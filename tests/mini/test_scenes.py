@@ -1,5 +1,6 @@
 """Scenes and questions: deterministic, disjoint, balanced, and true."""
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -7,17 +8,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from llava_todre.mini import TASKS, held_out
-from llava_todre.mini.heldout import held_out_samples
-from llava_todre.mini.questions import ask
-from llava_todre.mini.scenes import (
+from eval.mini import TASKS, held_out
+from eval.mini.data import DRAWN
+from eval.mini.heldout import held_out_samples
+from eval.mini.questions import ask
+from eval.mini.scenes import (
     IMAGE_LAYOUT,
     TILE_LAYOUT,
     SeedFamily,
     sample_scene,
     stream,
 )
-from llava_todre.mini.shapes import SIGN_HEIGHT, SIGN_WIDTH
+from eval.mini.shapes import SIGN_HEIGHT, SIGN_WIDTH
 
 NUMBERS = "zero one two three four five six seven".split()
 
@@ -158,3 +160,11 @@ def test_seed_families_share_nothing():
         assert np.abs(x - y).mean() > 10
     corner = [stream(family, 0).integers(0, 2**62, 100) for family in SeedFamily]
     assert len(set(np.concatenate(corner).tolist())) == 300
+
+
+def test_what_is_drawn_has_a_name():
+    """A change here needs a new ``eval.mini.data.DRAWN``: answers in results are about these."""
+    digest = hashlib.sha256()
+    for sample in held_out(12):
+        digest.update(sample.image.tobytes() + repr(sample.questions).encode())
+    assert (DRAWN, digest.hexdigest()[:16]) == ("682a27b03c7362ed", "b65bc78fc1e29535")

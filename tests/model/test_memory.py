@@ -14,9 +14,9 @@ from transformers.cache_utils import DynamicCache
 
 from eval.bench.memory import cache_bytes, peak_mib
 from eval.bench.roofline import kv_bytes
+from eval.mini.heldout import held_out
 from llava_todre import ask as ask_question
 from llava_todre import load_pretrained_model
-from llava_todre.mini.heldout import held_out
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 
 MINI = Path(__file__).parents[2] / "checkpoints" / "mini"

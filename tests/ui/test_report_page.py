@@ -11,9 +11,9 @@ import pytest
 from browser import chromium, complaints, need, picture_of_all, requests, screen
 from PIL import Image
 
+from eval.demo.run import run_demo
 from eval.pages.readme import REPRODUCED
 from eval.report.command import report
-from llava_todre.demo import run_demo
 
 
 @pytest.fixture(scope="module")

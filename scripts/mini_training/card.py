@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_todre.mini.questions import TASKS, YES_NO
+from eval.mini.questions import TASKS, YES_NO
 
 _TEMPLATE = """\
 ---
@@ -94,7 +94,7 @@ family (a different seed from the one reported above) with questions and answers
 ## Limits
 
 - It knows {vocab_size} words. Any other word is unknown to it, and so is any picture that is not
-  drawn by `llava_todre.mini`. It answers single-turn questions of the trained forms only.
+  drawn by `eval.mini`. It answers single-turn questions of the trained forms only.
 - Answers are single words, letters or digits; there is no language ability behind them.
 - Relations and counting are not saturated; see the table. Asked as a yes-or-no question, a relation
   between two objects is answered right in about 70% of the cases only.

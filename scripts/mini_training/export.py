@@ -1,6 +1,6 @@
 """From a training run to `checkpoints/mini`: weights, curve, examples, evaluation, model card.
 
-    python -m llava_todre.mini.export --out runs/mini --checkpoint checkpoints/mini
+    python -m scripts.mini_training.export --out runs/mini --checkpoint checkpoints/mini
 
 exports whatever the run has reached so far. `<out>/notes.md`, where it exists, goes into the card:
 what a reader should know about this particular run. The test seeds are looked at only when the last
@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from llava_todre.mini.card import model_card
-from llava_todre.mini.checkpoint import load_checkpoint, save_checkpoint
-from llava_todre.mini.decoder import PHASE_C
-from llava_todre.mini.evaluate import evaluate
-from llava_todre.mini.heldout import TEST_SEED, held_out
-from llava_todre.mini.network import DecoderConfig, MiniDecoder
-from llava_todre.mini.tokenizer import PromptEncoder
-from llava_todre.mini.vision import VisionConfig, VisionTower
+from eval.mini.heldout import TEST_SEED, held_out
+from scripts.mini_training.card import model_card
+from scripts.mini_training.checkpoint import load_checkpoint, save_checkpoint
+from scripts.mini_training.decoder import PHASE_C
+from scripts.mini_training.evaluate import evaluate
+from scripts.mini_training.network import DecoderConfig, MiniDecoder
+from scripts.mini_training.tokenizer import PromptEncoder
+from scripts.mini_training.vision import VisionConfig, VisionTower
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from llava_todre.mini.scenes import Scene
-from llava_todre.mini.shapes import (
+from eval.mini.scenes import Scene
+from eval.mini.shapes import (
     CELL_HEIGHT,
     CELL_WIDTH,
     COLOUR_RGB,

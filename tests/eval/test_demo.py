@@ -10,11 +10,18 @@ from typing import Any
 
 import pytest
 
-from llava_todre import TodreError, demo
+from eval.demo import measure, sheets
+from eval.demo import plan as planning
+from eval.demo import run as running
+from eval.demo.plan import RANDOM_DRAWS, Run, plan
+from eval.demo.rows import rows_of
+from eval.demo.run import run_demo
+from eval.demo.stored import finished as finished_run
+from eval.demo.stored import unused
+from eval.mini import TASKS
+from llava_todre import TodreError
 from llava_todre.cli import main
-from llava_todre.demo import RANDOM_DRAWS, Run, plan, run_demo
 from llava_todre.intervals import intervals
-from llava_todre.mini import TASKS
 from llava_todre.pruners import PRUNERS
 from llava_todre.table import as_markdown, as_text, with_interval
 
@@ -61,13 +68,13 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
 ) -> None:
     out, results = finished
     repeated: list[str] = []
-    evaluate = demo._evaluate
+    evaluate = running.evaluate
 
     def spy(run: Run, *rest: Any) -> dict[str, Any]:
         repeated.append(run.name)
         return evaluate(run, *rest)
 
-    monkeypatch.setattr(demo, "_evaluate", spy)
+    monkeypatch.setattr(running, "evaluate", spy)
     file = out / "runs" / "todre_0.25.json"
     whole = file.read_text()
     damages = [whole[: len(whole) // 2], "null", "{}", "[]"]
@@ -76,10 +83,10 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
     damages.append(json.dumps(json.loads(whole) | {"hits": {"exist": [1]}}))
     version, run = json.loads(whole)["version"], Run("todre", 0.25)
     num_images = results["num_images"]
-    assert demo._finished(file, version, run, num_images) is not None
+    assert finished_run(file, version, run, num_images) is not None
     for damage in damages:
         file.write_text(damage)
-        assert demo._finished(file, version, run, num_images) is None, damage[:80]
+        assert finished_run(file, version, run, num_images) is None, damage[:80]
     again = small_demo(out)
     assert repeated == ["todre_0.25"]
     assert [row["accuracy"] for row in again["rows"]] == [
@@ -128,16 +135,16 @@ def test_runs_that_no_longer_count_are_counted_and_the_reason_is_told(
     runs, stored = plan(["todre"], [0.25]), finished[1]["runs"]
     version = stored[0]["version"]
     assert set(version) == {"code", "model", "pictures", "torch", "transformers"}
-    assert demo._unused(tmp_path, version, runs) == ""
+    assert unused(tmp_path, version, runs) == ""
     (tmp_path / "runs").mkdir()
     for run in stored:
         (tmp_path / "runs" / f"{Run(**run['run']).name}.json").write_text(json.dumps(run))
-    assert demo._unused(tmp_path, version, runs) == ""
-    line = demo._unused(tmp_path, version | {"code": "other", "torch": "9"}, runs)
+    assert unused(tmp_path, version, runs) == ""
+    line = unused(tmp_path, version | {"code": "other", "torch": "9"}, runs)
     assert line.startswith("2 finished runs in ") and line.endswith("changed: code, torch.")
     old = tmp_path / "runs" / "todre_0.25.json"
     old.write_text(json.dumps(json.loads(old.read_text()) | {"version": "0123456789abcdef"}))
-    line = demo._unused(tmp_path, version, runs)
+    line = unused(tmp_path, version, runs)
     assert line.startswith("1 finished runs") and line.endswith("changed: not recorded.")
 
 
@@ -150,7 +157,7 @@ def test_all_draws_of_a_method_make_its_interval() -> None:
         {"run": {"method": "random", "retain_ratio": 0.5, "draw": 1}, "hits": wrong, **same},
     ]
     speed: Any = {"prefill": {}, "first_token": {}}
-    _, row = demo._rows(scored, {"vanilla_1.0": speed, "random_0.5_draw0": speed})
+    _, row = rows_of(scored, {"vanilla_1.0": speed, "random_0.5_draw0": speed})
     assert (row["draws"], row["average"], row["relative_average"]) == (2, 0.375, 0.5)
     assert row["relative_interval"] == [0, 1], "one draw or the other"
     assert row["average_interval"][0] == 0 and 0.9 <= row["average_interval"][1] < 1
@@ -194,24 +201,24 @@ def test_a_decoder_stage_without_a_stage_before_it_runs_once() -> None:
 def test_many_methods_get_a_sheet_per_ratio_in_rows(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sheets: list[list[list[str]]] = []
-    contact_sheet = demo.contact_sheet
+    drawn: list[list[list[str]]] = []
+    contact_sheet = sheets.contact_sheet
 
     def spy(rows: Any, caption: str) -> Any:
-        sheets.append([[title for title, _ in row] for row in rows])
+        drawn.append([[title for title, _ in row] for row in rows])
         return contact_sheet(rows, caption)
 
-    monkeypatch.setattr(demo, "contact_sheet", spy)
-    monkeypatch.setattr(demo, "TIMED_PROMPTS", 1)
-    monkeypatch.setattr(demo, "RANDOM_DRAWS", 2)
-    monkeypatch.setattr(demo, "_ONE_SHEET", 2)
-    monkeypatch.setattr(demo, "ROW_OF_PICTURES", 1)
-    monkeypatch.setattr(demo, "_fingerprint", lambda *_: finished[1]["runs"][0]["version"])
+    monkeypatch.setattr(sheets, "contact_sheet", spy)
+    monkeypatch.setattr(measure, "TIMED_PROMPTS", 1)
+    monkeypatch.setattr(planning, "RANDOM_DRAWS", 2)
+    monkeypatch.setattr(sheets, "_ONE_SHEET", 2)
+    monkeypatch.setattr(sheets, "ROW_OF_PICTURES", 1)
+    monkeypatch.setattr(running, "fingerprint", lambda *_: finished[1]["runs"][0]["version"])
     shutil.copytree(finished[0] / "runs", tmp_path / "runs")
     small_demo(tmp_path, ratios=[0.1, 0.25])
     pictures = {f"kept_{scene}_{ratio}.png" for scene in (0, 1) for ratio in (0.25, 0.1)}
     assert {file.name for file in tmp_path.glob("*.png")} == pictures
-    for sheet, tokens in zip(sheets, (80, 32) * NUM_IMAGES, strict=True):
+    for sheet, tokens in zip(drawn, (80, 32) * NUM_IMAGES, strict=True):
         (vanilla,), (random,), (todre,) = sheet
         assert vanilla.startswith("vanilla, 320 in, 336 per layer: ")
         assert random.startswith(f"random, {tokens} in, ") and todre.startswith(f"todre, {tokens}")
@@ -219,7 +226,7 @@ def test_many_methods_get_a_sheet_per_ratio_in_rows(
 
 @pytest.mark.parametrize(("cells", "rows"), [(8, [4, 4]), (10, [5, 5]), (11, [4, 4, 3]), (1, [1])])
 def test_rows_of_pictures_are_about_equally_long(cells: int, rows: list[int]) -> None:
-    wrapped = demo._wrapped([(str(i), None) for i in range(cells)])  # type: ignore[misc]
+    wrapped = sheets._wrapped([(str(i), None) for i in range(cells)])  # type: ignore[misc]
     assert [len(row) for row in wrapped] == rows
     assert [title for row in wrapped for title, _ in row] == [str(i) for i in range(cells)]
 

@@ -1,6 +1,6 @@
 """Train the bundled model from scratch: tower, one tile, AnyRes twice, then export.
 
-    python -m llava_todre.mini.train --out runs/mini --checkpoint checkpoints/mini
+    python -m scripts.mini_training.train --out runs/mini --checkpoint checkpoints/mini
 
 About an hour and a half on two CPU cores with avx512_bf16. It may be killed at any moment; the same
 command continues from the last minute. Finished phases are kept as `<out>/<phase>.pt`.
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from llava_todre.mini.decoder import PHASE_A, PHASE_B, PHASE_C, DecoderPhase
-from llava_todre.mini.export import export_run
-from llava_todre.mini.loop import Run
-from llava_todre.mini.network import DecoderConfig, MiniDecoder
-from llava_todre.mini.tokenizer import PromptEncoder
-from llava_todre.mini.tower import TowerConfig, TowerPhase
-from llava_todre.mini.vision import VisionConfig
+from scripts.mini_training.decoder import PHASE_A, PHASE_B, PHASE_C, DecoderPhase
+from scripts.mini_training.export import export_run
+from scripts.mini_training.loop import Run
+from scripts.mini_training.network import DecoderConfig, MiniDecoder
+from scripts.mini_training.tokenizer import PromptEncoder
+from scripts.mini_training.tower import TowerConfig, TowerPhase
+from scripts.mini_training.vision import VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llava_todre.mini.network import PackedText
-from llava_todre.mini.questions import Question
-from llava_todre.mini.tokenizer import PromptEncoder
+from eval.mini.questions import Question
+from scripts.mini_training.network import PackedText
+from scripts.mini_training.tokenizer import PromptEncoder
 
 NO_TARGET = -100
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from llava_todre.errors import TodreError
-from llava_todre.mini.questions import TASKS, Question, ask
-from llava_todre.mini.render import Renderer
-from llava_todre.mini.scenes import (
+from eval.mini.questions import TASKS, Question, ask
+from eval.mini.render import Renderer
+from eval.mini.scenes import (
     IMAGE_LAYOUT,
     Layout,
     Scene,
@@ -24,6 +23,7 @@ from llava_todre.mini.scenes import (
     sample_scene,
     stream,
 )
+from llava_todre.errors import TodreError
 
 TEST_SEED = 27182
 _MOST_IMAGES = 10_000

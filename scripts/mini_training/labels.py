@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_todre.mini.render import DIGIT_ID
-from llava_todre.mini.scenes import IMAGE_SIDE, TILE_SIDE, Scene
-from llava_todre.mini.shapes import COLOURS, SHAPES, SIGN_DIGITS
+from eval.mini.render import DIGIT_ID
+from eval.mini.scenes import IMAGE_SIDE, TILE_SIDE, Scene
+from eval.mini.shapes import COLOURS, SHAPES, SIGN_DIGITS
 
 IGNORE = -100
 GRID = 8

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llava_todre.mini.scenes import TILE_SIDE
+from eval.mini.scenes import TILE_SIDE
 
 PIXEL_MEAN = 0.45
 PIXEL_STD = 0.25

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_todre.mini.shapes import (
+from eval.mini.shapes import (
     COLOURS,
     OBJECT_SIZES,
     SHAPES,

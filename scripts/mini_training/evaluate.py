@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_todre.mini.heldout import Sample
-from llava_todre.mini.network import MiniDecoder
-from llava_todre.mini.packing import NO_TARGET, pack_questions
-from llava_todre.mini.questions import TASKS
-from llava_todre.mini.tokenizer import PromptEncoder
-from llava_todre.mini.views import pixel_values
-from llava_todre.mini.vision import VisionTower
+from eval.mini.heldout import Sample
+from eval.mini.questions import TASKS
+from scripts.mini_training.network import MiniDecoder
+from scripts.mini_training.packing import NO_TARGET, pack_questions
+from scripts.mini_training.tokenizer import PromptEncoder
+from scripts.mini_training.views import pixel_values
+from scripts.mini_training.vision import VisionTower
 
 
 @dataclass(frozen=True)

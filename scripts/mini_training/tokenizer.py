@@ -14,8 +14,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llava_todre.mini.questions import LETTERS, NUMBERS, ORDINALS, PLURALS, Question
-from llava_todre.mini.shapes import COLOURS, SHAPES
+from eval.mini.questions import LETTERS, NUMBERS, ORDINALS, PLURALS, Question
+from eval.mini.shapes import COLOURS, SHAPES
 from llava_todre.model.prompt import conv_templates
 
 BEFORE_IMAGE = f"{conv_templates['vicuna_v1'].system} USER: "

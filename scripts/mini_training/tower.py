@@ -15,19 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_todre.mini.labels import CLS_SIZE, HEAD_SIZES, IGNORE, TileLabels, tile_labels
-from llava_todre.mini.loop import rate
-from llava_todre.mini.muon import Muon
-from llava_todre.mini.render import Renderer
-from llava_todre.mini.scenes import (
+from eval.mini.render import Renderer
+from eval.mini.scenes import (
     IMAGE_LAYOUT,
     TILE_LAYOUT,
     SeedFamily,
     sample_scene,
     stream,
 )
-from llava_todre.mini.views import pixel_values
-from llava_todre.mini.vision import VisionConfig, VisionTower, start_positions
+from scripts.mini_training.labels import CLS_SIZE, HEAD_SIZES, IGNORE, TileLabels, tile_labels
+from scripts.mini_training.loop import rate
+from scripts.mini_training.muon import Muon
+from scripts.mini_training.views import pixel_values
+from scripts.mini_training.vision import VisionConfig, VisionTower, start_positions
 
 LOSS_WEIGHTS = {
     "shape": 1.0,

@@ -21,15 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_todre.mini.evaluate import encode_images, evaluate
-from llava_todre.mini.heldout import Sample, held_out_samples
-from llava_todre.mini.loop import rate
-from llava_todre.mini.muon import Muon
-from llava_todre.mini.network import MiniDecoder
-from llava_todre.mini.packing import NO_TARGET, PackedQuestions, pack_questions
-from llava_todre.mini.questions import Question, ask
-from llava_todre.mini.render import Renderer
-from llava_todre.mini.scenes import (
+from eval.mini.heldout import Sample, held_out_samples
+from eval.mini.questions import Question, ask
+from eval.mini.render import Renderer
+from eval.mini.scenes import (
     IMAGE_LAYOUT,
     TILE_LAYOUT,
     Layout,
@@ -38,8 +33,13 @@ from llava_todre.mini.scenes import (
     sample_scene,
     stream,
 )
-from llava_todre.mini.tokenizer import PromptEncoder
-from llava_todre.mini.vision import VisionTower
+from scripts.mini_training.evaluate import encode_images, evaluate
+from scripts.mini_training.loop import rate
+from scripts.mini_training.muon import Muon
+from scripts.mini_training.network import MiniDecoder
+from scripts.mini_training.packing import NO_TARGET, PackedQuestions, pack_questions
+from scripts.mini_training.tokenizer import PromptEncoder
+from scripts.mini_training.vision import VisionTower
 
 Mix = tuple[tuple[str, int], ...]
 

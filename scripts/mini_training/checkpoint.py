@@ -15,11 +15,11 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava_todre.mini.network import DecoderConfig, MiniDecoder
-from llava_todre.mini.scenes import IMAGE_SIDE, TILE_SIDE
-from llava_todre.mini.tokenizer import MAX_LENGTH, PromptEncoder, save_tokenizer
-from llava_todre.mini.views import PIXEL_MEAN, PIXEL_STD
-from llava_todre.mini.vision import VisionConfig, VisionTower
+from eval.mini.scenes import IMAGE_SIDE, TILE_SIDE
+from scripts.mini_training.network import DecoderConfig, MiniDecoder
+from scripts.mini_training.tokenizer import MAX_LENGTH, PromptEncoder, save_tokenizer
+from scripts.mini_training.views import PIXEL_MEAN, PIXEL_STD
+from scripts.mini_training.vision import VisionConfig, VisionTower
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 _PAD_ID, _BOS_ID, _EOS_ID = 0, 1, 2

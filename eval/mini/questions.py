@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_todre.mini.scenes import Scene, SceneObject
-from llava_todre.mini.shapes import COLOURS, SHAPES
+from eval.mini.scenes import Scene, SceneObject
+from eval.mini.shapes import COLOURS, SHAPES
 
 TASKS = ("exist", "colour", "shape", "count", "where", "relation", "digit", "read", "choice")
 PLACE = "place"
