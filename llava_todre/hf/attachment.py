@@ -195,24 +195,17 @@ class Attachment:
         self, ids: Tensor, real: Tensor, visuals: Visuals, captured: DecoderInputs
     ) -> list[SplicedPrompt]:
         """Let the method select from the images of all prompts."""
-        project = partial(self.family.project, self.model)
+        project, needs = partial(self.family.project, self.model), self.pruner.needs
         prompts = []
-        for row, (of_row, keep) in enumerate(zip(visuals, real.cpu(), strict=True)):
-            image = torch.full_like(keep, -1, dtype=torch.int64)
-            for number, visual in enumerate(of_row):
+        for row, (row_ids, keep, shown) in enumerate(
+            zip(ids.cpu(), real.cpu(), visuals, strict=True)
+        ):
+            image = torch.full_like(row_ids, -1)
+            for number, visual in enumerate(shown):
                 image[visual.columns] = number
-            prompts.append(
-                Prompt(
-                    ids[row].cpu(),
-                    captured.embeds[row],
-                    [
-                        features_of(each, row, captured, self.pruner.needs, project)
-                        for each in of_row
-                    ],
-                    source=keep.nonzero()[:, 0],
-                    image=image[keep],
-                )
-            )
+            images = [features_of(visual, row, captured, needs, project) for visual in shown]
+            source = keep.nonzero()[:, 0]
+            prompts.append(Prompt(row_ids, captured.embeds[row], images, source, image[keep]))
         return prune_prompts(prompts, self.pruner)
 
     @contextmanager
