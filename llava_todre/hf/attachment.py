@@ -195,17 +195,24 @@ class Attachment:
         self, ids: Tensor, real: Tensor, visuals: Visuals, captured: DecoderInputs
     ) -> list[SplicedPrompt]:
         """Let the method select from the images of all prompts."""
-        project, needs = partial(self.family.project, self.model), self.pruner.needs
+        project = partial(self.family.project, self.model)
         prompts = []
-        for row, (row_ids, keep, shown) in enumerate(
-            zip(ids.cpu(), real.cpu(), visuals, strict=True)
-        ):
-            image = torch.full_like(row_ids, -1)
-            for number, visual in enumerate(shown):
+        for row, (of_row, keep) in enumerate(zip(visuals, real.cpu(), strict=True)):
+            image = torch.full_like(keep, -1, dtype=torch.int64)
+            for number, visual in enumerate(of_row):
                 image[visual.columns] = number
-            images = [features_of(visual, row, captured, needs, project) for visual in shown]
-            source = keep.nonzero()[:, 0]
-            prompts.append(Prompt(row_ids, captured.embeds[row], images, source, image[keep]))
+            prompts.append(
+                Prompt(
+                    ids[row].cpu(),
+                    captured.embeds[row],
+                    [
+                        features_of(each, row, captured, self.pruner.needs, project)
+                        for each in of_row
+                    ],
+                    source=keep.nonzero()[:, 0],
+                    image=image[keep],
+                )
+            )
         return prune_prompts(prompts, self.pruner)
 
     @contextmanager
