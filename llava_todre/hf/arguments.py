@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
-
 from llava_todre.errors import TodreError
 from llava_todre.settings import setting
+from llava_todre.stage2.cache import has_sliding_window
 
 _REFUSED = (
     "assistant_model",
@@ -58,7 +57,7 @@ def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> 
             "attn_implementation flex_attention cannot drop tokens per layer; allowed: eager, "
             "sdpa, flash_attention_2, or a method that only selects."
         )
-    if inside and any(DynamicCache(config=decoder.config).is_sliding):
+    if inside and has_sliding_window(decoder.config):
         raise TodreError(
             "a decoder with sliding_window cannot drop tokens per layer; allowed: a method "
             "that only selects."

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
 from llava_todre.finite import finite_prefill, require_finite_pixels
@@ -34,8 +33,9 @@ from llava_todre.model.checkpoint import first_line
 from llava_todre.pruners import Pruner
 from llava_todre.settings import checked, pad_id, real_tokens, setting, shorter_lengths
 from llava_todre.spans import is_visual
-from llava_todre.stage2 import DecoderPruning
-from llava_todre.stage2.hooks import require_readable, withdrawing
+from llava_todre.stage2 import DecoderPruning, PrunedCache
+from llava_todre.stage2.cache import CACHE_ARGUMENT
+from llava_todre.stage2.hooks import pruning_hooks, require_readable
 from llava_todre.stats import PruneStats
 
 _PLACEHOLDERS = {
@@ -165,27 +165,25 @@ class Attachment:
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
         short, spans = left_padded(prompts, ids, pad_id(self.model, kwargs))
         decoder = decoder_of(self.model)
-        withdrawal = DecoderPruning(self.pruner, spans, decoder.config.num_hidden_layers)
+        state = DecoderPruning(self.pruner, spans, decoder.config.num_hidden_layers)
         if captured.position_ids is not None:
             short["position_ids"] = kept_positions(captured.position_ids, prompts)
-        if withdrawal.probe_layers:
-            cache = DynamicCache(config=decoder.config)
-            cache.withdrawal = withdrawal
-            short["past_key_values"] = cache
+        if state.probe_layers:
+            short[CACHE_ARGUMENT] = PrunedCache(decoder.config, state)
             if setting(self.model, "cache_implementation", kwargs) is not None:
                 settings["cache_implementation"] = None  # it is that cache
         pruned = short["input_ids"].shape[1]
         settings |= shorter_lengths(self.model, kwargs, ids.shape[1], pruned)
         with ExitStack() as stack:
-            if withdrawal.probe_layers:
-                stack.enter_context(withdrawing(decoder, withdrawal))
+            if state.probe_layers:
+                stack.enter_context(pruning_hooks(decoder, state))
                 # Layers of changing lengths: what was compiled would be compiled again and again.
                 stack.enter_context(uncompiled())
             if captured.deepstack is not None:
                 kept = kept_deep_features(captured, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
             output = self._call(given, short, settings)
-        return output, withdrawal.stats([prompt.images for prompt in prompts])
+        return output, state.stats([prompt.images for prompt in prompts])
 
     @contextmanager
     def _fitting_inputs(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from llava_todre.hf.capture import DecoderInputs, Need, measuring
 from llava_todre.hf.prompts import Visual
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.stage1.layout import Layout
+from llava_todre.stage2.cache import CACHE_ARGUMENT
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
 
@@ -80,8 +81,8 @@ class OriginalAttachment(Attachment):
             restore()  # steps after the prompt are prepared as ever
             return None, None, short["attention_mask"], None, short["inputs_embeds"], None
 
-        if "past_key_values" in short:
-            settings["past_key_values"] = short["past_key_values"]
+        if CACHE_ARGUMENT in short:
+            settings[CACHE_ARGUMENT] = short[CACHE_ARGUMENT]
         self.model.__dict__[_PREPARE] = prepared
         try:
             return self.own(given["input_ids"], images=given["images"], **settings)
