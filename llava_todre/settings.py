@@ -103,6 +103,35 @@ def whole(key: str, value: Any, low: int, high: int = _MAX_TOKENS) -> int:
     return number
 
 
+def whole_rows(key: str, rows: Any, width: int) -> list[Any]:
+    """Return sizes as tuples of whole numbers; None stays, for what has no size.
+
+    Args:
+        key: what the user set, for messages.
+        rows: a list of them, or a tensor.
+        width: numbers of each.
+
+    Raises:
+        TodreError: anything else.
+    """
+
+    def numbers(row: Any) -> tuple[int, ...] | None:
+        if row is None:
+            return None
+        found = tuple(map(int, row))
+        # A string does not equal its number.
+        if found != tuple(row) or len(found) != width or min(found) < 1:
+            raise ValueError
+        return found
+
+    try:
+        return list(map(numbers, rows.tolist() if hasattr(rows, "tolist") else rows))
+    except (TypeError, ValueError, OverflowError):
+        raise TodreError(
+            f"{key} {rows!r} is not usable; allowed: {width} whole numbers above 0 for each image."
+        ) from None
+
+
 def require_known(kwargs: Iterable[str]) -> None:
     """Raise a TodreError unless ``generate`` has all these settings.
 

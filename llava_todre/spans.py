@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+NewlineRule = Literal["row", "all", "none"]
+"""Which newline tokens stay once patch tokens are dropped; see :func:`with_newlines`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,31 @@ class TokenType(IntEnum):
 def is_visual(kinds: Tensor) -> Tensor:
     """Return where ``kinds`` is a patch or a newline token."""
     return (kinds == TokenType.VISUAL) | (kinds == TokenType.NEWLINE)
+
+
+def with_newlines(
+    keep: Tensor, is_patch: Tensor, is_newline: Tensor, row_id: Tensor, rule: NewlineRule
+) -> Tensor:
+    """Return (N,) bool: a decision about patch tokens, with newline tokens following it.
+
+    While no patch token is dropped, every newline stays, even of rows that unpadding left empty.
+    After that: ``row``: a newline stays while its row keeps a patch token; ``all``: every newline
+    stays while any patch token does; ``none``: no newline stays.
+
+    Args:
+        keep: (N,) bool, the decision; not read at newline tokens.
+        is_patch: (N,) bool.
+        is_newline: (N,) bool.
+        row_id: (N,) int64, equal for a newline and the patch tokens of its row.
+        rule: which newlines stay.
+    """
+    kept = keep & is_patch
+    stays = (kept == is_patch).all()
+    if rule == "row":
+        stays = stays | torch.isin(row_id, row_id[kept])
+    elif rule == "all":
+        stays = stays | kept.any()
+    return torch.where(is_newline, stays, keep)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from torch import Tensor
 
-from llava_todre.model.images import Picture, anyres_grid_shape, fitted_size, open_picture
+from llava_todre.model.images import Picture, fitted_size, open_picture
+from llava_todre.stage1.anyres import anyres_grid_shape
 from llava_todre.stats import ImageStats, PruneStats
 
 Box = tuple[float, float, float, float]

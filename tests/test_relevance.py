@@ -18,6 +18,7 @@ from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import LayerView, Todre
 from llava_todre.relevance import attention_mass, attention_rows
 from llava_todre.spans import TokenType
+from llava_todre.stage1.layout import Layout
 from llava_todre.stage1.select import ImageFeatures
 
 SCALING = 0.3
@@ -158,7 +159,7 @@ def test_probes_equal_eager_attention_maps(
 ):
     model = tiny_llava(attention, num_key_value_heads=key_heads)
     visuals = [torch.randn(12 + i, 64, generator=draw) for i in range(ids.count(-200))]
-    images = [ImageFeatures(v, torch.arange(len(v)), 4, False, None) for v in visuals]
+    images = [ImageFeatures(v, Layout.of_slots(torch.arange(len(v)), 1, 4)) for v in visuals]
     model.set_pruner(MeasureAll(all_text=all_text))
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]), images=images)
@@ -195,7 +196,7 @@ def test_ratios_after_an_earlier_drop_leave_the_dropped_tokens_out(tiny_llava, d
     with torch.no_grad():
         model(
             input_ids=torch.tensor([ids]),
-            images=[ImageFeatures(visual, torch.arange(12), 4, False, None)],
+            images=[ImageFeatures(visual, Layout.of_slots(torch.arange(12), 1, 4))],
         )
     slow = reference.LlamaReference(model)
     embeds, kinds = reference.splice(slow.embedding, ids, [visual])
@@ -228,7 +229,9 @@ def test_the_second_ratio_is_not_computed_when_it_is_zero_by_causality():
 def test_a_prompt_that_ends_with_an_image_can_be_measured(tiny_llava, draw, use_cache):
     model = tiny_llava()
     model.set_pruner(MeasureAll())
-    image = ImageFeatures(torch.randn(9, 64, generator=draw), torch.arange(9), 4, False, None)
+    image = ImageFeatures(
+        torch.randn(9, 64, generator=draw), Layout.of_slots(torch.arange(9), 1, 4)
+    )
     model(input_ids=torch.tensor([[1, 5, -200]]), images=[image], use_cache=use_cache)
     ratios = [(p.text_to_visual, p.visual_to_text) for p in model.last_stats[0].probes]
     assert ratios == [(0.0, 0.0)] * 8

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava_todre.model.images import anyres_grid_shape, process_images
-from llava_todre.stage1.select import NEWLINE, merge_slots
+from llava_todre.model.images import process_images
+from llava_todre.stage1.anyres import NEWLINE, anyres_grid_shape, merge_slots
 from llava_todre.stats import ImageStats
 from llava_todre.viz import draw_kept, token_boxes
 

@@ -30,6 +30,7 @@ from llava_todre.errors import TodreError
 from llava_todre.model.llava import ROLLS_BACK_BY_LAYER, LlavaLlamaForCausalLM
 from llava_todre.pruners import LayerView, Pruner
 from llava_todre.spans import TokenType
+from llava_todre.stage1.layout import Layout
 from llava_todre.stage1.select import ImageFeatures
 from llava_todre.stage2 import DecoderPruning, LayerInputs, PrunedCache
 
@@ -136,7 +137,7 @@ def batch_of(samples: list[Sample], side: str = "left") -> dict[str, Any]:
         where = slice(length - count, length) if side == "left" else slice(0, count)
         ids[row, where], mask[row, where] = torch.tensor(sample.ids), 1
     images = [
-        ImageFeatures(visual, torch.arange(len(visual)), 4, False, None)
+        ImageFeatures(visual, Layout.of_slots(torch.arange(len(visual)), 1, 4))
         for sample in samples
         for visual in sample.visuals
     ]

@@ -58,7 +58,7 @@ def _stage_two(pruner: Pruner, num_layers: int | None) -> object:
     if isinstance(pruner, Todre):
         depths = pruner.probe_depths
         where = layers_at(depths, num_layers) if num_layers else tuple(sorted(depths))
-        return (where, pruner.tau, pruner.text_set) if where else None
+        return (where, pruner.tau, pruner.text_set, pruner.newlines) if where else None
     acts = type(pruner).at_layer is not Pruner.at_layer
     return _settings(pruner) if acts else None
 

@@ -59,7 +59,7 @@ _LARGE_FILE = 64 * 2**20
 """Bytes; of larger files a checkpoint's fingerprint takes the size and samples."""
 _SAMPLES, _SAMPLE = 512, 8192
 """Places of a large file, and bytes at each: other weights of the same shapes differ in most."""
-_ADDED = (("cls_heads", "mean"),)
+_ADDED = (("cls_heads", "mean"), ("newlines", "row"))
 """Options that came later, at what was done before there was a choice: in no name, so that results
 from before are found."""
 _LONGEST_NAME = 120

@@ -19,20 +19,21 @@ from llava_todre.hf.deepstack import adding
 from llava_todre.hf.families import family_of
 from llava_todre.hf.family import STATES, Family
 from llava_todre.hf.generate_output import Streamer, with_whole_prompt
-from llava_todre.hf.prompts import (
-    Visual,
-    find_visuals,
-    kept_deep_features,
-    kept_positions,
-    left_padded,
-    prune_prompt,
-    untouched,
-)
+from llava_todre.hf.prompts import Visual, features_of, find_visuals
 from llava_todre.locking import Latest, turn, uncompiled
 from llava_todre.model.checkpoint import first_line
 from llava_todre.pruners import Pruner
 from llava_todre.settings import checked, pad_id, real_tokens, setting, shorter_lengths
 from llava_todre.spans import is_visual
+from llava_todre.stage1.pack import (
+    Prompt,
+    SplicedPrompt,
+    kept_deep_features,
+    kept_positions,
+    pad_prompts,
+    padded,
+    prune_prompts,
+)
 from llava_todre.stage2 import DecoderPruning, PrunedCache
 from llava_todre.stage2.cache import CACHE_ARGUMENT
 from llava_todre.stage2.hooks import pruning_hooks, require_readable
@@ -49,7 +50,9 @@ _UNREADABLE = (
 MANY = 10**9  # visual tokens: more than any image has
 
 
-Read = tuple[Tensor, Tensor, list[list[Visual]]]
+Visuals = list[list[Visual]]
+"""The images and videos of each sample, in the order of their first tokens."""
+Read = tuple[Tensor, Tensor, Visuals]
 
 
 class Attachment:
@@ -68,9 +71,7 @@ class Attachment:
         """
         self.model, self.pruner, self.own = model, pruner, own
         self.family: Family = family_of(model)
-        for need in pruner.needs:
-            quantity = need[0] if isinstance(need, tuple) else need
-            self.family.require(model, quantity, type(pruner).__name__)
+        self.family.require(model, pruner)
         deep = self.family.deep_layers(model)
         probes = pruner.probe_layers(decoder_of(model).config.num_hidden_layers)
         if probes:
@@ -120,13 +121,13 @@ class Attachment:
         for key in self.family.inputs:
             require_finite_pixels(key, kwargs.get(key))
         if not shows:
-            return self.own(inputs, **kwargs), untouched(real, [[] for _ in ids], layers)
+            return self.own(inputs, **kwargs), _untouched(real, [[] for _ in ids], layers)
         if not probes and not self._selects(ids):
             shown = {**kwargs, "input_ids": ids, "attention_mask": real.long()}
             try:
                 with self._fitting_inputs():
                     _, real, visuals = self._read(ids, real, shown)
-                stats = untouched(real, visuals, layers)
+                stats = _untouched(real, visuals, layers)
             except TodreError:  # nothing is pruned, so nothing is refused either
                 stats = ()
             return self.own(inputs, **kwargs), stats
@@ -157,13 +158,15 @@ class Attachment:
         with self._fitting_inputs():
             ids, real, visuals = self._read(ids, real, given)
             captured = self._captured(given, needs, ids.shape[1])
-        project = partial(self.family.project, self.model)
-        prompts = [
-            prune_prompt(self.pruner, captured, row, real[row], of_row, project)
-            for row, of_row in enumerate(visuals)
-        ]
+        prompts = self._stage1(ids, real, visuals, captured)
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
-        short, spans = left_padded(prompts, ids, pad_id(self.model, kwargs))
+        embeds, spans, _ = pad_prompts(prompts)
+        short = {
+            "input_ids": padded([prompt.ids for prompt in prompts], pad_id(self.model, kwargs)),
+            "inputs_embeds": embeds,
+            "attention_mask": spans.valid.long(),
+        }
+        short |= {key: short[key].to(ids.device) for key in ("input_ids", "attention_mask")}
         decoder = decoder_of(self.model)
         state = DecoderPruning(self.pruner, spans, decoder.config.num_hidden_layers)
         if captured.position_ids is not None:
@@ -179,11 +182,36 @@ class Attachment:
                 stack.enter_context(pruning_hooks(decoder, state))
                 # Layers of changing lengths: what was compiled would be compiled again and again.
                 stack.enter_context(uncompiled())
-            if captured.deepstack is not None:
-                kept = kept_deep_features(captured, prompts)
+            if captured.deepstack is not None and captured.deepstack_at is not None:
+                kept = kept_deep_features(captured.deepstack, captured.deepstack_at, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
             output = self._call(given, short, settings)
-        return output, state.stats([prompt.images for prompt in prompts])
+        images = [tuple(visual.stats for visual in prompt.visuals) for prompt in prompts]
+        return output, state.stats(images)
+
+    def _stage1(
+        self, ids: Tensor, real: Tensor, visuals: Visuals, captured: DecoderInputs
+    ) -> list[SplicedPrompt]:
+        """Let the method select from the images of all prompts."""
+        project = partial(self.family.project, self.model)
+        prompts = []
+        for row, (of_row, keep) in enumerate(zip(visuals, real.cpu(), strict=True)):
+            image = torch.full_like(keep, -1, dtype=torch.int64)
+            for number, visual in enumerate(of_row):
+                image[visual.columns] = number
+            prompts.append(
+                Prompt(
+                    ids[row].cpu(),
+                    captured.embeds[row],
+                    [
+                        features_of(each, row, captured, self.pruner.needs, project)
+                        for each in of_row
+                    ],
+                    source=keep.nonzero()[:, 0],
+                    image=image[keep],
+                )
+            )
+        return prune_prompts(prompts, self.pruner)
 
     @contextmanager
     def _fitting_inputs(self) -> Iterator[None]:
@@ -240,3 +268,20 @@ class Attachment:
             settings["streamer"] = Streamer(settings["streamer"], given["input_ids"])
         output = self.own(**short, **settings)
         return with_whole_prompt(output, given["input_ids"], short["input_ids"].shape[1])
+
+
+def _untouched(real: Tensor, visuals: Visuals, layers: int) -> tuple[PruneStats, ...]:
+    """Return the statistics of a call in which nothing is dropped.
+
+    Args:
+        real: (B, L) bool, False for padding.
+        visuals: the images and videos of each sample.
+        layers: how many the decoder has.
+    """
+    found = []
+    for of_sample, length in zip(visuals, real.sum(dim=1).tolist(), strict=True):
+        images = tuple(visual.layout.stats() for visual in of_sample)
+        shown = sum(len(visual.columns) for visual in of_sample)
+        newlines = sum(image.num_newlines for image in images)
+        found.append(PruneStats(images, newlines, (), (length,) * layers, (shown,) * layers))
+    return tuple(found)

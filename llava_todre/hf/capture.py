@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llava_todre.errors import TodreError
 from llava_todre.hf.family import STATES, Family
+from llava_todre.model.vision import layer_index
 
 Need = tuple[str, int | float]
 """A quantity, and the layer of the tower: see :data:`llava_todre.pruners.base.VISION_NEEDS`."""
@@ -118,15 +118,9 @@ def _measured(family: Family, model: Any, need: Need, found: list[Tensor]) -> It
     """Measure one quantity, or its proxy, whenever a layer of the tower is about to run."""
     quantity, depth = need
     layers = family.tower_layers(model)
-    is_depth = isinstance(depth, float) and 0 < depth < 1
-    index = int(depth * len(layers)) if is_depth else depth
-    if not isinstance(index, int) or not -len(layers) <= index < len(layers):
-        raise TodreError(
-            f"vision layer {depth} (for {quantity}) is out of range; allowed: {-len(layers)} to "
-            f"{len(layers) - 1}."
-        )
+    index = layer_index(quantity, depth, len(layers))
     quantity = family.proxies.get(quantity, quantity)
-    index = family.measured_at(model, quantity, index % len(layers))
+    index = family.measured_at(model, quantity, index)
 
     def measure(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
+from llava_todre.pruners import Pruner
 from llava_todre.stage1.layout import Layout
+from llava_todre.stage1.select import require_needs
 
 Inputs = Mapping[str, Any]
 Layouts = dict[str, list[Layout]]
@@ -76,22 +78,15 @@ class Family:
         features = {"vision_features"} if self.feature_layer is not None else set[str]()
         return self.quantities | self.proxies.keys() | features | {"text_embeds"}
 
-    def require(self, model: Any, quantity: str, method: str) -> None:
-        """Raise a TodreError unless a model of the family can give what a method needs.
-
-        Args:
-            model: a model of the family.
-            quantity: what is needed.
-            method: its class, for the message.
-        """
-        if quantity not in self.served:
-            raise TodreError(
-                f"{method} needs {quantity}, which models of the family {self.name} do not give; "
-                f"allowed needs: {', '.join(sorted(self.served))}."
-            )
+    def require(self, model: Any, pruner: Pruner) -> None:
+        """Raise a TodreError unless a model of the family can give what a method needs."""
+        require_needs(pruner, self.served, f"models of the family {self.name}")
+        of_tower = sorted({need[0] if isinstance(need, tuple) else need for need in pruner.needs})
+        of_tower = [need for need in of_tower if need != "text_embeds"]
         tower = model.config.vision_config.model_type if self.towers else None
-        if quantity != "text_embeds" and tower is not None and tower not in self.towers:
+        if of_tower and tower is not None and tower not in self.towers:
             raise TodreError(
-                f"{method} needs {quantity}, which a tower of type {tower} does not give; allowed: "
-                f"{', '.join(self.towers)}, or a method that needs nothing of the tower."
+                f"{type(pruner).__name__} needs {of_tower[0]}, which a tower of type {tower} does "
+                f"not give; allowed: {', '.join(self.towers)}, or a method that needs nothing of "
+                "the tower."
             )

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.model.convert import feature_layer
-from llava_todre.model.images import anyres_grid_shape
 from llava_todre.model.vision import QUANTITIES
-from llava_todre.stage1.layout import Layout, Size
-from llava_todre.stage1.select import NEWLINE, whole_rows
+from llava_todre.settings import whole_rows
+from llava_todre.stage1.anyres import NEWLINE, Size, anyres_grid_shape
+from llava_todre.stage1.layout import Layout
 
 CLIP = ("clip_vision_model",)
 

@@ -23,8 +23,8 @@ from llava_todre.hf.llava import (
     tower_side,
 )
 from llava_todre.model.vision import attention_received
+from llava_todre.stage1.anyres import NEWLINE
 from llava_todre.stage1.layout import Layout
-from llava_todre.stage1.select import NEWLINE
 
 
 def _measure(quantity: str, layer: nn.Module, hidden: Tensor, called: Inputs) -> Tensor:

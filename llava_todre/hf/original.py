@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
 from llava_todre.hf.llava import clip_measure, encoder_layers
-from llava_todre.model.images import anyres_grid_shape
 from llava_todre.model.vision import QUANTITIES
+from llava_todre.settings import whole_rows
+from llava_todre.stage1.anyres import anyres_grid_shape, merge_slots
 from llava_todre.stage1.layout import Layout
-from llava_todre.stage1.select import merge_slots, whole_rows
 
 
 def _tower(model: Any) -> Any:

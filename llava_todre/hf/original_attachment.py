@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.attachment import MANY, Attachment, Read
@@ -22,6 +21,7 @@ from llava_todre.hf.capture import DecoderInputs, Need, measuring
 from llava_todre.hf.prompts import Visual
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.stage1.layout import Layout
+from llava_todre.stage1.pack import expand, padded
 from llava_todre.stage2.cache import CACHE_ARGUMENT
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
@@ -104,7 +104,7 @@ def expanded(ids: Tensor, real: Tensor, layouts: list[Layout], side: str) -> Rea
         (B, L) ids, (B, L) bool which are not padding, and the images of each sample.
     """
     starts = torch.tensor([0, *(layout.num_patches for layout in layouts)]).cumsum(0).tolist()
-    rows, ends, shown, used = [], [], [], 0
+    rows, owners, shown, used = [], [], [], 0
     for row, keep in zip(ids.cpu(), real.cpu(), strict=True):
         row = row[keep]
         is_image = row == IMAGE_TOKEN_INDEX
@@ -115,25 +115,20 @@ def expanded(ids: Tensor, real: Tensor, layouts: list[Layout], side: str) -> Rea
                 f"prompts have {numbers[-1] + 1} or more '<image>' placeholders, but "
                 f"{len(layouts)} images were given; they must agree."
             )
-        lengths = torch.ones_like(row)
-        lengths[is_image] = torch.tensor([len(layouts[number]) for number in numbers]).to(lengths)
-        rows.append(row.repeat_interleave(lengths))
-        ends.append(lengths.cumsum(0)[is_image].tolist())
+        source, image = expand(is_image, [len(layouts[number]) for number in numbers])
+        rows.append(row[source])
+        owners.append(image)
         shown.append(numbers)
-    padded = pad_sequence(rows, True, 0, padding_side=side)
-    counts = [torch.ones(len(row), dtype=torch.bool) for row in rows]
-    visuals = []
-    for row, of_row, numbers in zip(rows, ends, shown, strict=True):
-        first = padded.shape[1] - len(row) if side == "left" else 0
-        visuals.append(
-            [
-                Visual(
-                    layouts[number],
-                    first + torch.arange(end - len(layouts[number]), end),
-                    slice(starts[number], starts[number + 1]),
-                )
-                for number, end in zip(numbers, of_row, strict=True)
-            ]
-        )
-    valid = pad_sequence(counts, True, False, padding_side=side)
-    return padded.to(ids.device), valid.to(ids.device), visuals
+    visuals = [
+        [
+            Visual(
+                layouts[number],
+                (of_row == index).nonzero()[:, 0],
+                slice(starts[number], starts[number + 1]),
+            )
+            for index, number in enumerate(numbers)
+        ]
+        for of_row, numbers in zip(padded(owners, -1, side), shown, strict=True)
+    ]
+    valid = padded([torch.ones(len(row), dtype=torch.bool) for row in rows], False, side)
+    return padded(rows, 0, side).to(ids.device), valid.to(ids.device), visuals

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
+from llava_todre.settings import whole_rows
 from llava_todre.stage1.layout import Layout
-from llava_todre.stage1.select import whole_rows
 
 _GRIDS = {"image": "image_grid_thw", "video": "video_grid_thw"}
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}

@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_todre.errors import TodreError
 from llava_todre.model.placement import DTYPES
-from llava_todre.stage1.select import MERGE_TYPES
+from llava_todre.stage1.anyres import MERGE_TYPES
 
 Check = tuple[str, Callable[[Any], bool]]
 """What is expected, in words, and whether a value is that."""

@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.model.images import Size, anyres_grid_shape
+from llava_todre.model.projector import build_projector
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import Need, Pruner
 from llava_todre.selection import check_finite
-from llava_todre.stage1.select import (
-    ImageFeatures,
-    build_projector,
-    merge_slots,
-    needs_selection,
-    whole_rows,
-)
+from llava_todre.settings import whole_rows
+from llava_todre.stage1.anyres import Size, anyres_grid_shape, merge_slots
+from llava_todre.stage1.layout import Layout
+from llava_todre.stage1.select import ImageFeatures
 from llava_todre.stage2.llama import PruningLlamaModel
 
 MODALITIES = ("image", "video")
@@ -88,13 +85,20 @@ class LlavaLlamaModel(PruningLlamaModel):
                 f"{len(kinds)}; they must agree."
             )
         grids = [self._grid(size, kind) for size, kind in zip(sizes, kinds, strict=True)]
-        slots = [
-            merge_slots(
-                len(view), self.vision_tower.side, grid, size, self.config.mm_patch_merge_type
+        side, merge_type = self.vision_tower.side, self.config.mm_patch_merge_type
+        layouts = [
+            Layout.of_slots(
+                merge_slots(len(view), side, grid, size, merge_type),
+                len(view),
+                side,
+                is_video=kind == "video",
+                grid=grid,
             )
-            for view, grid, size in zip(views, grids, sizes, strict=True)
+            for view, grid, size, kind in zip(views, grids, sizes, kinds, strict=True)
         ]
-        needs = pruner.needs if needs_selection(pruner, slots) else frozenset[Need]()
+        selects = any(pruner.will_select(layout.num_tokens) for layout in layouts)
+        needs = pruner.needs if selects else frozenset[Need]()
+        before = bool(needs & {"vision_features", "clip_similarity"})
         parameter = next(self.vision_tower.parameters())
         pixels = torch.cat([view.to(parameter.device, parameter.dtype) for view in views])
         encoded = self.vision_tower(pixels, [need for need in needs if isinstance(need, tuple)])
@@ -102,22 +106,21 @@ class LlavaLlamaModel(PruningLlamaModel):
         check_finite(projected.flatten(0, 1))
         visuals = []
         start = 0
-        for view, slot, grid, kind in zip(views, slots, grids, kinds, strict=True):
+        for view, layout in zip(views, layouts, strict=True):
             part = slice(start, start + len(view))
             start = part.stop
-            before = bool(needs & {"vision_features", "clip_similarity"})
+
+            def of_tokens(values: Tensor, part: slice = part, layout: Layout = layout) -> Tensor:
+                return layout.gather(values[part].flatten(0, 1))
+
             visuals.append(
                 ImageFeatures(
-                    projected=projected[part].flatten(0, 1),
-                    slots=slot,
-                    side=self.vision_tower.side,
-                    is_video=kind == "video",
-                    grid=grid,
+                    of_tokens(projected),
+                    layout,
+                    newline=self.image_newline,
                     needs=needs,
-                    vision={
-                        need: value[part].flatten(0, 1) for need, value in encoded.measured.items()
-                    },
-                    vision_features=encoded.patches[part].flatten(0, 1) if before else None,
+                    vision={need: of_tokens(value) for need, value in encoded.measured.items()},
+                    vision_features=of_tokens(encoded.patches) if before else None,
                     cls_features=encoded.cls[part] if before else None,
                     project=self.mm_projector if before else None,
                     resized=partial(self._resized, pixels[part]) if "resized" in needs else None,

@@ -9,7 +9,6 @@ fit and centre the image on it, cut it into tiles of S x S, and put a squeezed t
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import math
 import os
@@ -24,9 +23,8 @@ from PIL import Image, UnidentifiedImageError
 from llava_todre.errors import TodreError
 from llava_todre.model.rgb import to_rgb
 from llava_todre.model.sources import called, open_source
+from llava_todre.stage1.anyres import Size, parse_pinpoints, select_best_resolution
 from llava_todre.video import is_video_file
-
-Size = tuple[int, int]
 
 ASPECT_RATIOS = ("anyres", "pad", "square")
 
@@ -136,70 +134,6 @@ def picture_digest(picture: Image.Image) -> str:
     return hashlib.blake2b(repr(shown.size).encode() + shown.tobytes(), digest_size=12).hexdigest()
 
 
-def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]] | None, tile: int) -> list[Size]:
-    """Return ``image_grid_pinpoints`` as a list of (width, height), each a multiple of ``tile``."""
-    try:
-        raw = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-        sizes = [(int(width), int(height)) for width, height in raw or ()]
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        sizes = []
-    if not sizes or any(side < tile or side % tile for size in sizes for side in size):
-        raise TodreError(
-            f"image_grid_pinpoints {pinpoints!r} is not usable; allowed: a list of (width, height)"
-            f" pairs, each side a multiple of the tile size {tile}."
-        )
-    return sizes
-
-
-def select_best_resolution(size: Size, resolutions: Sequence[Size]) -> Size:
-    """Return the canvas that shows most pixels of the image, then the one with least waste.
-
-    Args:
-        size: (width, height) of the image.
-        resolutions: canvases to choose from, (width, height); the first of equals wins.
-    """
-    width, height = _checked(size)
-
-    def fit(canvas: Size) -> tuple[int, int]:
-        scale = min(canvas[0] / width, canvas[1] / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        return shown, shown - canvas[0] * canvas[1]
-
-    return max(resolutions, key=fit)
-
-
-def anyres_grid_shape(
-    size: Size, pinpoints: str | Sequence[Sequence[int]], tile: int
-) -> tuple[int, int]:
-    """Return (columns, rows) of tiles into which an image of ``size`` is cut."""
-    width, height = select_best_resolution(size, parse_pinpoints(pinpoints, tile))
-    return width // tile, height // tile
-
-
-def unpad_bounds(grid_hw: tuple[int, int], original_size_wh: Size) -> tuple[int, int, int, int]:
-    """Return which rows and columns of a feature canvas show the image and not its padding.
-
-    Rounds as the original ``unpad_image`` does (truncation; transformers' own classes differ for
-    one size in 20,000). For extremely long images the range can be empty, as there.
-
-    Args:
-        grid_hw: (height, width) of the canvas in features.
-        original_size_wh: (width, height) of the image in pixels.
-
-    Returns:
-        (top, bottom, left, right); rows ``top:bottom`` and columns ``left:right`` remain.
-    """
-    height, width = grid_hw
-    original_width, original_height = _checked(original_size_wh)
-    if original_width / original_height > width / height:
-        shown = int(original_height * (width / original_width))
-        pad = (height - shown) // 2
-        return pad, height - pad, 0, width
-    shown = int(original_width * (height / original_height))
-    pad = (width - shown) // 2
-    return 0, height, pad, width - pad
-
-
 def process_images(
     images: Sequence[Image.Image], image_processor: Any, config: Any
 ) -> torch.Tensor | list[torch.Tensor]:
@@ -302,9 +236,3 @@ def _expand_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Imag
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def _checked(size: Size) -> Size:
-    if len(size) != 2 or min(size) < 1:
-        raise TodreError(f"image size {tuple(size)} is not a (width, height) of at least 1 pixel.")
-    return size

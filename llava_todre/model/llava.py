@@ -19,21 +19,21 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llava_todre.errors import PromptTooLongError, TodreError, unknown
+from llava_todre.errors import PromptTooLongError, TodreError
 from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.flops import DecoderShape
 from llava_todre.locking import Latest, in_turn, turn
 from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
-from llava_todre.model.images import Size
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
 from llava_todre.pruners.base import plain
 from llava_todre.settings import checked, real_tokens, setting, shorter_lengths, stated_tokens
 from llava_todre.spans import Spans
-from llava_todre.stage1.pack import SplicedPrompt, pad_prompts, question_rows, splice
-from llava_todre.stage1.select import ImageFeatures, prune, prune_ahead
+from llava_todre.stage1.anyres import Size
+from llava_todre.stage1.pack import Prompt, SplicedPrompt, expand, pad_prompts, prune_prompts
+from llava_todre.stage1.select import ImageFeatures, require_needs
 from llava_todre.stage2 import DecoderPruning, PrunedCache
 from llava_todre.stage2.cache import CACHE_ARGUMENT, seen_tokens, state_of
 from llava_todre.stage2.prefix import Prefix, PrefixStore, may_share
@@ -122,10 +122,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 f"{type(method).__name__} needs CLIP's text tower, which is not loaded; call "
                 "load_clip_text first, e.g. with 'openai/clip-vit-large-patch14-336'."
             )
-        for need in method.needs:
-            name, known = (need[0], VISION_NEEDS) if isinstance(need, tuple) else (need, NEEDS)
-            if name not in known:
-                raise unknown(f"needs of {type(method).__name__}:", name, known)
+        require_needs(method, NEEDS | VISION_NEEDS.keys(), "models of this class")
         with turn(self):  # not between the images and the prompt of another thread
             self.pruner = method
         return method
@@ -258,8 +255,15 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 f"prompt has {expected} '<image>' placeholders, but {len(visuals)} images were "
                 "given; they must agree."
             )
+        remaining, embed, prompts = iter(visuals), self.get_input_embeddings(), []
         with self.clock.stage("selection"):
-            return self._splice(ids, targets, visuals, questions)
+            for row, of_row in zip(ids, targets, strict=True):
+                is_image = (row == IMAGE_TOKEN_INDEX).cpu()
+                images = [next(remaining) for _ in range(int(is_image.sum()))]
+                source, image = expand(is_image, [len(each.layout) for each in images])
+                text = embed(row.clamp_min(0))  # (T, D)
+                prompts.append(Prompt(row.cpu(), text, images, source, image, of_row))
+            return prune_prompts(prompts, self.pruner, self._similarities(prompts, questions))
 
     def _begin(
         self, prompts: Sequence[SplicedPrompt], spans: Spans, cached: int = 0
@@ -316,39 +320,26 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 f"{self.vocab_size - 1}, and {IMAGE_TOKEN_INDEX} for an image."
             )
 
-    def _splice(
-        self,
-        ids: Sequence[Tensor],
-        labels: Sequence[Tensor | None],
-        visuals: Sequence[ImageFeatures],
-        questions: Sequence[str] | None,
-    ) -> list[SplicedPrompt]:
-        """Run Stage 1 on every image, once where the question does not matter, and splice."""
-        needs_text = "text_embeds" in self.pruner.needs
-        clip = self.clip_text if "clip_similarity" in self.pruner.needs else None
-        to_compare = [visual for visual in visuals if visual.vision_features is not None]
+    def _similarities(
+        self, prompts: Sequence[Prompt], questions: Sequence[str] | None
+    ) -> list[Tensor | None] | None:
+        """Return how well the patches of each image match its question, if the method reads it."""
+        if "clip_similarity" not in self.pruner.needs or self.clip_text is None:
+            return None
+        to_compare = [visual.vision_features is not None for p in prompts for visual in p.images]
         texts = () if questions is None or isinstance(questions, str) else questions
-        if clip is not None and to_compare and len(texts) != len(ids):
+        if any(to_compare) and len(texts) != len(prompts):
             raise TodreError(
                 f"questions has {len(texts)} entries; {type(self.pruner).__name__} needs "
-                f"the question of each of the {len(ids)} prompts, in words."
+                f"the question of each of the {len(prompts)} prompts, in words."
             )
-        newline = self.model.image_newline
-        if not needs_text and clip is None:
-            prune_ahead(visuals, self.pruner, newline)
-        remaining = iter(visuals)
-        prompts = []
-        for index, (row, targets) in enumerate(zip(ids, labels, strict=True)):
-            text = self.get_input_embeddings()(row.clamp_min(0))  # (T, D)
-            chosen = []
-            for _ in range(int((row == IMAGE_TOKEN_INDEX).sum())):
-                question = text[question_rows(row)] if needs_text else None
-                visual, similarity = next(remaining), None
-                if clip is not None and visual.vision_features is not None:
-                    similarity = clip.similarity(visual.vision_features, texts[index])
-                chosen.append(prune(visual, self.pruner, newline, question, similarity))
-            prompts.append(splice(row, targets, text, chosen))
-        return prompts
+        return [
+            None
+            if visual.vision_features is None
+            else self.clip_text.similarity(visual.vision_features, texts[index])
+            for index, prompt in enumerate(prompts)
+            for visual in prompt.images
+        ]
 
     # ------------------------------------------------------------------ running
 

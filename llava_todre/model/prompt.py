@@ -16,7 +16,6 @@ import torch
 from llava_todre.errors import TodreError, unknown
 
 IMAGE_TOKEN_INDEX = -200
-IGNORE_INDEX = -100
 DEFAULT_IMAGE_TOKEN = "<image>"
 AUTO = "auto"
 """Instead of a template's name: the one the checkpoint was made for."""

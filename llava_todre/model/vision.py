@@ -91,7 +91,7 @@ class VisionTower(nn.Module):
             wanted: (quantity, layer) pairs, see :data:`llava_todre.pruners.base.VISION_NEEDS`.
         """
         needs = list(wanted)
-        layers = [self._layer_index(*need) for need in needs]
+        layers = [layer_index(*need, self.config.num_hidden_layers) for need in needs]
         at_once = MAX_VIEWS_CPU if pixels.device.type == "cpu" else MAX_VIEWS
         chunks = [self._encode(chunk, needs, layers) for chunk in pixels.split(at_once)]
         if len(chunks) == 1:
@@ -101,17 +101,6 @@ class VisionTower(nn.Module):
             torch.cat([chunk.cls for chunk in chunks]),
             {need: torch.cat([chunk.measured[need] for chunk in chunks]) for need in needs},
         )
-
-    def _layer_index(self, quantity: str, layer: int | float) -> int:
-        num_layers = self.config.num_hidden_layers
-        if isinstance(layer, float) and 0 < layer < 1:
-            return math.floor(layer * num_layers)
-        if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
-            raise TodreError(
-                f"vision layer {layer} (for {quantity}) is out of range; "
-                f"allowed: {-num_layers} to {num_layers - 1}."
-            )
-        return layer % num_layers
 
     def _encode(
         self, pixels: Tensor, needs: Sequence[tuple[str, int | float]], wanted: Sequence[int]
@@ -134,6 +123,27 @@ class VisionTower(nn.Module):
             if index + 1 == self.num_run:
                 features = hidden
         return ViewFeatures(features[:, 1:], features[:, 0], measured)
+
+
+def layer_index(quantity: str, layer: int | float, num_layers: int) -> int:
+    """Return the number of a layer of the tower, from 0.
+
+    Args:
+        quantity: what is measured there, for messages.
+        layer: -1 is the last, 0.5 the one half-way up.
+        num_layers: of the tower.
+
+    Raises:
+        TodreError: there is no such layer.
+    """
+    if isinstance(layer, float) and 0 < layer < 1:
+        return math.floor(layer * num_layers)
+    if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
+        raise TodreError(
+            f"vision layer {layer} (for {quantity}) is out of range; "
+            f"allowed: {-num_layers} to {num_layers - 1}."
+        )
+    return layer % num_layers
 
 
 # What one encoder layer is asked for: each takes the layer and its input (V, 1 + P, W), and leaves

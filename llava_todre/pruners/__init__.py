@@ -95,9 +95,10 @@ def create_pruner(method: str, **knobs: Any) -> Pruner:
     Args:
         method: a key of :data:`PRUNERS`; or ``"A+B"``, Stage 1 of A with the decoder stage of B.
         knobs: fields of the method, e.g. ``retain_ratio=0.25``. Of a combination the budget is A's,
-            any other field belongs to the one that has it, and ``before.`` or ``inside.`` in front
-            of the name settles it where both do. A method that keeps a number of tokens inside the
-            decoder must be given ``inside.retain_ratio`` or ``inside.retain_tokens``.
+            ``newlines`` is that of both, any other field belongs to the one that has it, and
+            ``before.`` or ``inside.`` in front of the name settles it where both do. A method that
+            keeps a number of tokens inside the decoder must be given ``inside.retain_ratio`` or
+            ``inside.retain_tokens``.
 
     Raises:
         TodreError: unknown method or knob, or a value out of range.
@@ -112,6 +113,10 @@ def create_pruner(method: str, **knobs: Any) -> Pruner:
     shares: dict[str, dict[str, Any]] = {"before": {}, "inside": {}}
     owned = {"before": _fields(before), "inside": _fields(inside)}
     for key, value in knobs.items():
+        if key == "newlines":
+            for share in shares.values():
+                share.setdefault(key, value)
+            continue
         place, dot, name = key.partition(".")
         if not dot or place not in shares:
             owners = [place for place in owned if key in owned[place]]

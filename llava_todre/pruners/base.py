@@ -14,14 +14,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.relevance import attention_mass, attention_rows
-from llava_todre.spans import TokenType, VisualTokens, is_visual
+from llava_todre.spans import NewlineRule, TokenType, VisualTokens, is_visual
 
 VISION_NEEDS = {
     "cls_attention": "(N,) softmax attention of [CLS], mean over heads",
@@ -181,6 +181,9 @@ class Pruner:
     retain_tokens: int | None = None
     """Number of patch tokens kept per image or video, at least 1; replaces ``retain_ratio`` when
     given."""
+    newlines: NewlineRule = "row"
+    """Which newline tokens stay once patch tokens are dropped: those of rows that keep a patch
+    token (``row``), ``all``, or ``none``."""
 
     about: ClassVar[About] = About(paper="", budget="")
     needs = frozenset[Need]()
@@ -214,6 +217,7 @@ class Pruner:
         tokens = self.retain_tokens
         if tokens is not None and (type(tokens) is not int or tokens < 1):
             raise TodreError(f"retain_tokens {tokens!r} is out of range; allowed: 1, 2, ...")
+        require_choice("newlines", self.newlines, get_args(NewlineRule))
 
     def budget(self, num_tokens: int) -> int:
         """Return how many of ``num_tokens`` patch tokens to keep; half rounds up, at least one."""
@@ -242,8 +246,8 @@ class Pruner:
     def at_layer(self, view: LayerView) -> Tensor | Merge | None:
         """Return (N,) bool, which tokens the next layers keep; None keeps all, Merge changes some.
 
-        Newline tokens need no thought: one stays as long as a patch token of its row does. Nor does
-        a prompt that ends with an image, whose last token predicts the answer: it keeps everything.
+        Newline tokens need no thought: they follow the patch tokens, see ``newlines``. Nor does a
+        prompt that ends with an image, whose last token predicts the answer: it keeps everything.
         """
         del view
         return None

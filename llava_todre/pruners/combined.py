@@ -11,7 +11,7 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
 from llava_todre.pruners.vanilla import Vanilla
-from llava_todre.spans import VisualTokens
+from llava_todre.spans import NewlineRule, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Combined(Pruner):
     """Whose ``probe_layers`` and ``at_layer`` are used."""
     retain_ratio: float = field(init=False, default=1.0, repr=False)
     retain_tokens: int | None = field(init=False, default=None, repr=False)
+    newlines: NewlineRule = field(init=False, default="row", repr=False)
+    """That of both stages."""
 
     def __post_init__(self) -> None:
         """Refuse a method in a place where it does nothing."""
@@ -44,6 +46,12 @@ class Combined(Pruner):
                 f"inside {type(self.inside).__name__} drops nothing inside the decoder; "
                 "allowed: a method that does, or vanilla."
             )
+        if self.before.newlines != self.inside.newlines:
+            raise TodreError(
+                f"newlines must be the same before and inside the decoder, got "
+                f"{self.before.newlines!r} and {self.inside.newlines!r}."
+            )
+        object.__setattr__(self, "newlines", self.before.newlines)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
-from llava_todre.spans import TokenType, VisualTokens
+from llava_todre.spans import NewlineRule, TokenType, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,11 @@ class Observed(Pruner):
     """Whose decisions are carried out."""
     retain_ratio: float = field(init=False, default=1.0, repr=False)
     retain_tokens: int | None = field(init=False, default=None, repr=False)
+    newlines: NewlineRule = field(init=False, default="row", repr=False)
 
     def __post_init__(self) -> None:
-        """Nothing to check: the method has checked itself."""
+        """Take the method's rule for newlines; the method has checked itself."""
+        object.__setattr__(self, "newlines", self.method.newlines)
 
     @property
     def needs(self) -> frozenset[Need]:  # type: ignore[override]

@@ -25,3 +25,4 @@ class Vanilla(Pruner):
                 f"method 'vanilla' keeps every token, "
                 f"but a budget of {given!r} was given; allowed: none."
             )
+        super().__post_init__()

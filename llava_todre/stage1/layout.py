@@ -1,23 +1,25 @@
 """How the tokens of one image or video lie in a prompt, whatever the model family.
 
-Symbols: S tokens in the prompt, N patch tokens among them, C patches of the tower under one token.
+Symbols: S tokens in the prompt, N patch tokens among them, C patches of the tower under one token,
+    K kept patch tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from llava_todre.stage1.select import NEWLINE
-
-Size = tuple[int, int]
+from llava_todre.spans import NewlineRule, with_newlines
+from llava_todre.stage1.anyres import NEWLINE, Size
+from llava_todre.stats import ImageStats
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """One image or video."""
+    """One image or video; all tensors are on the CPU."""
 
     is_newline: Tensor
     """(S,) bool, tokens that only end a row."""
@@ -56,7 +58,7 @@ class Layout:
         """Return the layout of square views of ``side`` x ``side`` tokens, one patch each.
 
         Args:
-            slots: (S,) as :func:`llava_todre.stage1.select.merge_slots` returns it.
+            slots: (S,) as :func:`llava_todre.stage1.anyres.merge_slots` returns it.
             num_views: V.
             side: tokens per row and column of a view.
             is_video: whether the views are frames.
@@ -64,14 +66,14 @@ class Layout:
         """
         is_newline = slots == NEWLINE
         patches = slots[~is_newline]
-        line = is_newline.cumsum(0) - is_newline.long()
-        unended = line >= int(is_newline.sum())
+        row_id = is_newline.cumsum(0) - is_newline.long()
+        unended = row_id >= int(is_newline.sum())
         of_thumbnail = torch.zeros_like(is_newline)
         if num_views > 1 and not is_video:
             of_thumbnail[~is_newline] = patches < side**2
         return cls(
             is_newline=is_newline,
-            row_id=line.masked_fill(unended | of_thumbnail, -1),
+            row_id=row_id.masked_fill(unended | of_thumbnail, -1),
             view=patches // side**2,
             row=patches % side**2 // side,
             column=patches % side,
@@ -79,7 +81,7 @@ class Layout:
             num_patches=num_views * side**2,
             side=side,
             is_video=is_video,
-            grid=grid,
+            grid=grid if num_views > 1 else None,
         )
 
     @classmethod
@@ -108,18 +110,38 @@ class Layout:
             is_video=is_video,
         )
 
-    def keep(self, kept: Tensor) -> Tensor:
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return len(self.view)
+
+    @cached_property
+    def patches(self) -> Tensor:
+        """(N,) int64 places of the patch tokens, see :class:`~llava_todre.stats.ImageStats`."""
+        return self.view * self.side**2 + self.row * self.side + self.column
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return (N, ...) for (patches of the tower, ...): the mean over the patches of a token."""
+        under = values[self.sources.to(values.device)]  # (N, C, ...)
+        if self.sources.shape[1] == 1:
+            return under[:, 0]
+        if self.weights is None:
+            return under.mean(dim=1)
+        return torch.einsum("nc,nc...->n...", self.weights.to(under), under)
+
+    def keep(self, kept: Tensor, newlines: NewlineRule = "row") -> Tensor:
         """Return (S,) bool, the tokens that stay when the ``kept`` (K,) patch tokens do.
 
-        A row keeps its newline as long as it keeps a token. Rows that unpadding left empty keep
-        theirs until something is dropped.
+        Args:
+            kept: indices of patch tokens.
+            newlines: see :func:`llava_todre.spans.with_newlines`.
         """
-        stays = torch.zeros_like(self.is_newline)
-        chosen = torch.zeros(len(self.view), dtype=torch.bool)
-        chosen[kept] = True
-        if bool(chosen.all()):
-            return ~stays
-        stays[~self.is_newline] = chosen
-        lines = self.row_id[stays]
-        stays[self.is_newline] = torch.isin(self.row_id[self.is_newline], lines[lines >= 0])
-        return stays
+        is_patch = ~self.is_newline
+        keep = torch.zeros_like(is_patch)
+        keep[is_patch.nonzero()[kept, 0]] = True
+        return with_newlines(keep, is_patch, self.is_newline, self.row_id, newlines)
+
+    def stats(self, kept: Tensor | None = None) -> ImageStats:
+        """Return what is told of the image when the ``kept`` (K,) patch tokens stay, or all do."""
+        kept = torch.arange(self.num_tokens) if kept is None else kept
+        return ImageStats(self.patches, self.side, kept, int(self.is_newline.sum()))

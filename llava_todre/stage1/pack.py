@@ -1,6 +1,7 @@
-"""Putting visual tokens where a prompt says ``<image>``, and padding prompts to a batch.
+"""From whole prompts to pruned ones, and from those to a batch.
 
-Symbols: T prompt ids, P placeholders among them, L spliced length, D decoder width, B batch.
+All bookkeeping is on the CPU. Symbols: B batch, T token ids of a prompt as it is given, L its
+length with every visual token, M its length after Stage 1, D decoder width.
 """
 
 from __future__ import annotations
@@ -12,121 +13,196 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llava_todre.model.prompt import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava_todre.pruners import Pruner
 from llava_todre.spans import Spans, TokenType
-from llava_todre.stage1.select import PrunedImage
+from llava_todre.stage1.select import ImageFeatures, PerImage, PrunedImage, prune_images
+
+IGNORE_INDEX = -100
+"""Label of tokens that no loss is computed for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt before Stage 1."""
+
+    ids: Tensor
+    """(T,) on the CPU, with one placeholder or more for each image or video."""
+    embeds: Tensor
+    """(T, D) of the ids; not read at placeholders."""
+    images: Sequence[ImageFeatures]
+    """In the order of their first tokens."""
+    source: Tensor
+    """(L,) int64 which of the ids each position of the prompt comes from; padding is left out."""
+    image: Tensor
+    """(L,) int64 which of the images each position belongs to; -1 is text."""
+    labels: Tensor | None = None
+    """(T,) int64."""
+
+
+@dataclass(frozen=True, eq=False)
 class SplicedPrompt:
     """One prompt as the decoder reads it."""
 
+    columns: Tensor
+    """(M,) int64 which of the given ids each position comes from."""
+    ids: Tensor
+    """(M,) those ids."""
     embeds: Tensor
-    """(L, D)."""
+    """(M, D)."""
     kinds: Tensor
-    """(L,) int8 of :class:`~llava_todre.spans.TokenType`."""
+    """(M,) int8 of :class:`~llava_todre.spans.TokenType`."""
     row_id: Tensor
-    """(L,) int64, see :class:`~llava_todre.spans.Spans`."""
+    """(M,) int64, see :class:`~llava_todre.spans.Spans`."""
     labels: Tensor | None
-    """(L,) int64, visual tokens ignored."""
+    """(M,) int64, visual tokens ignored."""
     visuals: tuple[PrunedImage, ...]
     prefix_len: int
     """Positions up to the last visual token."""
-    prefix_ids: tuple[int, ...]
-    """The ids they were made from, placeholders included."""
+    whole_length: int
+    """L."""
 
     @property
-    def whole_length(self) -> int:
-        """L before anything was pruned."""
-        stats = [visual.stats for visual in self.visuals]
-        whole = sum(each.num_tokens + each.num_newlines for each in stats)
-        return len(self.embeds) + whole - sum(len(visual.embeds) for visual in self.visuals)
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The ids up to the last visual token."""
+        return tuple(self.ids[: self.prefix_len].tolist())
 
 
-def question_rows(ids: Tensor) -> Tensor:
-    """Return (T,) bool: the text that follows the first image."""
-    is_image = ids == IMAGE_TOKEN_INDEX
-    return (is_image.cumsum(0) > 0) & ~is_image
-
-
-def splice(
-    ids: Tensor, labels: Tensor | None, text: Tensor, visuals: Sequence[PrunedImage]
-) -> SplicedPrompt:
-    """Replace each placeholder by its visual tokens.
+def expand(is_image: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return ``source`` and ``image`` of a prompt with one placeholder per image.
 
     Args:
-        ids: (T,) with P placeholders.
-        labels: (T,) or None.
-        text: (T, D) embeddings of the ids; rows of placeholders are not read.
-        visuals: P of them, in order.
+        is_image: (T,) bool, the placeholders.
+        lengths: tokens of each image.
     """
-    places = (ids == IMAGE_TOKEN_INDEX).nonzero()[:, 0].tolist()
-    embeds: list[Tensor] = []
-    kinds: list[Tensor] = []
-    line: list[Tensor] = []
-    targets: list[Tensor] = []
-    num_lines = prefix_len = 0
-
-    for index, (start, stop) in enumerate(zip([-1, *places], [*places, len(ids)], strict=True)):
-        if index > 0:
-            visual = visuals[index - 1]
-            size = len(visual.embeds)
-            embeds.append(visual.embeds.to(text))
-            kinds.append(torch.where(visual.is_newline, TokenType.NEWLINE, TokenType.VISUAL))
-            line.append(torch.where(visual.row_id < 0, -1, visual.row_id + num_lines))
-            num_lines += visual.stats.num_newlines
-            prefix_len = sum(map(len, embeds))
-            if labels is not None:
-                targets.append(labels.new_full((size,), IGNORE_INDEX))
-        piece = slice(start + 1, stop)
-        size = stop - start - 1
-        embeds.append(text[piece])
-        kinds.append(torch.full((size,), TokenType.TEXT if index > 0 else TokenType.SYSTEM))
-        line.append(torch.full((size,), -1))
-        if labels is not None:
-            targets.append(labels[piece])
-    return SplicedPrompt(
-        torch.cat(embeds),
-        torch.cat(kinds).to(ids.device, torch.int8),
-        torch.cat(line).to(ids.device),
-        torch.cat(targets) if targets else None,
-        tuple(visuals),
-        prefix_len,
-        tuple(ids[: places[-1] + 1].tolist()) if places else (),
+    repeats = torch.ones(len(is_image), dtype=torch.int64)
+    repeats[is_image] = torch.tensor(lengths, dtype=torch.int64)
+    number = (is_image.cumsum(0) - 1).masked_fill(~is_image, -1)
+    return (
+        torch.arange(len(is_image)).repeat_interleave(repeats),
+        number.repeat_interleave(repeats),
     )
 
 
+def prune_prompts(
+    prompts: Sequence[Prompt], pruner: Pruner, similarities: PerImage = None
+) -> list[SplicedPrompt]:
+    """Stage 1 on a batch of prompts.
+
+    Args:
+        prompts: B of them.
+        pruner: the method.
+        similarities: see :func:`~llava_todre.stage1.select.prune_images`.
+    """
+    texts = None
+    if "text_embeds" in pruner.needs:
+        asked = [_question(prompt) for prompt in prompts]
+        texts = [text for prompt, text in zip(prompts, asked, strict=True) for _ in prompt.images]
+    images = [image for prompt in prompts for image in prompt.images]
+    pruned = iter(prune_images(images, pruner, texts, similarities))
+    return [_spliced(prompt, [next(pruned) for _ in prompt.images]) for prompt in prompts]
+
+
+def _question(prompt: Prompt) -> Tensor:
+    """Return (T', D) the text that follows the first image."""
+    is_image = prompt.image >= 0
+    rows = prompt.source[(is_image.cumsum(0) > 0) & ~is_image]
+    return prompt.embeds[rows.to(prompt.embeds.device)]
+
+
+def _spliced(prompt: Prompt, visuals: Sequence[PrunedImage]) -> SplicedPrompt:
+    is_image = prompt.image >= 0
+    stays = ~is_image
+    kinds = torch.where(is_image.cumsum(0) > 0, TokenType.TEXT, TokenType.SYSTEM).to(torch.int8)
+    row_id = torch.full_like(prompt.image, -1)
+    num_rows = 0
+    for index, visual in enumerate(visuals):
+        layout, here = visual.layout, prompt.image == index
+        stays[here] = visual.stays
+        kinds[here] = torch.where(layout.is_newline, TokenType.NEWLINE, TokenType.VISUAL).to(kinds)
+        row_id[here] = torch.where(layout.row_id < 0, -1, layout.row_id + num_rows)
+        num_rows += visual.stats.num_newlines
+    columns, of_image = prompt.source[stays], prompt.image[stays]
+    embeds = prompt.embeds[columns.to(prompt.embeds.device)]
+    for index, visual in enumerate(visuals):
+        places = (of_image == index).nonzero()[:, 0].to(embeds.device)
+        embeds[places] = visual.embeds.to(embeds)
+    labels = prompt.labels
+    if labels is not None:
+        labels = labels[columns.to(labels.device)]
+        labels = labels.masked_fill((of_image >= 0).to(labels.device), IGNORE_INDEX)
+    end = int(is_image.nonzero()[-1]) + 1 if visuals else 0
+    return SplicedPrompt(
+        columns=columns,
+        ids=prompt.ids[columns],
+        embeds=embeds,
+        kinds=kinds[stays],
+        row_id=row_id[stays],
+        labels=labels,
+        visuals=tuple(visuals),
+        prefix_len=int(stays[:end].sum()),
+        whole_length=len(stays),
+    )
+
+
+def padded(rows: Sequence[Tensor], value: float, side: str = "left") -> Tensor:
+    """Return rows of different lengths as one tensor, filled up on one side."""
+    return pad_sequence(list(rows), True, value, padding_side=side)
+
+
 def pad_prompts(
-    prompts: Sequence[SplicedPrompt], side: str, by_part: bool = False
+    prompts: Sequence[SplicedPrompt], side: str = "left", by_part: bool = False
 ) -> tuple[Tensor, Spans, Tensor | None]:
-    """Return (B, L, D) embeddings, what their positions hold, and (B, L) labels if any.
+    """Return (B, M) prompts as (B, M, D) embeddings, their spans, and (B, M) labels if any.
 
     Args:
         prompts: B of them.
         side: where the padding goes.
-        by_part: pad the positions up to the last visual token and those behind it on their own, so
+        by_part: pad the positions up to the last visual token and those after it on their own, so
             that either part begins and ends at the same position in all prompts.
     """
 
     def pad(rows: Sequence[Tensor], value: float) -> Tensor:
         if not by_part:
-            return pad_sequence(list(rows), True, value, padding_side=side)
-        parts = (
-            [row[: prompt.prefix_len] for row, prompt in zip(rows, prompts, strict=True)],
-            [row[prompt.prefix_len :] for row, prompt in zip(rows, prompts, strict=True)],
-        )
-        padded = [pad_sequence(part, True, value, padding_side=side) for part in parts]
-        return torch.cat(padded, dim=1)
+            return padded(rows, value, side)
+        cut = [row.tensor_split([p.prefix_len]) for row, p in zip(rows, prompts, strict=True)]
+        parts = zip(*cut, strict=True)
+        return torch.cat([padded(part, value, side) for part in parts], dim=1)
 
+    embeds = pad([prompt.embeds for prompt in prompts], 0.0)
     labels = [prompt.labels for prompt in prompts if prompt.labels is not None]
-    return (
-        pad([prompt.embeds for prompt in prompts], 0.0),
-        Spans(
-            pad([prompt.kinds for prompt in prompts], TokenType.PADDING),
-            pad([prompt.row_id for prompt in prompts], -1),
-            tuple(
-                tuple(len(visual.stats.keep_idx) for visual in prompt.visuals) for prompt in prompts
-            ),
-        ),
-        pad(labels, IGNORE_INDEX) if labels else None,
+    spans = Spans(
+        pad([prompt.kinds for prompt in prompts], TokenType.PADDING).to(embeds.device),
+        pad([prompt.row_id for prompt in prompts], -1).to(embeds.device),
+        tuple(tuple(len(each.stats.keep_idx) for each in prompt.visuals) for prompt in prompts),
     )
+    return embeds, spans, pad(labels, IGNORE_INDEX) if labels else None
+
+
+def kept_positions(position_ids: Tensor, prompts: Sequence[SplicedPrompt]) -> Tensor:
+    """Return (4, B, M): plain positions, then those in time, height and width of the kept tokens.
+
+    Args:
+        position_ids: (3 or 4, B, T) of the whole prompts.
+        prompts: B of them.
+    """
+    spatial = position_ids[-3:]
+    kept = [spatial[:, row, prompt.columns].T for row, prompt in enumerate(prompts)]
+    plain = [torch.arange(len(rows), device=rows.device) for rows in kept]
+    return torch.cat([padded(plain, 0)[None], padded(kept, 0).permute(2, 0, 1)])
+
+
+def kept_deep_features(
+    features: Sequence[Tensor], visual: Tensor, prompts: Sequence[SplicedPrompt]
+) -> list[Tensor]:
+    """Return what is added after the first decoder layers, for the kept tokens of all prompts.
+
+    Args:
+        features: (visual tokens of the batch, D) for each of these layers.
+        visual: (B, T) bool, the tokens it is added to.
+        prompts: B of them.
+    """
+    stays = torch.zeros_like(visual)
+    for row, prompt in zip(stays, prompts, strict=True):
+        row[prompt.columns] = True
+    kept = stays[visual]
+    return [each[kept.to(each.device)] for each in features]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners import Merge, Pruner
-from llava_todre.spans import Spans, TokenType, is_visual
+from llava_todre.spans import Spans, TokenType, is_visual, with_newlines
 from llava_todre.stage2.masks import causal, gather, hide
 from llava_todre.stage2.probe import LayerProbe
 from llava_todre.stage2.segment import KeyStore, LayerInputs, Segment
@@ -294,7 +294,7 @@ class DecoderPruning:
     def _with_newlines(
         self, segment: Segment, sample: int, present: Tensor, keep: Tensor
     ) -> Tensor:
-        """Let a newline token stay if, and only if, a patch token of its row does.
+        """Let newline tokens follow the decision about patch tokens, as ``newlines`` says.
 
         Args:
             segment: what the layer that was probed holds.
@@ -305,10 +305,7 @@ class DecoderPruning:
         kinds = segment.kinds[sample, present]
         is_patch, is_newline = kinds == TokenType.VISUAL, kinds == TokenType.NEWLINE
         row_id = self.row_id[sample].to(kinds.device)[segment.positions[sample, present]]
-        stays = torch.isin(row_id, row_id[is_patch & keep])
-        # Rows that unpadding left empty keep their newline until something is dropped.
-        nothing_dropped = (keep | ~is_patch).all()
-        return torch.where(is_newline, stays | nothing_dropped, keep)
+        return with_newlines(keep, is_patch, is_newline, row_id, self.pruner.newlines)
 
     def _start_segment(
         self,

@@ -12,8 +12,8 @@ from stock import prompt_for, stock
 from torch.nn.utils.rnn import pad_sequence
 
 from llava_todre import hf
-from llava_todre.model.images import anyres_grid_shape
 from llava_todre.pruners import PRUNERS
+from llava_todre.stage1.anyres import anyres_grid_shape
 
 METHODS = [name for name in PRUNERS if name not in ("vanilla", "downsample")]  # needs ``resized``
 PROMPTS = [[1, 5, 6, IMAGE, 7, 8, 9, 10, 11], [1, 4, IMAGE, 3, 17, 23]]

@@ -8,8 +8,8 @@ from conftest import PINPOINTS
 from reference import IMAGE
 from stock import prompt_for, stock
 
-from llava_todre.model.images import anyres_grid_shape
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.stage1.anyres import anyres_grid_shape
 
 SIZES = [(120, 80), (64, 150), (113, 111), (201, 60), (33, 110), (40, 30), (500, 59), (57, 499)]
 TOLERANCE = {"rtol": 0, "atol": 2e-5}  # 7e-6 measured; logits have a spread of 1

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from llava_todre.errors import TodreError
-from llava_todre.model.images import anyres_grid_shape
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import Random, Selection
 from llava_todre.spans import VisualTokens
+from llava_todre.stage1.anyres import anyres_grid_shape
 
 SIZES = [(120, 80), (64, 150), (113, 111), (201, 60), (33, 110), (40, 30)]
 
@@ -214,7 +214,7 @@ def test_pruned_prompts_hold_the_selected_tokens_in_reading_order(tiny_llava, me
     ids = [1, 5, IMAGE, 7, 8]
     embeds = prepare(model, torch.tensor([ids]), [pixels], [size])
     (encoded,) = model.encode_images([pixels], [size])
-    expected = pruner.select(encoded.tokens(None), pruner.budget(len(encoded.patches))).keep_idx
+    expected = pruner.select(encoded.tokens(), pruner.budget(len(encoded.features))).keep_idx
     stats = model.last_stats[0]
     assert stats.images[0].keep_idx.tolist() == expected.tolist()
     assert stats.kept_tokens == len(expected) == int(0.25 * stats.visual_tokens + 0.5)
@@ -223,8 +223,7 @@ def test_pruned_prompts_hold_the_selected_tokens_in_reading_order(tiny_llava, me
     assert len(visual) == stats.kept_tokens + stats.newline_tokens
     is_newline = (visual == model.model.image_newline).all(dim=1)
     assert int(is_newline.sum()) == stats.newline_tokens
-    kept = encoded.projected[encoded.patches[expected]]
-    assert torch.equal(visual[~is_newline], kept)
+    assert torch.equal(visual[~is_newline], encoded.features[expected])
 
 
 def test_every_image_has_its_own_budget(tiny_llava):
