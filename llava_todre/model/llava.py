@@ -29,7 +29,14 @@ from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
 from llava_todre.pruners.base import plain
-from llava_todre.settings import checked, real_tokens, setting, shorter_lengths, stated_tokens
+from llava_todre.settings import (
+    checked,
+    keeps_cache_rows,
+    real_tokens,
+    setting,
+    shorter_lengths,
+    stated_tokens,
+)
 from llava_todre.spans import Spans
 from llava_todre.stage1.anyres import Size
 from llava_todre.stage1.pack import Prompt, SplicedPrompt, expand, pad_prompts, prune_prompts
@@ -49,13 +56,6 @@ ROLLS_BACK_BY_LAYER = tuple(map(int, transformers.__version__.split(".")[:2])) >
 _NOT_WITH_IMAGES = ("assistant_model", "prefill_chunk_size") + (
     () if ROLLS_BACK_BY_LAYER else ("prompt_lookup_num_tokens",)
 )
-# Settings of `generate` under which every row of the cache stays with its question.
-_GENERATION_DEFAULTS = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "cache_implementation": None,
-}
 
 _Record = tuple[list[tuple[ImageStats, ...]], DecoderPruning]
 """Stage 1 on the images of each sample, and the state of Stage 2."""
@@ -493,11 +493,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     def _may_share(self, prompts: Sequence[SplicedPrompt], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call of ``generate`` with these settings can use stored prefixes."""
-        is_plain = all(
-            setting(self, key, kwargs) in (None, usual)
-            for key, usual in _GENERATION_DEFAULTS.items()
-        )
-        return is_plain and may_share(
+        return keeps_cache_rows(self, kwargs) and may_share(
             [prompt.kinds for prompt in prompts],
             [prompt.prefix_len for prompt in prompts],
             self.pruner,
