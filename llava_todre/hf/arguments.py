@@ -29,6 +29,11 @@ def refuse(model: Any, keys: Iterable[str], kwargs: Mapping[str, Any]) -> None:
             raise TodreError(f"{key} is not supported together with pruning; leave it out.")
 
 
+def any_refused(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether :func:`check` would refuse one of these arguments, whatever the method."""
+    return any(setting(model, key, kwargs) not in (None, False) for key in _REFUSED)
+
+
 def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> None:
     """Refuse what would be answered wrongly.
 
