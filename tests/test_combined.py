@@ -12,7 +12,7 @@ from conftest import visual_tokens
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import Combined, create_pruner
+from llava_todre.pruners import Combined, Observed, create_pruner
 
 
 def test_options_go_to_the_stage_that_has_them() -> None:
@@ -30,6 +30,10 @@ def test_options_go_to_the_stage_that_has_them() -> None:
     pruner = create_pruner("todre_v1+todre", **{"before.seed": 3, "inside.tau": 0.5})
     assert isinstance(pruner, Combined)
     assert (pruner.before.seed, pruner.inside.tau) == (3, 0.5)  # type: ignore[attr-defined]
+    pruner = create_pruner("todre_v1+todre", newlines="none")
+    assert isinstance(pruner, Combined)
+    assert pruner.newlines == pruner.before.newlines == pruner.inside.newlines == "none"
+    assert Observed(method=pruner).newlines == "none"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,8 @@ def test_options_go_to_the_stage_that_has_them() -> None:
         ("todre+divprune", {}, "inside DivPrune drops nothing inside the decoder"),
         ("fastv+todre", {}, "before FastV selects nothing before the decoder"),
         ("vanilla+todre", {"retain_ratio": 0.5}, "keeps every token"),
+        ("todre+fastv", {"inside.retain_ratio": 0.5, "inside.newlines": "all"}, "'row' and 'all'"),
+        ("divprune+todre", {"newlines": "some"}, "newlines 'some' is unknown"),
         ("divprune+fastv", {"retain_ratio": 0.25}, "inside.retain_ratio is missing: 'fastv' has"),
         ("a+b+c", {}, "method"),
         ("+todre", {}, "method ''"),

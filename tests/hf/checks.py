@@ -94,11 +94,13 @@ def text_behind(inputs: dict[str, Any], row: int) -> int:
     return int((~is_visual[first:]).sum())
 
 
-def planned(inputs: dict[str, Any], ratio: float, *plan: tuple[int, int, int]) -> Strides:
+def planned(
+    inputs: dict[str, Any], ratio: float, *plan: tuple[int, int, int], **options: Any
+) -> Strides:
     """Return a method that drops by (sample, layer, stride)."""
     by_text = tuple((text_behind(inputs, row), layer, stride) for row, layer, stride in plan)
     assert len({text for text, _, _ in by_text}) == len({row for row, _, _ in plan})
-    return Strides(retain_ratio=ratio, plan=by_text)
+    return Strides(retain_ratio=ratio, plan=by_text, **options)
 
 
 def run(
@@ -117,7 +119,7 @@ def assert_follows(model: Any, inputs: dict[str, Any], method: Strides) -> tuple
     output, stats = run(model, inputs, method)
     rows = range(len(stats))
     stages = [method.stages(stats[row], text_behind(inputs, row)) for row in rows]
-    assert_equals_oracle(model, inputs, output, stages)
+    assert_equals_oracle(model, inputs, output, stages, method.newlines)
     return stats
 
 
@@ -126,13 +128,14 @@ def assert_equals_oracle(
     inputs: dict[str, Any],
     output: Any,
     stages: Sequence[list[Stage]],
+    newlines: str = "row",
 ) -> None:
     """Compare every token and logit of greedy answers."""
     length = inputs["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
     assert output.sequences.shape[1] == length + STEPS
     logits = torch.stack(output.logits, dim=1)
-    oracle = Oracle(model, inputs)
+    oracle = Oracle(model, inputs, newlines)
     for row, of_row in enumerate(stages):
         tokens = output.sequences[row, length:]
         expected = oracle.logits(row, of_row, tokens.tolist())

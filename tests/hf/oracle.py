@@ -80,21 +80,23 @@ class StockReference(LlamaReference):
         )
 
 
-def stays(is_newline: Sequence[bool], kept: set[int], thumbnail: int) -> list[bool]:
-    """Return which tokens of an image stay: kept patches, and newlines of rows that keep one.
+def stays(
+    is_newline: Sequence[bool], kept: set[int], thumbnail: int, newlines: str, whole: bool
+) -> list[bool]:
+    """Return which tokens of an image stay: kept patches, and the newlines that go with them.
 
     Args:
         is_newline: one per token of the image.
         kept: patch tokens, newlines not counted.
         thumbnail: tokens in front of the first row that has a newline.
+        newlines: "row", "all" or "none".
+        whole: whether nothing has been dropped.
     """
-    if len(kept) == len(is_newline) - sum(is_newline):
-        return [True] * len(is_newline)
     result: list[bool] = []
     row_has_token, patch = False, 0
     for place, newline in enumerate(is_newline):
         if newline:
-            result.append(row_has_token)
+            result.append(whole or newlines == "all" or (newlines == "row" and row_has_token))
             row_has_token = False
             continue
         result.append(patch in kept)
@@ -135,8 +137,8 @@ class Oracle:
     """One model and one batch."""
 
     @torch.no_grad()
-    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
-        self.reference = StockReference(model)
+    def __init__(self, model: Any, inputs: dict[str, Any], newlines: str = "row") -> None:
+        self.reference, self.newlines = StockReference(model), newlines
         self.num_layers = model.config.text_config.num_hidden_layers
         newline = getattr(model.model, "image_newline", None)
         vision = model.config.vision_config
@@ -160,13 +162,30 @@ class Oracle:
                 positions = positions_in_space(model, ids, visuals, grids)
             self.samples.append(Prompt(ids, visuals, positions))
 
-    def held(self, row: int, kept: Sequence[set[int]]) -> Tensor:
-        """Return (L,) bool, the tokens of a prompt that stay when these patch tokens do."""
+    def held(self, row: int, kept: Sequence[set[int]], inside: bool = False) -> Tensor:
+        """Return (L,) bool, the tokens of a prompt that stay when these patch tokens do.
+
+        Args:
+            row: number of the sample.
+            kept: patch tokens of each image.
+            inside: whether the decoder drops, which sees the images of a prompt as one.
+        """
         sample = self.samples[row]
         result = torch.ones(len(sample.ids), dtype=torch.bool)
-        for visual, of_visual in zip(sample.visuals, kept, strict=True):
+        is_whole = [
+            len(of_visual) == len(visual.is_newline) - sum(visual.is_newline)
+            for visual, of_visual in zip(sample.visuals, kept, strict=True)
+        ]
+        newlines = self.newlines if any(kept) else "none"
+        for visual, of_visual, whole in zip(sample.visuals, kept, is_whole, strict=True):
             tiled = visual.token == IMAGE_ID and sum(visual.is_newline) > 1
-            keep = stays(visual.is_newline, of_visual, self.thumbnail if tiled else 0)
+            keep = stays(
+                visual.is_newline,
+                of_visual,
+                self.thumbnail if tiled else 0,
+                newlines,
+                all(is_whole) if inside else whole,
+            )
             result[visual.columns] = torch.tensor(keep)
         return result
 
@@ -183,7 +202,7 @@ class Oracle:
         entering = self.held(row, stages[0][1])
         present = torch.ones(self.num_layers, int(entering.sum()), dtype=torch.bool)
         for layer, kept in stages[1:]:
-            present[layer:] &= self.held(row, kept)[entering]
+            present[layer:] &= self.held(row, kept, inside=True)[entering]
         return entering, present
 
     def pruned(self, row: int, stages: Sequence[Stage]) -> tuple[StockReference, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -37,15 +38,19 @@ def assert_same(ours: tuple[Any, Any], theirs: tuple[Any, Any]) -> None:
             assert image.num_newlines == same.num_newlines
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_llava_next(tiny_llava, draw, method):
+@pytest.mark.parametrize(
+    ("method", "newlines"),
+    [*((method, "row") for method in METHODS), *product(("todre", "fastv"), ("all", "none"))],
+)
+def test_llava_next(tiny_llava, draw, method, newlines):
+    knobs = knobs_of(method) | {"newlines": newlines}
     model = tiny_llava("sdpa")
     other = stock(model)
     other.generation_config.pad_token_id = 0
     assert [anyres_grid_shape(size, PINPOINTS, 56) for size in SIZES] == [(2, 2), (2, 2)]
     pixels = torch.randn(2, 5, 3, 56, 56, generator=draw)
     ids = pad_sequence([torch.tensor(row) for row in PROMPTS], True, 0, padding_side="left")
-    model.set_pruner(method, **knobs_of(method))
+    model.set_pruner(method, **knobs)
     new = model.generate(
         ids, attention_mask=(ids != 0).long(), images=pixels, image_sizes=SIZES, **NEW
     )
@@ -56,7 +61,7 @@ def test_llava_next(tiny_llava, draw, method):
         image = ours[1][row].images[0]
         rows.append(prompt_for(prompt, [image.num_tokens + image.num_newlines])[0])
     padded = pad_sequence(rows, True, 0, padding_side="left")
-    with hf.prune(other, method, **knobs_of(method)):
+    with hf.prune(other, method, **knobs):
         output = other.generate(
             input_ids=padded,
             attention_mask=(padded != 0).long(),

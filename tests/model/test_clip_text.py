@@ -81,8 +81,8 @@ def test_the_question_chooses_the_tokens(
         kept.append(model.last_stats[0].images[0].keep_idx.tolist())
         features = encoded[0].vision_features
         assert features is not None
-        similarity = model.clip_text.similarity(features, question)[encoded[0].patches]
-        tokens = encoded[0].tokens(None)
+        similarity = model.clip_text.similarity(features, question)
+        tokens = encoded[0].tokens()
         tokens = type(tokens)(**{**vars(tokens), "clip_similarity": similarity})
         assert pruner.select(tokens, len(kept[-1])).keep_idx.tolist() == kept[-1]
     assert kept[0] == kept[2] != kept[1]

@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_todre.errors import TodreError
-from llava_todre.model.images import (
+from llava_todre.model.images import load_image, process_images
+from llava_todre.stage1.anyres import (
     anyres_grid_shape,
-    load_image,
     parse_pinpoints,
-    process_images,
     select_best_resolution,
     unpad_bounds,
 )
