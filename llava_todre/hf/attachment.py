@@ -20,6 +20,8 @@ from llava_todre.hf.deepstack import adding
 from llava_todre.hf.encoded import (
     EncodedImage,
     encoded_images,
+    in_prompts,
+    layouts_of,
     positions_by_part,
     prefixes_of,
     with_deepstack,
@@ -158,14 +160,7 @@ class Attachment:
             with self._fitting_inputs():
                 ids, real, (visuals,) = self._read(ids, real, given)
                 captured = self._captured(given, self._needs, ids.shape[1])
-            modalities = [modality for _, modality in self._named(ids[0], visuals)]
-            features = self._features([visuals], captured)[0]
-            return encoded_images(visuals, features, modalities, captured)
-
-    def _named(self, ids: Tensor, visuals: Sequence[Visual]) -> list[tuple[Visual, str]]:
-        """Return the images and videos of one prompt, and which of the two each is."""
-        modality_of = {token: name for name, token in self._placeholders.items()}
-        return [(visual, modality_of[int(ids[visual.columns[0]])]) for visual in visuals]
+            return encoded_images(visuals, self._features([visuals], captured)[0], captured)
 
     def _from_encoded(
         self,
@@ -177,34 +172,23 @@ class Attachment:
         """Return what ``generate`` returns, and what happened to each sample."""
         ids: Any = kwargs.pop("input_ids", None) if inputs is None else inputs
         decoder = decoder_of(self.model)
-        layers = decoder.config.num_hidden_layers
-        inside = bool(self.pruner.probe_layers(layers))
-        check(self.model, decoder, kwargs, inside=inside)
+        probes = self.pruner.probe_layers(decoder.config.num_hidden_layers)
+        check(self.model, decoder, kwargs, inside=bool(probes))
         real = self._real(ids, kwargs)
         kwargs.pop("attention_mask", None)
-        by_modality: dict[str, list[EncodedImage]] = {"image": [], "video": []}
-        for image in encoded:
-            by_modality[image.modality].append(image)
-        layouts = {
-            modality: [image.features.layout for image in images]
-            for modality, images in by_modality.items()
-        }
-        visuals = find_visuals(ids, real, self._placeholders, layouts)
-        remaining = {modality: iter(images) for modality, images in by_modality.items()}
-        images = [
-            [(each, next(remaining[modality])) for each, modality in self._named(row, of_row)]
-            for row, of_row in zip(ids, visuals, strict=True)
-        ]
+        visuals = find_visuals(ids, real, self._placeholders, layouts_of(encoded))
+        images = in_prompts(encoded, visuals)
         with torch.no_grad():
             given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
-            captured = with_deepstack(capture(self.model, self.family, given, ()), images)
-            features = [[image.features for _, image in row] for row in images]
+            captured = capture(self.model, self.family, given, ())
+            captured = with_deepstack(captured, visuals, images)
+            features = [[image.features for image in row] for row in images]
             prompts = self._stage1(ids, real, visuals, captured, features)
             if prefixes is not None and self._may_share(prompts, kwargs):
                 prefixes.claim(self.model)
             else:
                 prefixes = None
-            return self._run(given, prompts, captured, kwargs, prefixes)
+            return self._run(given, ids.shape[1], prompts, captured, kwargs, prefixes)
 
     def _may_share(self, prompts: Sequence[SplicedPrompt], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call of ``generate`` with these settings can use stored prefixes."""
@@ -271,7 +255,7 @@ class Attachment:
             ids, real, visuals = self._read(ids, real, given)
             captured = self._captured(given, self._needs, ids.shape[1])
         prompts = self._stage1(ids, real, visuals, captured, self._features(visuals, captured))
-        return self._run(given, prompts, captured, kwargs)
+        return self._run(given, ids.shape[1], prompts, captured, kwargs)
 
     @property
     def _needs(self) -> list[Need]:
@@ -285,6 +269,7 @@ class Attachment:
     def _run(
         self,
         given: dict[str, Any],
+        whole: int,
         prompts: Sequence[SplicedPrompt],
         captured: DecoderInputs,
         kwargs: dict[str, Any],
@@ -293,7 +278,8 @@ class Attachment:
         """Return what ``generate`` returns for pruned prompts, and what happened to each.
 
         Args:
-            given: the whole prompts.
+            given: its arguments as they came.
+            whole: tokens of the whole prompts, their padding included.
             prompts: the pruned ones.
             captured: what the decoder would have read of the whole ones.
             kwargs: arguments of ``generate``.
@@ -301,12 +287,14 @@ class Attachment:
         """
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
         embeds, spans, _ = pad_prompts(prompts, by_part=prefixes is not None)
-        pruned, ids = embeds.shape[1], [prompt.ids for prompt in prompts]
-        filler = pad_id(self.model, kwargs)
-        short = {"inputs_embeds": embeds, "attention_mask": spans.valid.long()}
-        # Embeddings are read first; the ids are for what is not allowed to repeat, say.
-        rows = padded(ids, filler)
-        short["input_ids"] = pad(rows, (pruned - rows.shape[1], 0), value=filler)
+        pruned, filler = embeds.shape[1], pad_id(self.model, kwargs)
+        ids = padded([prompt.ids for prompt in prompts], filler)
+        short = {
+            # The decoder reads the embeddings; the ids are for penalties of what repeats.
+            "input_ids": pad(ids, (pruned - ids.shape[1], 0), value=filler),
+            "inputs_embeds": embeds,
+            "attention_mask": spans.valid.long(),
+        }
         device = given["input_ids"].device
         short |= {key: short[key].to(device) for key in ("input_ids", "attention_mask")}
         decoder = decoder_of(self.model)
@@ -321,7 +309,6 @@ class Attachment:
             short[CACHE_ARGUMENT] = PrunedCache(decoder.config, state)
             if setting(self.model, "cache_implementation", kwargs) is not None:
                 settings["cache_implementation"] = None  # it is that cache
-        whole = given["input_ids"].shape[1]
         settings |= shorter_lengths(self.model, kwargs, whole, pruned)
         with ExitStack() as stack:
             if state.probe_layers:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.hf.capture import DecoderInputs
+from llava_todre.hf.family import Layouts
 from llava_todre.hf.prompts import Visual
 from llava_todre.spans import is_visual
 from llava_todre.stage1.pack import SplicedPrompt, kept_deep_features, kept_positions, padded
@@ -33,44 +34,62 @@ class EncodedImage:
 
 
 def encoded_images(
-    visuals: Sequence[Visual],
-    features: Sequence[ImageFeatures],
-    modalities: Sequence[str],
-    captured: DecoderInputs,
+    visuals: Sequence[Visual], features: Sequence[ImageFeatures], captured: DecoderInputs
 ) -> list[EncodedImage]:
     """Return the images and videos of the only prompt in a batch.
 
     Args:
         visuals: where they stand.
         features: each as Stage 1 reads it.
-        modalities: image or video, for each.
         captured: the prompt as the decoder would have read it.
     """
     found = []
-    for visual, image, modality in zip(visuals, features, modalities, strict=True):
+    for visual, image in zip(visuals, features, strict=True):
         deep: tuple[Tensor, ...] = ()
         if captured.deepstack is not None and captured.deepstack_at is not None:
             rows = captured.deepstack_at[0].cumsum(0)[visual.columns] - 1
             deep = tuple(each[rows.to(each.device)] for each in captured.deepstack)
-        found.append(EncodedImage(image, modality, deep))
+        found.append(EncodedImage(image, visual.modality, deep))
     return found
 
 
+def layouts_of(encoded: Sequence[EncodedImage]) -> Layouts:
+    """Return how the images and videos lie, by modality."""
+    found: Layouts = {}
+    for image in encoded:
+        found.setdefault(image.modality, []).append(image.features.layout)
+    return found
+
+
+def in_prompts(
+    encoded: Sequence[EncodedImage], visuals: Sequence[Sequence[Visual]]
+) -> list[list[EncodedImage]]:
+    """Return the images and videos of each prompt, in the order of ``visuals``."""
+    remaining = {
+        modality: iter([image for image in encoded if image.modality == modality])
+        for modality in ("image", "video")
+    }
+    return [[next(remaining[visual.modality]) for visual in row] for row in visuals]
+
+
 def with_deepstack(
-    captured: DecoderInputs, images: Sequence[Sequence[tuple[Visual, EncodedImage]]]
+    captured: DecoderInputs,
+    visuals: Sequence[Sequence[Visual]],
+    images: Sequence[Sequence[EncodedImage]],
 ) -> DecoderInputs:
     """Return a batch that was captured without pixels, with the deep features of its images.
 
     Args:
-        captured: the batch, its placeholders not replaced.
-        images: of each prompt: where each stands, and what it is.
+        captured: the batch.
+        visuals: where the images stand in each prompt.
+        images: what they are.
     """
-    deep = [image.deepstack for row in images for _, image in row]
+    deep = [image.deepstack for row in images for image in row]
     if not any(deep):
         return captured
     at = torch.zeros(captured.embeds.shape[:2], dtype=torch.bool, device=captured.embeds.device)
-    for row, of_row in zip(at, images, strict=True):
-        for visual, _ in of_row:
+    for row, of_row in zip(at, visuals, strict=True):
+        for visual in of_row:
             row[visual.columns] = True
     layers = [torch.cat(list(each)) for each in zip(*deep, strict=True)]
     return replace(captured, deepstack=layers, deepstack_at=at)

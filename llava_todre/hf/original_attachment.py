@@ -18,6 +18,7 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.hf.attachment import MANY, Attachment, Read
 from llava_todre.hf.capture import DecoderInputs, Need, measuring
+from llava_todre.hf.encoded import EncodedImage
 from llava_todre.hf.prompts import Visual
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.stage1.layout import Layout
@@ -29,6 +30,10 @@ _PREPARE = "prepare_inputs_labels_for_multimodal"
 
 class OriginalAttachment(Attachment):
     """A method at work on a model of the original package."""
+
+    def encode(self, **inputs: Any) -> list[EncodedImage]:
+        """Refuse: prompts of the original package do not hold the places of their images."""
+        raise TodreError("encode is not supported for models of llava; allowed: transformers'.")
 
     def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Return (B, T) bool: without a mask, the original takes everything for real."""

@@ -238,3 +238,24 @@ def test_requests_share_what_they_show(family, method, monkeypatch):
     assert len(processed) <= 2 * (2 + 2 + 1 + videos), "images that are known are not processed"
     if method != "trimtokenator":
         assert memory.prefixes.hits >= 6
+
+
+def test_what_fresh_calls_refuse_is_refused():
+    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    model.set_pruner("divprune", retain_ratio=0.25)
+    requests, memory = [Request("What is this?", pictures(1))], Memory()
+    with pytest.raises(TodreError, match="prompt_lookup_num_tokens is not supported"):
+        model.answer(requests, memory=memory, prompt_lookup_num_tokens=2)
+    with pytest.raises(TodreError, match="memory must be a Memory, got dict"):
+        model.answer(requests, memory={})
+
+
+def test_an_image_is_encoded_for_its_method():
+    model = model_of("llava_next")
+    (prompt,) = questions(inputs_for(model, [SHOWN]), [5])
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        images = hf.encode(model, **prompt)
+    with hf.prune(model, "fastervlm"), pytest.raises(TodreError, match="cls_attention"):
+        answered(model, batched([prompt]), encoded=images)
+    with hf.prune(model, "divprune"), pytest.raises(TodreError, match="its next image has 0"):
+        answered(model, batched([prompt]), encoded=[])
