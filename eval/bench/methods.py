@@ -31,6 +31,7 @@ from llava_todre.flops import (
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.stage2 import PrunedCache
+from llava_todre.stage2.cache import CACHE_ARGUMENT
 
 TABLE3_RATIO = 0.10
 
@@ -95,7 +96,7 @@ def compare(
     made = []
     for each in chosen:
         cache = PrunedCache(model.config)
-        peak = peak_mib(partial(run, each, 1, past_key_values=cache), model)
+        peak = peak_mib(partial(run, each, 1, **{CACHE_ARGUMENT: cache}), model)
         row = described(each) | {
             "measured": True,
             "peak_memory_mib": peak,

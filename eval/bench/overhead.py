@@ -34,6 +34,7 @@ from llava_todre.pruners import create_pruner
 from llava_todre.selection import greedy_diverse
 from llava_todre.spans import Spans, TokenType
 from llava_todre.stage2 import DecoderPruning, LayerInputs, PrunedCache
+from llava_todre.stage2.cache import CACHE_ARGUMENT
 from llava_todre.stage2.segment import KeyStore
 
 SELECTIONS = (
@@ -149,10 +150,9 @@ def probe(model: LlavaLlamaForCausalLM, visual: Mapping[int, int]) -> list[dict[
         embeds, spans = prompt(model, count)
         state = None if kind is None else kind(pruner, spans, layers)
         cache = PrunedCache(model.config, state)
+        given = {"inputs_embeds": embeds, CACHE_ARGUMENT: cache, "use_cache": True}
         with torch.inference_mode():
-            spent = computing(
-                lambda: model.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-            )
+            spent = computing(lambda: model.model(**given))
         assert state is None or len(state.probes[0]) == len(depths)
         return spent, getattr(state, "spent", 0.0)
 
@@ -225,9 +225,10 @@ def attached_but_off(model: LlavaLlamaForCausalLM, visual: int, repeats: int) ->
     def run(name: str, of: LlamaForCausalLM) -> float:
         def decode() -> None:
             cache = PrunedCache(model.config)
+            always = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
             given: dict[str, Tensor] = {"inputs_embeds": embeds}
             for _ in range(DECODED + 1):
-                output = of(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                output = of(**given, **always)
                 given = {"input_ids": output.logits[:, -1].argmax(-1, keepdim=True)}
             logits[name] = output.logits
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.settings import setting
-from llava_todre.stage2.cache import has_sliding_window
+from llava_todre.stage2.cache import CACHE_ARGUMENT, has_sliding_window
 
 _REFUSED = (
     "assistant_model",
@@ -15,7 +15,7 @@ _REFUSED = (
     "prompt_lookup_num_tokens",
     "use_mtp",
     "prefill_chunk_size",
-    "past_key_values",
+    CACHE_ARGUMENT,
     "custom_generate",
     "position_ids",
 )

@@ -214,7 +214,7 @@ class Attachment:
         shows = any(kwargs.get(key) is not None for key in self.family.inputs)
         if probes or self.pruner.will_select(MANY):
             # The cache may be that of a pruned call, and in embeddings no image can be found.
-            refuse(self.model, ("past_key_values", *(("inputs_embeds",) if shows else ())), kwargs)
+            refuse(self.model, (CACHE_ARGUMENT, *(("inputs_embeds",) if shows else ())), kwargs)
         if ids is None or kwargs.get("inputs_embeds") is not None:
             return self.own(inputs, **kwargs), ()
         real = self._real(ids, kwargs)

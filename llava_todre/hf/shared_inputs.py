@@ -8,7 +8,7 @@ Symbols: B requests, T ids of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from llava_todre.generate import Memory, Request, _lasting_identity
 from llava_todre.hf.encoded import EncodedImage
-from llava_todre.pruners import Pruner
 
-_BY_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
+_WRITTEN = ("input_ids", "mm_token_type_ids")
+_NOT_SIZES = (*_WRITTEN, "attention_mask", "pixel_values", "pixel_values_videos")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,74 +70,39 @@ def shown_by(
         ids: (T,) of its prompt with one placeholder per image.
         placeholders: see :meth:`Shown.row`.
     """
-    pixels = ("pixel_values", "pixel_values_videos")
-    sizes = {key: value for key, value in processed.items() if key not in (*_BY_TOKEN, *pixels)}
-    whole, cut = processed["input_ids"][0].cpu(), _only_placeholder(ids, placeholders)
-    if cut is None:
-        return Shown(images, sizes, None, {})
-    end = len(whole) - (len(ids) - cut - 1)
-    if not (torch.equal(whole[:cut], ids[:cut]) and torch.equal(whole[end:], ids[cut + 1 :])):
-        return Shown(images, sizes, None, {})
-    written = {
-        key: processed[key][0, cut:end].cpu()
-        for key in ("input_ids", "mm_token_type_ids")
-        if key in processed
-    }
-    return Shown(images, sizes, ids[:cut], written)
+    sizes = {key: value for key, value in processed.items() if key not in _NOT_SIZES}
+    rows, cut = by_token(processed), _only_placeholder(ids, placeholders)
+    whole = rows["input_ids"]
+    if cut is not None:
+        end = len(whole) - (len(ids) - cut - 1)
+        if torch.equal(torch.cat([whole[:cut], ids[cut : cut + 1], whole[end:]]), ids):
+            inside = {key: row[cut:end] for key, row in rows.items()}
+            return Shown(images, sizes, ids[:cut], inside)
+    return Shown(images, sizes, None, {})
 
 
-def shared_inputs(
-    requests: Sequence[Request],
-    memory: Memory,
-    pruner: Pruner,
-    process: Callable[[Request], Mapping[str, Any]],
-    tokenise: Callable[[Request], Tensor],
-    encode: Callable[..., list[EncodedImage]],
-    tokenizer: Any,
-    placeholders: Tensor,
-) -> dict[str, Any]:
-    """Return arguments of ``generate`` for a batch of requests.
+def by_token(processed: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the (T,) ids of the only prompt that was processed, and their types if any."""
+    return {key: processed[key][0].cpu() for key in _WRITTEN if key in processed}
+
+
+def joined(prompts: Sequence[tuple[Mapping[str, Tensor], Shown]], pad_id: int) -> dict[str, Any]:
+    """Return arguments of ``generate`` for a batch, its ids padded on the left.
 
     Args:
-        requests: B of them.
-        memory: of the model.
-        pruner: the method in use.
-        process: request -> what the processor returns for it, on the device.
-        tokenise: request -> (T,) ids of its prompt with one placeholder per image.
-        encode: what the processor returns -> the images.
-        tokenizer: of the model.
-        placeholders: ids that stand for images and videos.
+        prompts: (T,) ids of each request, and what it shows.
+        pad_id: fills the shorter ones up.
     """
-    rows: list[Mapping[str, Tensor]] = []
-    shown: list[Shown] = []
-    try:
-        for request in requests:
-            names = tuple(map(_lasting_identity, request.images))
-            key = (request.is_video, tuple(request.seconds), names)
-            known: Any = memory.find(key, pruner)
-            row = None if known is None else known.row(tokenise(request), placeholders)
-            if row is None:
-                processed = process(request)
-                row = {name: processed[name][0].cpu() for name in _BY_TOKEN if name in processed}
-                if known is None:
-                    images = encode(**processed) if request.images else []
-                    known = shown_by(processed, images, tokenise(request), placeholders)
-                    memory.add(key, pruner, request.images, known)
-            rows.append(row)
-            shown.append(known)
-    finally:
-        memory.trim()
-    filler = tokenizer.pad_token_id or 0
-    keys = [key for key in ("input_ids", "mm_token_type_ids") if key in rows[0]]
+    rows, shown = [row for row, _ in prompts], [each for _, each in prompts]
     found: dict[str, Any] = {}
-    for name in keys:
-        value = filler if name == "input_ids" else 0
-        found[name] = _padded([row[name] for row in rows], value)
+    for key in rows[0]:
+        value = pad_id if key == "input_ids" else 0
+        found[key] = _padded([row[key] for row in rows], value)
     found["attention_mask"] = _padded([torch.ones_like(row["input_ids"]) for row in rows], 0)
-    for name in dict.fromkeys(name for each in shown for name in each.sizes):
-        parts = [each.sizes[name] for each in shown if name in each.sizes]
+    for key in dict.fromkeys(key for each in shown for key in each.sizes):
+        parts = [each.sizes[key] for each in shown if key in each.sizes]
         is_tensor = isinstance(parts[0], Tensor)
-        found[name] = torch.cat(parts) if is_tensor else [one for part in parts for one in part]
+        found[key] = torch.cat(parts) if is_tensor else [one for part in parts for one in part]
     return found | {"encoded": [image for each in shown for image in each.images]}
 
 

@@ -14,12 +14,12 @@ from PIL import Image
 
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
-from llava_todre.generate import Answer, Memory, Request, call_settings
+from llava_todre.generate import Answer, Memory, Request, _lasting_identity, call_settings
 from llava_todre.hf import attach, detach, encode, last_stats
 from llava_todre.hf.arguments import any_refused
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
-from llava_todre.hf.shared_inputs import shared_inputs
+from llava_todre.hf.shared_inputs import Shown, by_token, joined, shown_by
 from llava_todre.hf.video_metadata import metadata_of
 from llava_todre.locking import turn
 from llava_todre.model.adapters import unwrapped
@@ -129,6 +129,7 @@ class StockModel:
         return [Answer(text.strip(), each) for text, each in zip(texts, stats, strict=True)]
 
     def _processed(self, requests: Sequence[Request]) -> Any:
+        """Return what the processor makes of requests, where the model is."""
         inputs = self._inputs(requests).to(self.device)
         for key, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -140,24 +141,35 @@ class StockModel:
         if not isinstance(memory, Memory):
             raise TodreError(f"memory must be a Memory, got {type(memory).__name__}.")
         memory.prefixes.claim(self.model)
-        tokenizer = self.processor.tokenizer
-        names = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
-        known = [name for name in names if isinstance(name, str)]
-        found = shared_inputs(
-            requests,
-            memory,
-            self.pruner,
-            lambda request: self._processed([request]),
-            self._tokens,
-            partial(encode, self.model),
-            tokenizer,
-            torch.tensor(tokenizer.convert_tokens_to_ids(known)),
+        try:
+            prompts = [self._known(request, memory) for request in requests]
+        finally:
+            memory.trim()
+        inputs = joined(prompts, self.processor.tokenizer.pad_token_id or 0)
+        for key, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                inputs[key] = value.to(self.device)
+        return inputs | {"prefixes": memory.prefixes}
+
+    def _known(self, request: Request, memory: Memory) -> tuple[dict[str, torch.Tensor], Shown]:
+        """Return the ids of a request and what it shows, which is read where it is new."""
+        names = tuple(map(_lasting_identity, request.images))
+        key = (request.is_video, tuple(request.seconds), names)
+        known: Any = memory.find(key, self.pruner)
+        tokens = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
+        placeholders = torch.tensor(
+            [self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
         )
-        on_device = {
-            key: value.to(self.device) if isinstance(value, torch.Tensor) else value
-            for key, value in found.items()
-        }
-        return on_device | {"prefixes": memory.prefixes}
+        ids = self._tokens(request)
+        row = None if known is None else known.row(ids, placeholders)
+        if row is None:
+            processed = self._processed([request])
+            row = by_token(processed)
+            if known is None:
+                images = encode(self.model, **processed) if request.images else []
+                known = shown_by(processed, images, ids, placeholders)
+                memory.add(key, self.pruner, request.images, known)
+        return row, known
 
     def _tokens(self, request: Request) -> torch.Tensor:
         """Return (T,) ids of a prompt with one placeholder per image or video."""

@@ -445,7 +445,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         kwargs = checked(self, kwargs)
         self._latest.put(None)
         if images is None:
-            if inputs is not None and kwargs.get("past_key_values") is None:
+            if inputs is not None and kwargs.get(CACHE_ARGUMENT) is None:
                 stated_tokens(inputs, kwargs.get("attention_mask"))
             kwargs["inputs"] = inputs
         elif inputs is None:
@@ -472,7 +472,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         for option in _NOT_WITH_IMAGES:
             if setting(self, option, kwargs) is not None:
                 raise TodreError(f"{option} is not supported together with images; leave it out.")
-        past_key_values = kwargs.get("past_key_values")
+        past_key_values = kwargs.get(CACHE_ARGUMENT)
         if prefixes is not None and past_key_values is None and self._may_share(prompts, kwargs):
             embeds, spans, past_key_values = self._after_prefixes(prompts, prefixes)
         else:
