@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
+from llava_todre.lmms_plugin.arguments import build_pruner
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import Pruner, Random, Selection, Todre, Vanilla
+from llava_todre.pruners import PRUNERS, Pruner, Random, Selection, Todre, Vanilla, create_pruner
+from llava_todre.pruners.method_file import named_or_from_file
 from llava_todre.selection import greedy_diverse_batch
 from llava_todre.spans import NewlineRule, TokenType, VisualTokens, with_newlines
 from llava_todre.stage1.anyres import NEWLINE, merge_slots
@@ -384,3 +386,17 @@ def test_newlines_follow_any_decision_about_patches(rule, draw):
                 by_rule = {"row": int(row_id[i]) in rows, "all": any(kept), "none": False}
                 stays = all(kept) or by_rule[rule]
             assert got[i] == stays
+
+
+@pytest.mark.parametrize("rule", NEWLINES)
+def test_the_rule_is_an_option_of_every_method_wherever_options_are_given(rule, tmp_path):
+    for name in PRUNERS:
+        pruner = create_pruner(name, newlines=rule)
+        assert pruner.newlines == rule
+        assert build_pruner(name, {"newlines": rule}, None, ())[0] == pruner  # --model_args
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(f"method: {name}\nnewlines: {rule}\n")
+        method, options = named_or_from_file(str(file))
+        assert create_pruner(method, **options) == pruner
+        with pytest.raises(TodreError, match="newlines 'rows' is unknown. Did you mean 'row'"):
+            create_pruner(name, newlines="rows")

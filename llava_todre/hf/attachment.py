@@ -342,14 +342,19 @@ class Attachment:
     ) -> list[SplicedPrompt]:
         """Let the method select from the images of all prompts."""
         prompts = []
-        for row, (row_ids, keep, shown) in enumerate(
-            zip(ids.cpu(), real.cpu(), visuals, strict=True)
-        ):
-            image = torch.full_like(row_ids, -1)
-            for number, visual in enumerate(shown):
+        for row, (of_row, keep) in enumerate(zip(visuals, real.cpu(), strict=True)):
+            image = torch.full_like(keep, -1, dtype=torch.int64)
+            for number, visual in enumerate(of_row):
                 image[visual.columns] = number
-            source, image = keep.nonzero()[:, 0], image[keep]
-            prompts.append(Prompt(row_ids, captured.embeds[row], features[row], source, image))
+            prompts.append(
+                Prompt(
+                    ids[row].cpu(),
+                    captured.embeds[row],
+                    features[row],
+                    source=keep.nonzero()[:, 0],
+                    image=image[keep],
+                )
+            )
         return prune_prompts(prompts, self.pruner)
 
     @contextmanager

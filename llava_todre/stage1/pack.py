@@ -122,10 +122,13 @@ def _spliced(prompt: Prompt, visuals: Sequence[PrunedImage]) -> SplicedPrompt:
         row_id[here] = torch.where(layout.row_id < 0, -1, layout.row_id + num_rows)
         num_rows += visual.stats.num_newlines
     columns, of_image = prompt.source[stays], prompt.image[stays]
-    embeds = prompt.embeds[columns.to(prompt.embeds.device)]
-    for index, visual in enumerate(visuals):
-        places = (of_image == index).nonzero()[:, 0].to(embeds.device)
-        embeds[places] = visual.embeds.to(embeds)
+    embeds = prompt.embeds.new_empty(len(columns), prompt.embeds.shape[1])
+    for index in range(-1, len(visuals)):
+        places = (of_image == index).nonzero()[:, 0]
+        rows = (
+            prompt.embeds[columns[places].to(embeds.device)] if index < 0 else visuals[index].embeds
+        )
+        embeds[places.to(embeds.device)] = rows.to(embeds)
     labels = prompt.labels
     if labels is not None:
         labels = labels[columns.to(labels.device)]

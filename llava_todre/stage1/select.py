@@ -70,7 +70,8 @@ class ImageFeatures:
         stays = self.layout.keep(kept, pruner.newlines)
         embeds = selection.features
         if embeds is None:
-            embeds = self.features[kept.to(self.features.device)]
+            whole = len(kept) == len(self.features)
+            embeds = self.features if whole else self.features[kept.to(self.features.device)]
         is_newline = self.layout.is_newline[stays]
         if bool(is_newline.any()):
             assert self.newline is not None, "a layout with newlines has their embedding"
