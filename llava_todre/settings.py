@@ -230,3 +230,21 @@ def shorter_lengths(
             )
         lengths[key] = max(0, length - whole + short)
     return lengths
+
+
+_ROW_BY_ROW = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": None,
+}
+
+
+def keeps_cache_rows(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether every row of the KV cache stays with its prompt in such a call.
+
+    Args:
+        model: whose ``generation_config`` counts where an argument is left out.
+        kwargs: arguments of ``generate``.
+    """
+    return all(setting(model, key, kwargs) in (None, usual) for key, usual in _ROW_BY_ROW.items())

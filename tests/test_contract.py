@@ -77,8 +77,8 @@ class Outcome:
 
 def outcomes(model: LlavaLlamaForCausalLM, *names: str) -> list[Outcome]:
     generated = model.generate(**batch_of(*names), do_sample=False, max_new_tokens=3)
-    assert model._last is not None
-    last = model._last[1].segments[-1].kinds
+    assert model.last_state is not None
+    last = model.last_state.segments[-1].kinds
     return [
         Outcome(tokens, stats, int((kinds == TokenType.VISUAL).sum()))
         for tokens, stats, kinds in zip(generated.tolist(), model.last_stats, last, strict=True)

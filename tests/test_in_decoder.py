@@ -97,14 +97,14 @@ def test_views_and_decisions_agree_with_the_slow_decoder(
         batch.pop("inputs"), None, batch.pop("attention_mask"), None, None, **batch,
         padding_side="left",
     )  # fmt: skip
-    assert model._last is not None
-    withdrawal = model._last[1]
+    state = model.last_state
+    assert state is not None
     decoder = reference.LlamaReference(model)
     assert seen
     for row in range(3):
         real = mask[row].bool()
-        kinds = withdrawal.segments[0].kinds[row, real]
-        line = withdrawal.row_id[row, real]
+        kinds = state.segments[0].kinds[row, real]
+        line = state.row_id[row, real]
         present = torch.ones(8, len(kinds), dtype=torch.bool)
         replaced = {}
         for view, decision, _ in seen[row::3]:
@@ -194,10 +194,10 @@ def test_prompt_embeddings_are_let_go(tiny_llava: Callable[..., LlavaLlamaForCau
     model.set_pruner("random")
     model.set_pruner("sparsevlm", retain_ratio=0.25)
     model.generate(**prompts(), do_sample=False, max_new_tokens=2)
-    assert model._last is not None
-    withdrawal = model._last[1]
-    assert withdrawal.prompt_embeds is None
-    assert not any(segment.merged for segment in withdrawal.segments)
+    state = model.last_state
+    assert state is not None
+    assert state.prompt_embeds is None
+    assert not any(segment.merged_hidden for segment in state.segments)
 
 
 @pytest.mark.parametrize("name", ["fastv", "sparsevlm", "dart", "pyramiddrop", "vtw", "todre"])

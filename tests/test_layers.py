@@ -127,6 +127,62 @@ def test_the_trainer_knows_nothing_of_the_pruning_model():
     assert outside == {"llava_todre.errors", "llava_todre.model.prompt"}
 
 
+CACHE_CLASSES = re.compile(r"\w+Cache$|(Dynamic|Static)\w*Layer$")
+CACHE_PARTS = {"get_seq_length", "get_mask_sizes", "is_sliding", "key_cache", "value_cache"}
+PARTS_OF_A_CACHE = {"layers", "update", "reorder_cache", "batch_repeat_interleave", "crop", "state"}
+
+
+def cache_internals(text: str) -> list[str]:
+    """Return what a module takes from transformers' KV caches; their base as a type is no harm."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("transformers"):
+            found += [alias.name for alias in node.names if CACHE_CLASSES.match(alias.name)]
+        elif isinstance(node, ast.Attribute):
+            owner = ast.unparse(node.value)
+            of_a_cache = owner.endswith("cache") and node.attr in PARTS_OF_A_CACHE
+            in_output = "past_key_values" in (node.attr, owner.rpartition(".")[2])
+            if node.attr in CACHE_PARTS or of_a_cache or in_output:
+                found.append(f"{owner}.{node.attr}")
+    return found
+
+
+OUTSIDE_STAGE_2 = [
+    *(path for path in MODULES.values() if "stage2" not in path.parts),
+    *sorted((ROOT / "eval").rglob("*.py")),
+]
+
+
+@pytest.mark.parametrize("path", OUTSIDE_STAGE_2, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_kv_cache_is_the_affair_of_stage_2(path):
+    assert cache_internals(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from transformers.cache_utils import Cache, DynamicCache",
+        "from transformers import StaticCache",
+        "length = past_key_values.get_seq_length()",
+        "keys = output.past_key_values.layers[3].keys",
+        "self._cache.layers[3].keys = keys",
+        "past_key_values.state = state",
+        "any(cache.is_sliding)",
+        "cache.update(keys, values, 0)",
+        "cache = output.past_key_values",
+    ],
+)
+def test_what_belongs_in_stage_2_is_seen(line):
+    assert cache_internals(line)
+
+
+def test_stages_do_not_know_each_other():
+    rooms = {"stage1": "stage2", "stage2": "stage1"}
+    for module in ROOMS:
+        other = rooms.get(room(module))
+        assert other not in {room(imported) for imported in own_imports(module)}, module
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_are_imported_where_they_are_used(module):
     at_the_top = (node for node in syntax(module).body if not isinstance(node, ast.FunctionDef))

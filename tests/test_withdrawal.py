@@ -6,6 +6,7 @@ which a dropped token is hidden from the later layers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ from llava_todre.pruners import LayerView, Pruner
 from llava_todre.spans import TokenType
 from llava_todre.stage1.layout import Layout
 from llava_todre.stage1.select import ImageFeatures
-from llava_todre.stage2 import DecoderPruning, LayerInputs
+from llava_todre.stage2 import DecoderPruning, LayerInputs, PrunedCache
 
 STEPS = 12
 TOLERANCE = {"rtol": 0, "atol": 5e-5}  # 9e-6 measured; logits have a spread of 1
@@ -670,6 +671,27 @@ def test_an_empty_dynamic_cache_of_the_caller_is_used(tiny_llava):
     output = generate(model, samples, past_key_values=mine)
     assert output.past_key_values is mine
     assert_equals_oracle(model, samples, output)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_cache_goes_on_by_itself(tiny_llava):
+    model = tiny_llava()
+    samples = [make_sample([3, 9], [20], {3: 0})]
+    set_plans(model, samples)
+    call = prepared(model, samples)
+    call["past_key_values"] = PrunedCache.convert(
+        DynamicCache(config=model.config), call["past_key_values"].state
+    )
+    model(**call)
+    cache = call["past_key_values"]
+    copied = copy.deepcopy(cache)
+    assert copied.state is not cache.state and cache.num_bytes == copied.num_bytes
+    prompt = Oracle(model).prompt(samples[0])
+    for held, tokens in ((copied, [7, 8]), (cache, [9])):
+        logits = model(torch.tensor([tokens]), past_key_values=held).logits[0]
+        oracle = Oracle(model).decoder
+        expected = oracle.run(*oracle.extend(*prompt, *tokens)).logits[-len(tokens) :]
+        torch.testing.assert_close(logits.double(), expected, **TOLERANCE)
 
 
 @torch.no_grad()

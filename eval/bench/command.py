@@ -15,6 +15,7 @@ from eval.bench.dims import SIZES, build
 from eval.bench.methods import Contender, compare, contenders, count_only, table3
 from eval.bench.overhead import attached_but_off, cls_row, probe, selection
 from eval.bench.report import as_text
+from eval.bench.stock import stock_loads
 from eval.bench.targets import judged
 from eval.bench.throughput import loads
 from eval.bench.timing import say
@@ -146,6 +147,7 @@ def measured(
     device = model.device
     return result | {
         "loads": loads(model, repeats),
+        "stock_loads": stock_loads(model, repeats),
         "probe": probe(model, {PROBED[0]: repeats, PROBED[1]: _CHEAP * repeats}),
         "cls_row": cls_row(model, _CHEAP * repeats),
         "attached_but_off": attached_but_off(model, PROBED[-1], 4 * _CHEAP * repeats),

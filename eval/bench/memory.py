@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers.cache_utils import DynamicCache
 
 _MIB = 1024**2
 
@@ -55,8 +54,3 @@ def _without_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Return the bytes of all keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

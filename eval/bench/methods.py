@@ -11,11 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from eval.bench.answers import QUESTION_TOKENS, Timed, answer, picture, questions
 from eval.bench.dims import Size, build, thin, tower_shape
-from eval.bench.memory import cache_bytes, peak_mib
+from eval.bench.memory import peak_mib
 from eval.bench.roofline import kv_bytes, step_bytes
 from eval.bench.timing import in_turns, percentiles, ratios, say
 from eval.results.published import rows
@@ -31,6 +30,8 @@ from llava_todre.flops import (
 )
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.stage2 import PrunedCache
+from llava_todre.stage2.cache import CACHE_ARGUMENT
 
 TABLE3_RATIO = 0.10
 
@@ -94,12 +95,12 @@ def compare(
     skips_masked = model.config._attn_implementation != "eager"
     made = []
     for each in chosen:
-        cache = DynamicCache(config=model.config)
-        peak = peak_mib(partial(run, each, 1, past_key_values=cache), model)
+        cache = PrunedCache(model.config)
+        peak = peak_mib(partial(run, each, 1, **{CACHE_ARGUMENT: cache}), model)
         row = described(each) | {
             "measured": True,
             "peak_memory_mib": peak,
-            "kv_cache_bytes": cache_bytes(cache),
+            "kv_cache_bytes": cache.num_bytes,
         }
         (stats,) = model.last_stats
         layers = stats.prompt_tokens_per_layer

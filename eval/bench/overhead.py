@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from transformers.cache_utils import Cache, DynamicCache
 
 from eval.bench.answers import SYSTEM_TOKENS, picture
 from eval.bench.timing import (
@@ -34,7 +33,9 @@ from llava_todre.model.vision import cls_attention
 from llava_todre.pruners import create_pruner
 from llava_todre.selection import greedy_diverse
 from llava_todre.spans import Spans, TokenType
-from llava_todre.stage2 import DecoderPruning, LayerInputs
+from llava_todre.stage2 import DecoderPruning, LayerInputs, PrunedCache
+from llava_todre.stage2.cache import CACHE_ARGUMENT
+from llava_todre.stage2.segment import KeyStore
 
 SELECTIONS = (
     (2880, 4096, 288),
@@ -100,19 +101,19 @@ def _steady(
     return measure(lambda: [run() for _ in range(times)]) / times
 
 
-class _TimedWithdrawal(DecoderPruning):
+class _TimedPruning(DecoderPruning):
     """Adds up the seconds of its own calls between the layers."""
 
     spent = 0.0
 
-    def begin(self, hidden_states: Tensor, cache: Cache | None) -> None:
-        self.spent += computing(lambda: super(_TimedWithdrawal, self).begin(hidden_states, cache))
+    def begin(self, hidden_states: Tensor, cache: KeyStore | None) -> None:
+        self.spent += computing(lambda: super(_TimedPruning, self).begin(hidden_states, cache))
 
     def enter(
         self,
         layer: int,
         inputs: LayerInputs,
-        cache: Cache | None,
+        cache: KeyStore | None,
         flash: bool,
         module: Any = None,
     ) -> LayerInputs:
@@ -122,10 +123,10 @@ class _TimedWithdrawal(DecoderPruning):
         return entered[0]
 
     def leave(
-        self, layer: int, decoder: Any, inputs: LayerInputs, output: Tensor, cache: Cache | None
+        self, layer: int, decoder: Any, inputs: LayerInputs, output: Tensor, cache: KeyStore | None
     ) -> None:
         self.spent += computing(
-            lambda: super(_TimedWithdrawal, self).leave(layer, decoder, inputs, output, cache)
+            lambda: super(_TimedPruning, self).leave(layer, decoder, inputs, output, cache)
         )
 
 
@@ -147,21 +148,18 @@ def probe(model: LlavaLlamaForCausalLM, visual: Mapping[int, int]) -> list[dict[
 
     def prefill(count: int, kind: type[DecoderPruning] | None) -> tuple[float, float]:
         embeds, spans = prompt(model, count)
-        cache = DynamicCache(config=model.config)
-        withdrawal = None if kind is None else kind(pruner, spans, layers)
-        if withdrawal is not None:
-            cache.withdrawal = withdrawal
+        state = None if kind is None else kind(pruner, spans, layers)
+        cache = PrunedCache(model.config, state)
+        given = {"inputs_embeds": embeds, CACHE_ARGUMENT: cache, "use_cache": True}
         with torch.inference_mode():
-            spent = computing(
-                lambda: model.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-            )
-        assert withdrawal is None or len(withdrawal.probes[0]) == len(depths)
-        return spent, getattr(withdrawal, "spent", 0.0)
+            spent = computing(lambda: model.model(**given))
+        assert state is None or len(state.probes[0]) == len(depths)
+        return spent, getattr(state, "spent", 0.0)
 
     made = []
     for count, repeats in visual.items():
         say(f"probes in a prompt of {count} visual tokens")
-        kinds = {"without": None, "with": DecoderPruning, "inside": _TimedWithdrawal}
+        kinds = {"without": None, "with": DecoderPruning, "inside": _TimedPruning}
         with one_thread():
             timed = in_turns(
                 {name: partial(prefill, count, kind) for name, kind in kinds.items()}, repeats
@@ -226,10 +224,11 @@ def attached_but_off(model: LlavaLlamaForCausalLM, visual: int, repeats: int) ->
 
     def run(name: str, of: LlamaForCausalLM) -> float:
         def decode() -> None:
-            cache = DynamicCache(config=model.config)
+            cache = PrunedCache(model.config)
+            always = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
             given: dict[str, Tensor] = {"inputs_embeds": embeds}
             for _ in range(DECODED + 1):
-                output = of(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                output = of(**given, **always)
                 given = {"input_ids": output.logits[:, -1].argmax(-1, keepdim=True)}
             logits[name] = output.logits
 

@@ -128,7 +128,7 @@ def _loads(result: Result) -> list[list[str]]:
     given = result["loads"]
     rates = given["samples_per_s"]
     many = f"{given['questions_per_picture']} questions per picture"
-    return [
+    table = [
         ["load", "samples/s", "against one by one"],
         ["unpruned, one by one", f"{rates['one by one']['median']:.3g}", ""],
         [
@@ -142,6 +142,16 @@ def _loads(result: Result) -> list[list[str]]:
             _times(given["batched"]),
         ],
     ]
+    stock = result.get("stock_loads")
+    if stock:
+        rates = stock["samples_per_s"]
+        before = f"{rates['one by one']['median']:.3g}"
+        after = f"{rates['per picture']['median']:.3g}"
+        table += [
+            ["stock LLaVA-NeXT, unpruned, one by one", before, ""],
+            [f"stock LLaVA-NeXT, 10 %, {many}", after, _times(stock["per_picture"])],
+        ]
+    return table
 
 
 def _selection(result: Result) -> list[list[str]]:

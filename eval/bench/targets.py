@@ -105,9 +105,9 @@ def _on_top(result: Result, part: Result) -> Percentiles:
     return found
 
 
-def _load(name: str) -> Callable[[Result], Percentiles | None]:
+def _load(name: str, model: str = "loads") -> Callable[[Result], Percentiles | None]:
     def value(result: Result) -> Percentiles | None:
-        found = result.get("loads")
+        found = result.get(model)
         return found[name] if found else None
 
     return value
@@ -133,6 +133,13 @@ BARS = (
     Bar("attention row of [CLS] / vision tower", 0.01, True, "%", _cls),
     Bar(
         "samples/s, 18 questions per picture, 10 % / unpruned", 6, False, "x", _load("per_picture")
+    ),
+    Bar(
+        "samples/s of a stock model, 18 questions per picture, 10 % / unpruned",
+        6,
+        False,
+        "x",
+        _load("per_picture", "stock_loads"),
     ),
     Bar("samples/s, batch of 8, 10 % / unpruned one by one", 4, False, "x", _load("batched")),
     Bar("attached but off / untouched model, on top", 0.01, True, "%", _off),

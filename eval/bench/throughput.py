@@ -46,14 +46,18 @@ def loads(model: LlavaLlamaForCausalLM, repeats: int, method: str = "todre") -> 
     }
 
 
+def lengths_of(count: int) -> list[int]:
+    """Return the words of so many questions: different lengths, the same words altogether."""
+    if count == 1:
+        return [QUESTION_TOKENS]
+    return [QUESTION_TOKENS + (_SPREAD if i % 2 else -_SPREAD) for i in range(count)]
+
+
 def _ask(model: LlavaLlamaForCausalLM, method: str, count: int, num_pictures: int) -> float:
     """Return the samples per second of B = ``count`` questions about so many pictures."""
     say(f"{count} questions about {num_pictures} pictures, {method}")
     model.set_pruner(method, **({} if method == "vanilla" else {"retain_ratio": RETAIN_RATIO}))
-    lengths = [QUESTION_TOKENS]
-    if count > 1:  # the same words altogether
-        lengths = [QUESTION_TOKENS + (_SPREAD if i % 2 else -_SPREAD) for i in range(count)]
-    ids, mask = questions(model, lengths)
+    ids, mask = questions(model, lengths_of(count))
     pictures = [picture(model, seed) for seed in range(num_pictures)]
     shared = num_pictures == 1 and count > 1
     prefixes = PrefixStore() if shared else None

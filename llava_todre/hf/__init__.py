@@ -17,6 +17,7 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.attachment import Attachment
+from llava_todre.hf.encoded import EncodedImage
 from llava_todre.hf.families import family_of
 from llava_todre.hf.original import ORIGINAL
 from llava_todre.hf.original_attachment import OriginalAttachment
@@ -92,6 +93,21 @@ def last_stats(model: Any) -> tuple[PruneStats, ...]:
         TodreError: nothing is attached.
     """
     return _stack(model)[-1].last_stats
+
+
+def encode(model: Any, **inputs: Any) -> list[EncodedImage]:
+    """Return the images and videos of one prompt after tower and projector.
+
+    Any number of calls can show them: ``model.generate(ids, encoded=..., prefixes=...)``.
+
+    Args:
+        model: with a method attached.
+        inputs: what the model's processor returns for the prompt.
+
+    Raises:
+        TodreError: nothing is attached, or inputs that are none.
+    """
+    return _stack(model)[-1].encode(**inputs)
 
 
 @in_turn

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers.cache_utils import DynamicCache
-
 from llava_todre.errors import TodreError
 from llava_todre.settings import setting
+from llava_todre.stage2.cache import CACHE_ARGUMENT, has_sliding_window
 
 _REFUSED = (
     "assistant_model",
@@ -16,7 +15,7 @@ _REFUSED = (
     "prompt_lookup_num_tokens",
     "use_mtp",
     "prefill_chunk_size",
-    "past_key_values",
+    CACHE_ARGUMENT,
     "custom_generate",
     "position_ids",
 )
@@ -28,6 +27,11 @@ def refuse(model: Any, keys: Iterable[str], kwargs: Mapping[str, Any]) -> None:
         given = setting(model, key, kwargs)
         if given is not None and given is not False:
             raise TodreError(f"{key} is not supported together with pruning; leave it out.")
+
+
+def any_refused(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether :func:`check` would refuse one of these arguments, whatever the method."""
+    return any(setting(model, key, kwargs) not in (None, False) for key in _REFUSED)
 
 
 def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> None:
@@ -58,7 +62,7 @@ def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> 
             "attn_implementation flex_attention cannot drop tokens per layer; allowed: eager, "
             "sdpa, flash_attention_2, or a method that only selects."
         )
-    if inside and any(DynamicCache(config=decoder.config).is_sliding):
+    if inside and has_sliding_window(decoder.config):
         raise TodreError(
             "a decoder with sliding_window cannot drop tokens per layer; allowed: a method "
             "that only selects."

@@ -10,13 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from torch.nn.functional import pad
 
 from llava_todre.errors import TodreError
 from llava_todre.finite import finite_prefill, require_finite_pixels
 from llava_todre.hf.arguments import check, refuse
 from llava_todre.hf.capture import DecoderInputs, Need, capture, decoder_of
 from llava_todre.hf.deepstack import adding
+from llava_todre.hf.encoded import (
+    EncodedImage,
+    encoded_images,
+    in_prompts,
+    layouts_of,
+    positions_by_part,
+    prefixes_of,
+    with_deepstack,
+)
 from llava_todre.hf.families import family_of
 from llava_todre.hf.family import STATES, Family
 from llava_todre.hf.generate_output import Streamer, with_whole_prompt
@@ -24,7 +33,14 @@ from llava_todre.hf.prompts import Visual, features_of, find_visuals
 from llava_todre.locking import Latest, turn, uncompiled
 from llava_todre.model.checkpoint import first_line
 from llava_todre.pruners import Pruner
-from llava_todre.settings import checked, pad_id, real_tokens, setting, shorter_lengths
+from llava_todre.settings import (
+    checked,
+    keeps_cache_rows,
+    pad_id,
+    real_tokens,
+    setting,
+    shorter_lengths,
+)
 from llava_todre.spans import is_visual
 from llava_todre.stage1.pack import (
     Prompt,
@@ -35,8 +51,11 @@ from llava_todre.stage1.pack import (
     padded,
     prune_prompts,
 )
-from llava_todre.stage2 import DecoderPruning
-from llava_todre.stage2.hooks import require_readable, withdrawing
+from llava_todre.stage1.select import ImageFeatures
+from llava_todre.stage2 import DecoderPruning, PrunedCache
+from llava_todre.stage2.cache import CACHE_ARGUMENT, has_sliding_window
+from llava_todre.stage2.hooks import pruning_hooks, require_readable
+from llava_todre.stage2.prefix import PrefixStore, may_share
 from llava_todre.stats import PruneStats
 
 _PLACEHOLDERS = {
@@ -91,8 +110,25 @@ class Attachment:
 
     # ------------------------------------------------------------------ generate
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Do what the model's own ``generate`` does, with fewer visual tokens."""
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        encoded: Sequence[EncodedImage] | None = None,
+        prefixes: PrefixStore | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Do what the model's own ``generate`` does, with fewer visual tokens.
+
+        Args:
+            inputs: as in the model's own.
+            args: as in the model's own.
+            encoded: the images and videos of all prompts, from :meth:`encode`, in order of
+                appearance; then no pixels are given.
+            prefixes: where the keys of prompts up to their images are kept for later questions
+                about the same encoded images; not read where it would change an answer.
+            kwargs: as in the model's own.
+        """
         if args:
             signature = inspect.signature(self.own)
             signature.bind_partial(inputs, *args, **kwargs)  # raises where one is given twice
@@ -100,9 +136,73 @@ class Attachment:
             kwargs |= {key: value for key, value in given.items() if key != "inputs"}
         with turn(self.model), finite_prefill(self.model):
             self._last.put(())
-            output, stats = self._in_turn(inputs, checked(self.model, kwargs))
+            kwargs = checked(self.model, kwargs)
+            if encoded is None:
+                output, stats = self._in_turn(inputs, kwargs)
+            else:
+                output, stats = self._from_encoded(inputs, kwargs, encoded, prefixes)
             self._last.put(stats)  # whatever calls were made within this one
             return output
+
+    @torch.no_grad()
+    def encode(self, **inputs: Any) -> list[EncodedImage]:
+        """Run tower and projector for the images and videos of one prompt.
+
+        Args:
+            inputs: what the processor returns for it.
+        """
+        with turn(self.model):
+            ids = inputs["input_ids"]
+            real = self._real(ids, inputs)
+            for key in self.family.inputs:
+                require_finite_pixels(key, inputs.get(key))
+            given = {**inputs, "attention_mask": real.long()}
+            with self._fitting_inputs():
+                ids, real, (visuals,) = self._read(ids, real, given)
+                captured = self._captured(given, self._needs, ids.shape[1])
+            return encoded_images(visuals, self._features([visuals], captured)[0], captured)
+
+    def _from_encoded(
+        self,
+        inputs: Tensor | None,
+        kwargs: dict[str, Any],
+        encoded: Sequence[EncodedImage],
+        prefixes: PrefixStore | None,
+    ) -> tuple[Any, tuple[PruneStats, ...]]:
+        """Return what ``generate`` returns, and what happened to each sample."""
+        ids: Any = kwargs.pop("input_ids", None) if inputs is None else inputs
+        decoder = decoder_of(self.model)
+        probes = self.pruner.probe_layers(decoder.config.num_hidden_layers)
+        check(self.model, decoder, kwargs, inside=bool(probes))
+        real = self._real(ids, kwargs)
+        kwargs.pop("attention_mask", None)
+        visuals = find_visuals(ids, real, self._placeholders, layouts_of(encoded))
+        images = in_prompts(encoded, visuals)
+        with torch.no_grad():
+            given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
+            captured = capture(self.model, self.family, given, ())
+            captured = with_deepstack(captured, visuals, images)
+            features = [[image.features for image in row] for row in images]
+            prompts = self._stage1(ids, real, visuals, captured, features)
+            if prefixes is not None and self._may_share(prompts, kwargs):
+                prefixes.claim(self.model)
+            else:
+                prefixes = None
+            return self._run(given, ids.shape[1], prompts, captured, kwargs, prefixes)
+
+    def _may_share(self, prompts: Sequence[SplicedPrompt], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether a call of ``generate`` with these settings can use stored prefixes."""
+        config = decoder_of(self.model).config
+        return (
+            keeps_cache_rows(self.model, kwargs)
+            and not has_sliding_window(config)
+            and may_share(
+                [prompt.kinds for prompt in prompts],
+                [prompt.prefix_len for prompt in prompts],
+                self.pruner,
+                config.num_hidden_layers,
+            )
+        )
 
     def _in_turn(
         self, inputs: Tensor | None, kwargs: dict[str, Any]
@@ -114,7 +214,7 @@ class Attachment:
         shows = any(kwargs.get(key) is not None for key in self.family.inputs)
         if probes or self.pruner.will_select(MANY):
             # The cache may be that of a pruned call, and in embeddings no image can be found.
-            refuse(self.model, ("past_key_values", *(("inputs_embeds",) if shows else ())), kwargs)
+            refuse(self.model, (CACHE_ARGUMENT, *(("inputs_embeds",) if shows else ())), kwargs)
         if ids is None or kwargs.get("inputs_embeds") is not None:
             return self.own(inputs, **kwargs), ()
         real = self._real(ids, kwargs)
@@ -150,52 +250,97 @@ class Attachment:
     def _generate(
         self, ids: Tensor, real: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Any, tuple[PruneStats, ...]]:
+        given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
+        with self._fitting_inputs():
+            ids, real, visuals = self._read(ids, real, given)
+            captured = self._captured(given, self._needs, ids.shape[1])
+        prompts = self._stage1(ids, real, visuals, captured, self._features(visuals, captured))
+        return self._run(given, ids.shape[1], prompts, captured, kwargs)
+
+    @property
+    def _needs(self) -> list[Need]:
+        """What is measured in the tower."""
         needs = [need for need in self.pruner.needs if isinstance(need, tuple)]
         if "vision_features" in self.pruner.needs:
             assert self.family.feature_layer is not None, "checked when it was attached"
             needs.append((STATES, self.family.feature_layer(self.model)))
-        given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
-        with self._fitting_inputs():
-            ids, real, visuals = self._read(ids, real, given)
-            captured = self._captured(given, needs, ids.shape[1])
-        prompts = self._stage1(ids, real, visuals, captured)
+        return needs
+
+    def _run(
+        self,
+        given: dict[str, Any],
+        whole: int,
+        prompts: Sequence[SplicedPrompt],
+        captured: DecoderInputs,
+        kwargs: dict[str, Any],
+        prefixes: PrefixStore | None = None,
+    ) -> tuple[Any, tuple[PruneStats, ...]]:
+        """Return what ``generate`` returns for pruned prompts, and what happened to each.
+
+        Args:
+            given: its arguments as they came.
+            whole: tokens of the whole prompts, their padding included.
+            prompts: the pruned ones.
+            captured: what the decoder would have read of the whole ones.
+            kwargs: arguments of ``generate``.
+            prefixes: a store of the prompts' first parts.
+        """
         settings = {key: value for key, value in kwargs.items() if key not in self._consumed}
-        embeds, spans, _ = pad_prompts(prompts)
+        embeds, spans, _ = pad_prompts(prompts, by_part=prefixes is not None)
+        pruned, filler = embeds.shape[1], pad_id(self.model, kwargs)
+        ids = padded([prompt.ids for prompt in prompts], filler)
         short = {
-            "input_ids": padded([prompt.ids for prompt in prompts], pad_id(self.model, kwargs)),
+            # The decoder reads the embeddings; the ids are for penalties of what repeats.
+            "input_ids": pad(ids, (pruned - ids.shape[1], 0), value=filler),
             "inputs_embeds": embeds,
             "attention_mask": spans.valid.long(),
         }
-        short |= {key: short[key].to(ids.device) for key in ("input_ids", "attention_mask")}
+        device = given["input_ids"].device
+        short |= {key: short[key].to(device) for key in ("input_ids", "attention_mask")}
         decoder = decoder_of(self.model)
-        withdrawal = DecoderPruning(self.pruner, spans, decoder.config.num_hidden_layers)
+        cached = 0 if prefixes is None else max(prompt.prefix_len for prompt in prompts)
+        state = DecoderPruning(self.pruner, spans, decoder.config.num_hidden_layers, cached)
         if captured.position_ids is not None:
-            short["position_ids"] = kept_positions(captured.position_ids, prompts)
-        if withdrawal.probe_layers:
-            cache = DynamicCache(config=decoder.config)
-            cache.withdrawal = withdrawal
-            short["past_key_values"] = cache
+            place = kept_positions if prefixes is None else positions_by_part
+            short["position_ids"] = place(captured.position_ids, prompts)
+        if prefixes is not None:
+            short[CACHE_ARGUMENT] = prefixes.cache(prefixes_of(prompts, captured), decoder, state)
+        elif state.probe_layers:
+            short[CACHE_ARGUMENT] = PrunedCache(decoder.config, state)
             if setting(self.model, "cache_implementation", kwargs) is not None:
                 settings["cache_implementation"] = None  # it is that cache
-        pruned = short["input_ids"].shape[1]
-        settings |= shorter_lengths(self.model, kwargs, ids.shape[1], pruned)
+        settings |= shorter_lengths(self.model, kwargs, whole, pruned)
         with ExitStack() as stack:
-            if withdrawal.probe_layers:
-                stack.enter_context(withdrawing(decoder, withdrawal))
+            if state.probe_layers:
+                stack.enter_context(pruning_hooks(decoder, state))
                 # Layers of changing lengths: what was compiled would be compiled again and again.
                 stack.enter_context(uncompiled())
-            if captured.deepstack is not None and captured.deepstack_at is not None:
+            if prefixes is not None:
+                pass  # deep features are in the stored keys
+            elif captured.deepstack is not None and captured.deepstack_at is not None:
                 kept = kept_deep_features(captured.deepstack, captured.deepstack_at, prompts)
                 stack.enter_context(adding(decoder, is_visual(spans.kinds), kept))
             output = self._call(given, short, settings)
         images = [tuple(visual.stats for visual in prompt.visuals) for prompt in prompts]
-        return output, withdrawal.stats(images)
+        return output, state.stats(images)
+
+    def _features(self, visuals: Visuals, captured: DecoderInputs) -> list[list[ImageFeatures]]:
+        """Return the images of each prompt as Stage 1 reads them."""
+        project = partial(self.family.project, self.model)
+        return [
+            [features_of(each, row, captured, self.pruner.needs, project) for each in of_row]
+            for row, of_row in enumerate(visuals)
+        ]
 
     def _stage1(
-        self, ids: Tensor, real: Tensor, visuals: Visuals, captured: DecoderInputs
+        self,
+        ids: Tensor,
+        real: Tensor,
+        visuals: Visuals,
+        captured: DecoderInputs,
+        features: list[list[ImageFeatures]],
     ) -> list[SplicedPrompt]:
         """Let the method select from the images of all prompts."""
-        project = partial(self.family.project, self.model)
         prompts = []
         for row, (of_row, keep) in enumerate(zip(visuals, real.cpu(), strict=True)):
             image = torch.full_like(keep, -1, dtype=torch.int64)
@@ -205,10 +350,7 @@ class Attachment:
                 Prompt(
                     ids[row].cpu(),
                     captured.embeds[row],
-                    [
-                        features_of(each, row, captured, self.pruner.needs, project)
-                        for each in of_row
-                    ],
+                    features[row],
                     source=keep.nonzero()[:, 0],
                     image=image[keep],
                 )

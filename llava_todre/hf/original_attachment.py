@@ -18,16 +18,22 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.hf.attachment import MANY, Attachment, Read
 from llava_todre.hf.capture import DecoderInputs, Need, measuring
+from llava_todre.hf.encoded import EncodedImage
 from llava_todre.hf.prompts import Visual
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.stage1.layout import Layout
 from llava_todre.stage1.pack import expand, padded
+from llava_todre.stage2.cache import CACHE_ARGUMENT
 
 _PREPARE = "prepare_inputs_labels_for_multimodal"
 
 
 class OriginalAttachment(Attachment):
     """A method at work on a model of the original package."""
+
+    def encode(self, **inputs: Any) -> list[EncodedImage]:
+        """Refuse: prompts of the original package do not hold the places of their images."""
+        raise TodreError("encode is not supported for models of llava; allowed: transformers'.")
 
     def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Return (B, T) bool: without a mask, the original takes everything for real."""
@@ -80,8 +86,8 @@ class OriginalAttachment(Attachment):
             restore()  # steps after the prompt are prepared as ever
             return None, None, short["attention_mask"], None, short["inputs_embeds"], None
 
-        if "past_key_values" in short:
-            settings["past_key_values"] = short["past_key_values"]
+        if CACHE_ARGUMENT in short:
+            settings[CACHE_ARGUMENT] = short[CACHE_ARGUMENT]
         self.model.__dict__[_PREPARE] = prepared
         try:
             return self.own(given["input_ids"], images=given["images"], **settings)

@@ -31,6 +31,8 @@ class Visual:
     """(S,) where its tokens stand in the sample's prompt."""
     patches: slice
     """Its part of what was measured in the tower."""
+    modality: str = "image"
+    """image or video."""
 
 
 def find_visuals(
@@ -67,7 +69,7 @@ def find_visuals(
                         f"{modality} has {len(layout)}; allowed: what the model's processor "
                         "makes of the same images."
                     )
-                found.append(Visual(layout, columns[: len(layout)], patches))
+                found.append(Visual(layout, columns[: len(layout)], patches, modality))
                 columns = columns[len(layout) :]
         visuals.append(sorted(found, key=lambda visual: int(visual.columns[0])))
     return visuals

@@ -14,10 +14,12 @@ from PIL import Image
 
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
-from llava_todre.generate import Answer, Request, call_settings
-from llava_todre.hf import attach, detach, last_stats
+from llava_todre.generate import Answer, Memory, Request, _lasting_identity, call_settings
+from llava_todre.hf import attach, detach, encode, last_stats
+from llava_todre.hf.arguments import any_refused
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
+from llava_todre.hf.shared_inputs import Shown, by_token, joined, shown_by
 from llava_todre.hf.video_metadata import metadata_of
 from llava_todre.locking import turn
 from llava_todre.model.adapters import unwrapped
@@ -70,7 +72,12 @@ class StockModel:
 
     @torch.no_grad()  # quanto's 4-bit weights do not run in inference mode
     def answer(
-        self, requests: Sequence[Request], *, max_new_tokens: int = 64, **generate_kwargs: Any
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 64,
+        memory: Memory | None = None,
+        **generate_kwargs: Any,
     ) -> list[Answer]:
         """Answer a batch of questions in the words of the processor's own chat template.
 
@@ -78,19 +85,23 @@ class StockModel:
             requests: the batch; a video is given as its frames, for Qwen2.5-VL and Qwen3-VL with
                 their seconds.
             max_new_tokens: longest answer.
+            memory: what earlier calls of this model computed about the same images; answers are
+                those of calls without it.
             generate_kwargs: passed to ``generate``; greedy unless given otherwise.
         """
         settings = call_settings(self.model, requests, max_new_tokens, generate_kwargs)
         if not requests:
             return []
         with turn(self.model):
-            return self._answer(requests, settings)
+            return self._answer(requests, settings, memory)
 
-    def _answer(self, requests: Sequence[Request], settings: dict[str, Any]) -> list[Answer]:
-        inputs = self._inputs(requests).to(self.device)
-        for key, value in inputs.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[key] = value.to(self.model.dtype)
+    def _answer(
+        self, requests: Sequence[Request], settings: dict[str, Any], memory: Memory | None
+    ) -> list[Answer]:
+        if memory is None or any_refused(self.model, settings):
+            inputs = self._processed(requests)
+        else:
+            inputs = self._shared(requests, memory)
         if settings.get("stop_strings") is not None:
             settings = {"tokenizer": self.processor.tokenizer, **settings}
         try:
@@ -117,6 +128,61 @@ class StockModel:
                 )
         return [Answer(text.strip(), each) for text, each in zip(texts, stats, strict=True)]
 
+    def _processed(self, requests: Sequence[Request]) -> Any:
+        """Return what the processor makes of requests, where the model is."""
+        inputs = self._inputs(requests).to(self.device)
+        for key, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                inputs[key] = value.to(self.model.dtype)
+        return inputs
+
+    def _shared(self, requests: Sequence[Request], memory: Memory) -> dict[str, Any]:
+        """Return the inputs of a call that reads only what is new."""
+        if not isinstance(memory, Memory):
+            raise TodreError(f"memory must be a Memory, got {type(memory).__name__}.")
+        memory.prefixes.claim(self.model)
+        try:
+            prompts = [self._known(request, memory) for request in requests]
+        finally:
+            memory.trim()
+        inputs = joined(prompts, self.processor.tokenizer.pad_token_id or 0)
+        for key, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                inputs[key] = value.to(self.device)
+        return inputs | {"prefixes": memory.prefixes}
+
+    def _known(self, request: Request, memory: Memory) -> tuple[dict[str, torch.Tensor], Shown]:
+        """Return the ids of a request and what it shows, which is read where it is new."""
+        names = tuple(map(_lasting_identity, request.images))
+        key = (request.is_video, tuple(request.seconds), names)
+        known: Any = memory.find(key, self.pruner)
+        tokens = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
+        placeholders = torch.tensor(
+            [self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
+        )
+        ids = self._tokens(request)
+        row = None if known is None else known.row(ids, placeholders)
+        if row is None:
+            processed = self._processed([request])
+            row = by_token(processed)
+            if known is None:
+                images = encode(self.model, **processed) if request.images else []
+                known = shown_by(processed, images, ids, placeholders)
+                memory.add(key, self.pruner, request.images, known)
+        return row, known
+
+    def _tokens(self, request: Request) -> torch.Tensor:
+        """Return (T,) ids of a prompt with one placeholder per image or video."""
+        text = self._prompt(request, len(request.images))
+        ids = self.processor.tokenizer(text, **self._begins([text]))["input_ids"]
+        return torch.tensor(ids)
+
+    def _begins(self, texts: Sequence[str]) -> dict[str, bool]:
+        """Return what keeps a tokenizer from writing BOS where the template has written it."""
+        begin = getattr(self.processor.tokenizer, "bos_token", None)
+        written = isinstance(begin, str) and all(text.startswith(begin) for text in texts)
+        return {"add_special_tokens": False} if written else {}
+
     def _inputs(self, requests: Sequence[Request]) -> Any:
         texts, images, videos = [], [], []
         for request in requests:
@@ -135,14 +201,12 @@ class StockModel:
             of_videos = [request for request in requests if request.is_video]
             times = metadata_of(of_videos, self.config.model_type)
             shown |= {} if times is None else {"video_metadata": times}
-        begin = getattr(self.processor.tokenizer, "bos_token", None)
-        written = isinstance(begin, str) and all(text.startswith(begin) for text in texts)
         try:
             return self.processor(
                 text=texts,
                 images=images or None,
                 **shown,
-                **({"add_special_tokens": False} if written else {}),
+                **self._begins(texts),
                 padding=True,
                 padding_side="left",
                 return_tensors="pt",

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_todre.errors import PromptTooLongError, TodreError
@@ -29,13 +29,21 @@ from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
 from llava_todre.pruners.base import plain
-from llava_todre.settings import checked, real_tokens, setting, shorter_lengths, stated_tokens
+from llava_todre.settings import (
+    checked,
+    keeps_cache_rows,
+    real_tokens,
+    setting,
+    shorter_lengths,
+    stated_tokens,
+)
 from llava_todre.spans import Spans
 from llava_todre.stage1.anyres import Size
 from llava_todre.stage1.pack import Prompt, SplicedPrompt, expand, pad_prompts, prune_prompts
 from llava_todre.stage1.select import ImageFeatures, require_needs
-from llava_todre.stage2 import DecoderPruning
-from llava_todre.stage2.prefix import Layers, PrefixStore, may_share
+from llava_todre.stage2 import DecoderPruning, PrunedCache
+from llava_todre.stage2.cache import CACHE_ARGUMENT, seen_tokens, state_of
+from llava_todre.stage2.prefix import Prefix, PrefixStore, may_share
 from llava_todre.stats import Clock, ImageStats, PruneStats
 
 Images = Tensor | Sequence[Tensor] | Sequence[ImageFeatures]
@@ -48,13 +56,6 @@ ROLLS_BACK_BY_LAYER = tuple(map(int, transformers.__version__.split(".")[:2])) >
 _NOT_WITH_IMAGES = ("assistant_model", "prefill_chunk_size") + (
     () if ROLLS_BACK_BY_LAYER else ("prompt_lookup_num_tokens",)
 )
-# Settings of `generate` under which every row of the cache stays with its question.
-_GENERATION_DEFAULTS = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "use_cache": True,
-    "cache_implementation": None,
-}
 
 _Record = tuple[list[tuple[ImageStats, ...]], DecoderPruning]
 """Stage 1 on the images of each sample, and the state of Stage 2."""
@@ -217,7 +218,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             carries the state of Stage 2.
         """
         self._latest.put(None)
-        continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+        continues = seen_tokens(past_key_values) > 0
         if images is None or (continues and input_ids.shape[1] == 1):
             _refuse_placeholders(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
@@ -273,46 +274,42 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             raise PromptTooLongError(
                 f"prompt of {length} tokens is longer than the {limit} the model can read."
             )
-        withdrawal = DecoderPruning(self.pruner, spans, self.config.num_hidden_layers, cached)
+        state = DecoderPruning(self.pruner, spans, self.config.num_hidden_layers, cached)
         images = [tuple(visual.stats for visual in prompt.visuals) for prompt in prompts]
-        self._latest.put((images, withdrawal))
-        return withdrawal
+        self._latest.put((images, state))
+        return state
 
     def _padded(
         self, prompts: Sequence[SplicedPrompt], side: str, past_key_values: Cache | None
     ) -> tuple[Tensor, Spans, Tensor | None, Cache | None]:
         """Return the prompts as one batch, their labels, and a cache with the state of Stage 2."""
         embeds, spans, labels = pad_prompts(prompts, side)
-        withdrawal = self._begin(prompts, spans)
-        if withdrawal.probe_layers:
-            if past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            if past_key_values.get_seq_length() > 0:
+        state = self._begin(prompts, spans)
+        if state.probe_layers:
+            if seen_tokens(past_key_values) > 0:
                 raise TodreError(
                     "past_key_values already holds tokens; withdrawal inside the decoder starts "
                     "with an empty cache: set probe_depths=() for images of later turns."
                 )
-            past_key_values.withdrawal = withdrawal
+            if past_key_values is None:
+                past_key_values = PrunedCache(self.config, state)
+            else:
+                past_key_values = PrunedCache.convert(past_key_values, state)
         return embeds, spans, labels, past_key_values
 
-    def _behind_prefixes(
-        self, prompts: Sequence[SplicedPrompt], prefixes: PrefixStore
+    def _after_prefixes(
+        self, prompts: Sequence[SplicedPrompt], store: PrefixStore
     ) -> tuple[Tensor, Spans, Cache]:
         """Return the prompts as one batch, and a cache that holds them up to their questions."""
-
-        def compute(embeds: Tensor) -> Layers:
-            with self.clock.stage("prefill"):
-                cache = self.model(inputs_embeds=embeds, use_cache=True).past_key_values
-            return tuple((layer.keys, layer.values) for layer in cache.layers)
-
-        prefixes.claim(self)
+        store.claim(self)
         embeds, spans, _ = pad_prompts(prompts, "left", by_part=True)
-        withdrawal = self._begin(
-            prompts, spans, cached=max(prompt.prefix_len for prompt in prompts)
-        )
-        cache = prefixes.cache(prompts, self.config, compute)
-        if withdrawal.probe_layers:
-            cache.withdrawal = withdrawal
+        state = self._begin(prompts, spans, cached=max(prompt.prefix_len for prompt in prompts))
+        prefixes = [
+            Prefix(prompt.prefix_ids, prompt.visuals, prompt.embeds[: prompt.prefix_len])
+            for prompt in prompts
+        ]
+        with self.clock.stage("prefill"):
+            cache = store.cache(prefixes, self.model, state)
         return embeds, spans, cache
 
     def _check_ids(self, ids: Tensor) -> None:
@@ -386,28 +383,28 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 prepared
             )
-        withdrawal = getattr(past_key_values, "withdrawal", None)
-        if withdrawal is not None and (self.training or labels is not None):
+        past_key_values = kwargs.pop(CACHE_ARGUMENT, past_key_values)
+        state = state_of(past_key_values)
+        if state is not None and (self.training or labels is not None):
             raise TodreError(
                 "training and losses are not supported with withdrawal inside the decoder; "
                 "set probe_depths=()."
             )
         if use_cache is False:
             past_key_values = None
-        holds_nothing = past_key_values is None or past_key_values.get_seq_length() == 0
-        is_prefill = holds_nothing or inputs_embeds is not None
+        is_prefill = seen_tokens(past_key_values) == 0 or inputs_embeds is not None
         with self.clock.stage("prefill" if is_prefill else "decode"):
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 # Named in the signature above, or `generate` would not ask for the last row only.
                 logits_to_keep=logits_to_keep,
-                withdrawal=withdrawal,
+                pruning=state,
+                **{CACHE_ARGUMENT: past_key_values},
                 **kwargs,
             )
 
@@ -448,7 +445,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         kwargs = checked(self, kwargs)
         self._latest.put(None)
         if images is None:
-            if inputs is not None and kwargs.get("past_key_values") is None:
+            if inputs is not None and kwargs.get(CACHE_ARGUMENT) is None:
                 stated_tokens(inputs, kwargs.get("attention_mask"))
             kwargs["inputs"] = inputs
         elif inputs is None:
@@ -475,9 +472,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         for option in _NOT_WITH_IMAGES:
             if setting(self, option, kwargs) is not None:
                 raise TodreError(f"{option} is not supported together with images; leave it out.")
-        past_key_values = kwargs.get("past_key_values")
+        past_key_values = kwargs.get(CACHE_ARGUMENT)
         if prefixes is not None and past_key_values is None and self._may_share(prompts, kwargs):
-            embeds, spans, past_key_values = self._behind_prefixes(prompts, prefixes)
+            embeds, spans, past_key_values = self._after_prefixes(prompts, prefixes)
         else:
             embeds, spans, _, past_key_values = self._padded(prompts, "left", past_key_values)
         if past_key_values is not None and kwargs.get("cache_implementation") is not None:
@@ -489,18 +486,19 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return {
             **kwargs,
             **shorter_lengths(self, kwargs, whole, embeds.shape[1]),
-            "past_key_values": past_key_values,
+            CACHE_ARGUMENT: past_key_values,
             "inputs_embeds": embeds,
             "attention_mask": _mask(spans),
         }
 
     def _may_share(self, prompts: Sequence[SplicedPrompt], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call of ``generate`` with these settings can use stored prefixes."""
-        is_plain = all(
-            setting(self, key, kwargs) in (None, usual)
-            for key, usual in _GENERATION_DEFAULTS.items()
+        return keeps_cache_rows(self, kwargs) and may_share(
+            [prompt.kinds for prompt in prompts],
+            [prompt.prefix_len for prompt in prompts],
+            self.pruner,
+            self.config.num_hidden_layers,
         )
-        return is_plain and may_share(prompts, self.pruner, self.config.num_hidden_layers)
 
     @property
     def decoder_shape(self) -> DecoderShape:
@@ -513,14 +511,17 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
         Of the thread that asks; one that has made no call is told of the last of any thread.
         """
-        if self._last is None:
+        latest = self._latest.get()
+        if latest is None:
             return ()
-        images, withdrawal = self._last
-        return withdrawal.stats(images)
+        images, state = latest
+        return state.stats(images)
 
     @property
-    def _last(self) -> _Record | None:
-        return self._latest.get()
+    def last_state(self) -> DecoderPruning | None:
+        """The state of Stage 2 in the call that :attr:`last_stats` describes."""
+        latest = self._latest.get()
+        return None if latest is None else latest[1]
 
 
 def _mask(spans: Spans) -> Tensor | None:

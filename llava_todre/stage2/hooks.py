@@ -1,7 +1,7 @@
-"""Stage 2 in a stock decoder: hooks around its layers let the withdrawal controller work.
+"""Stage 2 in a stock decoder: hooks before and after its layers.
 
-The hooks are there while ``generate`` runs, and look for the controller on the KV cache of the call
-they are in. So nothing is left behind, and calls cannot mix, not even one inside the other.
+The hooks exist while ``generate`` runs, and act only in calls whose KV cache has their state. So
+nothing stays on the model, and calls cannot mix, not even nested ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.stage2 import DecoderPruning, LayerInputs
+from llava_todre.stage2.cache import CACHE_ARGUMENT, state_of
 
 READABLE = {
     "LlamaAttention",
@@ -31,7 +32,7 @@ READABLE = {
 
 
 def require_readable(decoder: Any) -> None:
-    """Raise a TodreError unless what layers attend to can be told."""
+    """Raise a TodreError unless a method can read what the layers attend to."""
     layers = getattr(decoder, "layers", ())
     names = {type(getattr(layer, "self_attn", layer)).__name__ for layer in layers}
     other = sorted(names - READABLE) or ([] if names else [type(decoder).__name__])
@@ -43,33 +44,33 @@ def require_readable(decoder: Any) -> None:
 
 
 @contextmanager
-def withdrawing(decoder: Any, withdrawal: DecoderPruning) -> Iterator[None]:
-    """Let every layer of a decoder enter and leave through the controller on its cache.
+def pruning_hooks(decoder: Any, state: DecoderPruning) -> Iterator[None]:
+    """Drop tokens between the layers of a decoder while the block runs.
 
     Args:
         decoder: the decoder.
-        withdrawal: the controller of the call that is about to be made.
+        state: of Stage 2, which the cache of the call has.
     """
     flash = "flash" in (decoder.config._attn_implementation or "")
     handles = []
     for index, layer in enumerate(decoder.layers):
         handles.append(
             layer.register_forward_pre_hook(
-                _enter(withdrawal, index, flash), with_kwargs=True, prepend=True
+                _enter(state, index, flash), with_kwargs=True, prepend=True
             )
         )
-        leave = _leave(withdrawal, index, decoder)
+        leave = _leave(state, index, decoder)
         handles.append(layer.register_forward_hook(leave, with_kwargs=True))
     try:
         yield
     finally:
-        withdrawal.stop_listening()
+        state.remove_query_hook()
         for handle in handles:
             handle.remove()
 
 
-def _is_at_work(controller: DecoderPruning, kwargs: dict[str, Any]) -> bool:
-    return getattr(kwargs.get("past_key_values"), "withdrawal", None) is controller
+def _is_active(state: DecoderPruning, kwargs: dict[str, Any]) -> bool:
+    return state_of(kwargs.get(CACHE_ARGUMENT)) is state
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs:
@@ -81,15 +82,15 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerInputs:
     )
 
 
-def _enter(controller: DecoderPruning, index: int, flash: bool) -> Any:
+def _enter(state: DecoderPruning, index: int, flash: bool) -> Any:
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not _is_at_work(controller, kwargs):
+        if not _is_active(state, kwargs):
             return None
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE_ARGUMENT]
         inputs = _inputs(args, kwargs)
         if index == 0:
-            controller.begin(inputs.hidden_states, cache)
-        inputs = controller.enter(index, inputs, cache, flash, layer)
+            state.begin(inputs.hidden_states, cache)
+        inputs = state.enter(index, inputs, cache, flash, layer)
         kwargs = kwargs | {
             "attention_mask": inputs.attention_mask,
             "position_embeddings": inputs.position_embeddings,
@@ -102,12 +103,12 @@ def _enter(controller: DecoderPruning, index: int, flash: bool) -> Any:
     return hook
 
 
-def _leave(controller: DecoderPruning, index: int, decoder: Any) -> Any:
+def _leave(state: DecoderPruning, index: int, decoder: Any) -> Any:
     def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         del layer
-        if _is_at_work(controller, kwargs):
+        if _is_active(state, kwargs):
             states: Tensor = output[0] if isinstance(output, tuple) else output
             inputs = _inputs(args, kwargs)
-            controller.leave(index, decoder, inputs, states, kwargs["past_key_values"])
+            state.leave(index, decoder, inputs, states, kwargs[CACHE_ARGUMENT])
 
     return hook

@@ -1,4 +1,4 @@
-"""Gathering tensors sample by sample, and masks over keys of which some are filler.
+"""Gathering tensors sample by sample, and masks over keys of which some are padding.
 
 Symbols: B batch, M tokens of a segment, Q query length.
 """
@@ -24,7 +24,7 @@ def gather(tensor: Tensor, index: Tensor, dim: int) -> Tensor:
 
 
 def hide(mask: Tensor, valid: Tensor) -> Tensor:
-    """Close the filler columns of a (B, keys) or (B, 1, Q, keys) mask; ``valid`` (B, keys)."""
+    """Hide what is not valid in a (B, keys) or (B, 1, Q, keys) mask; ``valid`` (B, keys)."""
     if mask.ndim == 2:
         return mask.bool() & valid.to(mask.device)
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

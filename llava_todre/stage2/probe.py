@@ -1,7 +1,7 @@
-"""What a method may look at after a decoder layer: one sample, without padding, when it asks.
+"""What a method may read after a decoder layer: one sample, without padding, on demand.
 
-Symbols: M prompt length in the layer, N tokens of the sample in it, R rows asked for, E head width,
-D width. With a model spread over devices everything is handed over on that of the layer's output.
+Symbols: M prompt length in the layer, N tokens of the sample in it, R rows wanted, E head width,
+D width. Where a model is spread over devices, everything is on that of the layer's output.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners import LayerView, Tally
 from llava_todre.relevance import attention_rows
-from llava_todre.stage2.segment import LayerInputs, Segment
+from llava_todre.stage2.segment import KeyStore, LayerInputs, Segment
 
 
 class LayerProbe:
@@ -31,7 +30,7 @@ class LayerProbe:
         decoder: Any,
         inputs: LayerInputs,
         output: Tensor,
-        cache: Cache | None,
+        cache: KeyStore | None,
         query_output: Tensor | None,
         method: str,
     ) -> None:
@@ -42,11 +41,11 @@ class LayerProbe:
             sample: index in the batch.
             layer: that has run.
             decoder: the Llama decoder, of which ``layers``, ``norm`` and ``rotary_emb`` are used.
-            inputs: what the layer was called with; behind stored keys, of the last rows only.
+            inputs: what the layer was called with; after a stored prefix, of the last rows only.
             output: (B, M, D) its output.
             cache: the KV cache, already updated by the layer.
-            query_output: (B, M, heads * E) what its query projection made, if that is known.
-            method: name of the one that looks, for messages.
+            query_output: (B, M, heads * E) output of its query projection, if known.
+            method: its name, for messages.
         """
         self.tally = Tally()
         """What it has computed so far."""
@@ -59,7 +58,7 @@ class LayerProbe:
         self._cache = cache
         self._query_output = None if query_output is None else query_output[sample]
         self._present = segment.present(sample).to(self._device)
-        self._num_stored = segment.columns.shape[1] - inputs.hidden_states.shape[1]
+        self._num_stored = segment.positions.shape[1] - inputs.hidden_states.shape[1]
         self._tables = [
             table[min(sample, len(table) - 1)].to(self._device)
             for table in inputs.position_embeddings
@@ -68,7 +67,7 @@ class LayerProbe:
     def view(
         self, num_layers: int, prompt: Segment, embeds: Tensor, visual_counts: tuple[int, ...]
     ) -> LayerView:
-        """Return what the method is handed.
+        """Return what the method gets.
 
         Args:
             num_layers: of the decoder.
@@ -77,8 +76,8 @@ class LayerProbe:
             visual_counts: patch tokens of each image that entered the decoder.
         """
         segment, sample = self._segment, self._sample
-        in_prompt = prompt.present(sample).to(self._device)  # (L,) columns of layer 0
-        kinds, columns = prompt.kinds[sample].to(self._device), self._held(segment.columns)
+        in_prompt = prompt.present(sample).to(self._device)  # (L,) positions at layer 0
+        kinds, positions = prompt.kinds[sample].to(self._device), self._held(segment.positions)
         return LayerView(
             layer=self._layer,
             num_layers=num_layers,
@@ -87,7 +86,7 @@ class LayerProbe:
             queries=self._queries,
             keys=functools.cache(self._keys),
             scaling=self._module.self_attn.scaling,
-            positions=columns - in_prompt[0] if prompt.ragged else columns,
+            positions=positions - in_prompt[0] if prompt.ragged else positions,
             prompt_kinds=kinds[in_prompt] if prompt.ragged else kinds,
             prompt_embeds=lambda: self._whole(embeds[sample]).to(self._device)[in_prompt],
             visual_counts=visual_counts,
@@ -97,19 +96,19 @@ class LayerProbe:
         )
 
     def _queries(self, rows: Tensor) -> Tensor:
-        columns = self._columns(rows)
-        return self._project(self._module, "q_proj", self._entered, columns, self._query_output)
+        places = self._places(rows)
+        return self._project(self._module, "q_proj", self._entered, places, self._query_output)
 
     def _keys(self) -> Tensor:
         if self._cache is None:
             return self._project(self._module, "k_proj", self._entered, self._present)
-        stored = self._cache.layers[self._layer].keys[self._sample]
+        stored = self._cache.keys(self._layer, self._sample)
         return _all_heads(self._chosen(stored), self._module, "k_proj")
 
     def _next_layer_attention(self, rows: Tensor) -> Tensor:
         following = self._decoder.layers[self._layer + 1]
         states = self._whole(self._left)
-        queries = self._project(following, "q_proj", states, self._columns(rows))
+        queries = self._project(following, "q_proj", states, self._places(rows))
         keys = self._project(following, "k_proj", states, self._present)
         self.tally.product(*queries.shape, keys.shape[1])
         return attention_rows(queries, keys, rows, following.self_attn.scaling)
@@ -119,26 +118,26 @@ class LayerProbe:
         module: Any,
         name: str,
         states: Tensor,
-        columns: Tensor,
-        made: Tensor | None = None,
+        places: Tensor,
+        output: Tensor | None = None,
     ) -> Tensor:
         """Return rotated queries or keys (H, R, E).
 
         Args:
             module: a decoder layer.
             name: q_proj or k_proj.
-            states: (M, D) what enters the layer; behind stored keys, the last rows only.
-            columns: (R,) of the layer's prompt.
-            made: (M, heads * E) what the projection made of the states, if that is known.
+            states: (M, D) what enters the layer; after a stored prefix, the last rows only.
+            places: (R,) rows among the M.
+            output: (M, heads * E) output of the projection, if known.
         """
         if self._num_stored:
-            columns = columns - self._num_stored
-            if bool((columns < 0).any()):
+            places = places - self._num_stored
+            if bool((places < 0).any()):
                 self._whole(states)
-        if made is not None:
-            projected = made.index_select(0, columns.to(made.device))
+        if output is not None:
+            projected = output.index_select(0, places.to(output.device))
         else:
-            entering = states.index_select(0, columns)  # accelerate carries it to the module
+            entering = states.index_select(0, places)  # accelerate carries it to the module
             projected = getattr(module.self_attn, name)(module.input_layernorm(entering))
             width = _num_heads(module, name) * module.self_attn.head_dim
             self.tally.product(*entering.shape, width)
@@ -146,7 +145,7 @@ class LayerProbe:
         norm = getattr(module.self_attn, f"{name[0]}_norm", None)  # Qwen3
         heads = heads if norm is None else norm(heads).to(self._device)
         heads = heads.transpose(0, 1)  # (heads, R, E)
-        cosines, sines = (table.index_select(0, columns) for table in self._tables)
+        cosines, sines = (table.index_select(0, places) for table in self._tables)
         return _all_heads(heads * cosines + rotate_half(heads) * sines, module, name)
 
     def _whole(self, states: Tensor) -> Tensor:
@@ -154,7 +153,7 @@ class LayerProbe:
         if self._num_stored:
             raise TodreError(
                 f"{self._method} has withdraws_all, but reads rows before the end of the images; "
-                "allowed: rows behind them, and keys."
+                "allowed: rows after them, and keys."
             )
         return states
 
@@ -167,8 +166,8 @@ class LayerProbe:
         row = rows[self._sample].to(self._device)
         return row[self._present] if self._segment.ragged else row
 
-    def _columns(self, rows: Tensor) -> Tensor:
-        """Return where (R,) of the N tokens stand in the layer's prompt."""
+    def _places(self, rows: Tensor) -> Tensor:
+        """Return where (R,) of the N tokens stand among the M."""
         return self._present[rows] if self._segment.ragged else rows
 
 

@@ -1,14 +1,30 @@
 """What decoder layers are called with, and which tokens of the prompt they hold.
 
-Symbols: B batch, M prompt length in a layer, Q query length of one forward call, D width.
+Symbols: B batch, M prompt length in a layer, N tokens of one sample in it, Q query length of one
+forward call, D width, G key heads, E head width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class KeyStore(Protocol):
+    """What Stage 2 reads and changes in a KV cache: the part of ``PrunedCache`` it needs."""
+
+    @property
+    def num_seen(self) -> int:
+        """Tokens that layer 0 holds."""
+
+    def keys(self, layer: int, sample: int) -> Tensor:
+        """Return the (G, M, E) keys that a layer holds of one sample."""
+
+    def keep(self, layer: int, index: Tensor) -> None:
+        """Keep the keys and values of one layer at ``index`` (B, N), in that order."""
 
 
 @dataclass(frozen=True)
@@ -30,27 +46,27 @@ class Segment:
     """The prompt as the layers from ``start`` on hold it, until the next segment starts."""
 
     start: int
-    columns: Tensor
+    positions: Tensor
     """(B, M) int64 position of each token in layer 0's prompt, ascending and right-aligned."""
     valid: Tensor
     """(B, M) bool; False marks padding and filler."""
     kinds: Tensor
     """(B, M) int8 of :class:`~llava_todre.spans.TokenType`."""
-    step: Tensor | None = None
-    """(B, M) how this segment is gathered from the one before."""
-    merged: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By sample: (N,) columns of the segment before and the (N, D) hidden states put there first.
+    gather_idx: Tensor | None = None
+    """(B, M) where each token stands in the segment before."""
+    merged_hidden: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Sample -> (N,) indices into the segment before, and the (N, D) hidden states put there first.
     """
     prompt_context: tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None] | None = None
     """Mask, RoPE tables and position ids of the prompt, as in :class:`LayerInputs`."""
     decode_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """LayerProbe at the validity once: every later look would synchronise with the device."""
+        """Read the validity once: every later read would synchronise with the device."""
         self.ragged = not bool(self.valid.all())
 
     def present(self, sample: int) -> Tensor:
-        """Return (N,) the columns of one sample that hold a token."""
+        """Return (N,) which of its M places hold a token of one sample."""
         if not self.ragged:
             return torch.arange(self.valid.shape[1], device=self.valid.device)
         return self.valid[sample].nonzero()[:, 0]

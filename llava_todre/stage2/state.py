@@ -1,26 +1,24 @@
-"""Dropping tokens between decoder layers: hidden states, positions, masks, per-layer KV cache.
+"""Stage 2: which prompt tokens each decoder layer holds, in the prefill and afterwards.
+
+Dropping a token from layer l on removes its row from the hidden states that enter layer l. Layers l
+and later never write keys for it; earlier layers keep theirs. Nothing is masked: the tensors get
+shorter. Three things follow, for our decoder and for stock ones with hooks alike:
+
+* each sample of a batch drops its own tokens, so rows are packed to the right again and the places
+  left over on the left are marked as padding;
+* positions stay as they were: the cosines and sines of RoPE are gathered, not recomputed;
+* masks are built for the keys of layer 0; each later layer gets them for its own keys.
+
+If the keys of the first ``cached`` positions (up to the last visual token) are stored from an
+earlier question about the same images, only the rows after them run, and dropping tokens means
+gathering the stored keys. This equals a fresh run for methods that drop all visual tokens or none
+(``Pruner.prefix_cacheable``).
+
+The state of a batch of prompts belongs to its KV cache
+(:class:`~llava_todre.stage2.cache.PrunedCache`), so calls, conversations and models cannot mix.
 
 Symbols: B batch, L prompt length at layer 0, M prompt length in a later layer, Q query length of
-one forward call, D width.
-
-Withdrawal from layer l on means: the hidden states entering layer l lose those rows, so layers l...
-never write keys for them, while the layers before keep theirs. Nothing is masked; the tokens leave
-the tensors. Three consequences are handled here, for our own decoder and for forward pre-hooks on
-stock ones alike:
-
-* samples decide for themselves, so rows are re-packed to the right and the gap on the left is
-  marked as filler;
-* positions stay what they were (the cosines and sines of RoPE are gathered, not recomputed);
-* every mask the model builds comes from layer 0's length; each later layer gets it re-expressed in
-  its own key axis.
-
-When the keys of the first ``cached`` positions (up to the last visual token) were computed for an
-earlier question about the same images, only the rows behind them run, and dropping tokens means
-gathering the stored keys. This equals a fresh run for methods that withdraw all visual tokens or
-none (``Pruner.prefix_cacheable``).
-
-The state of one prompt batch lives on its KV cache (``cache.withdrawal``), so calls, turns and
-models cannot mix.
+one forward call, N tokens of one sample in a layer, D width, E head width.
 """
 
 from __future__ import annotations
@@ -33,14 +31,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners import Merge, Pruner
 from llava_todre.spans import Spans, TokenType, is_visual, with_newlines
 from llava_todre.stage2.masks import causal, gather, hide
 from llava_todre.stage2.probe import LayerProbe
-from llava_todre.stage2.segment import LayerInputs, Segment
+from llava_todre.stage2.segment import KeyStore, LayerInputs, Segment
 from llava_todre.stats import ImageStats, Probe, PruneStats
 
 
@@ -55,7 +52,7 @@ def _require_finite(layer: int, measured: Mapping[str, float]) -> None:
 
 
 class DecoderPruning:
-    """Stage 2 for one batch of prompts: asks the method after its probe layers, and obeys."""
+    """Stage 2 for one batch of prompts: calls the method after its probe layers, drops tokens."""
 
     def __init__(self, pruner: Pruner, spans: Spans, num_layers: int, cached: int = 0) -> None:
         """Start with every layer holding the whole prompt.
@@ -71,33 +68,28 @@ class DecoderPruning:
         self.num_layers = num_layers
         self.probe_layers = frozenset(pruner.probe_layers(num_layers))
         batch, length = spans.kinds.shape
-        columns = torch.arange(length, device=spans.kinds.device).expand(batch, length)
-        self.segments = [Segment(0, columns, spans.valid, spans.kinds)]
+        positions = torch.arange(length, device=spans.kinds.device).expand(batch, length)
+        self.segments = [Segment(0, positions, spans.valid, spans.kinds)]
         self.row_id = spans.row_id
         self.patches = spans.patches
         self.probes: list[list[Probe]] = [[] for _ in range(batch)]
         self.probe_flops = [0] * batch
         self.prefilling = True
         self.prompt_embeds: Tensor | None = None
-        """(B, L, D), held until the last probe layer has been asked."""
+        """(B, L, D), held until the last probe layer has run."""
         self._query_output: Tensor | None = None
-        """(B, Q, heads * E) what the query projection of the layer that ran last has made."""
+        """(B, Q, heads * E) output of the query projection of the probe layer that runs."""
         self._query_hook: Any = None
 
     # ------------------------------------------------------------------ calls of the decoder
 
-    def begin(self, hidden_states: Tensor, cache: Cache | None) -> None:
-        """Take note of a new forward call, before layer 0.
+    def begin(self, hidden_states: Tensor, cache: KeyStore | None) -> None:
+        """Start a forward call, before layer 0.
 
         Raises:
-            TodreError: the cache cannot hold layers of different lengths, or the prompt arrives in
-                pieces.
+            TodreError: the prompt arrives in pieces.
         """
-        if cache is not None and not isinstance(cache, DynamicCache):
-            raise TodreError(
-                f"cache {type(cache).__name__} cannot drop tokens per layer; allowed: DynamicCache."
-            )
-        self.prefilling = cache is None or cache.get_seq_length() == self.cached
+        self.prefilling = cache is None or cache.num_seen == self.cached
         for segment in self.segments:
             segment.decode_mask = None
         if not self.prefilling:
@@ -106,18 +98,18 @@ class DecoderPruning:
         if self.probe_layers:
             self.prompt_embeds = hidden_states
         prompt = self.segments[0]
-        expected = prompt.columns.shape[1] - self.cached
+        expected = prompt.positions.shape[1] - self.cached
         if length != expected:
             raise TodreError(
                 f"prompt of {length} tokens, expected {expected}: chunked prefill "
                 "and assisted decoding cannot be combined with withdrawal inside the decoder; "
                 "set probe_depths=() or switch them off."
             )
-        copies = batch // len(prompt.columns)  # beam search repeats every sample
+        copies = batch // len(prompt.positions)  # beam search repeats every sample
         if copies > 1:
-            prompt.columns, prompt.valid, prompt.kinds = (
+            prompt.positions, prompt.valid, prompt.kinds = (
                 tensor.repeat_interleave(copies, dim=0)
-                for tensor in (prompt.columns, prompt.valid, prompt.kinds)
+                for tensor in (prompt.positions, prompt.valid, prompt.kinds)
             )
             self.row_id = self.row_id.repeat_interleave(copies, dim=0)
             self.patches = tuple(counts for counts in self.patches for _ in range(copies))
@@ -129,7 +121,7 @@ class DecoderPruning:
         self,
         layer: int,
         inputs: LayerInputs,
-        cache: Cache | None,
+        cache: KeyStore | None,
         flash: bool,
         module: Any = None,
     ) -> LayerInputs:
@@ -141,11 +133,11 @@ class DecoderPruning:
                 layer 0.
             cache: the KV cache of the call, if any.
             flash: whether the attention implementation takes (B, keys) masks.
-            module: the layer itself, whose queries are recorded where a method is queried;
-                :meth:`stop_listening` must follow, whatever happens.
+            module: the layer itself, whose queries are kept where the method is called after it;
+                :meth:`remove_query_hook` must follow, whatever happens.
         """
         if module is not None and self.prefilling and layer in self.probe_layers:
-            self._listen(module)
+            self._add_query_hook(module)
         segment = self.segment(layer)
         if segment.start == 0:
             return inputs
@@ -153,22 +145,22 @@ class DecoderPruning:
             assert cache is not None, "only a cached call follows the prefill"
             if segment.decode_mask is None:
                 num_queries = inputs.hidden_states.shape[1]
-                num_new = cache.get_seq_length() - self.segments[0].columns.shape[1]
+                num_new = cache.num_seen - self.segments[0].positions.shape[1]
                 segment.decode_mask = self._decode_mask(
                     segment, inputs.attention_mask, num_new, num_queries, flash
                 )
             return replace(inputs, attention_mask=segment.decode_mask)
         if self.cached:
             assert cache is not None, "the stored keys are in a cache"
-            return self._enter_behind_stored_keys(layer, segment, inputs, cache, flash)
+            return self._enter_after_prefix(layer, segment, inputs, cache, flash)
         hidden_states = inputs.hidden_states
         if layer == segment.start:
-            assert segment.step is not None
-            for sample, (present, merged) in segment.merged.items():
+            assert segment.gather_idx is not None
+            for sample, (present, merged) in segment.merged_hidden.items():
                 hidden_states = hidden_states.clone()
                 hidden_states[sample, present.to(hidden_states.device)] = merged.to(hidden_states)
-            segment.merged.clear()
-            hidden_states = gather(hidden_states, segment.step, dim=1)
+            segment.merged_hidden.clear()
+            hidden_states = gather(hidden_states, segment.gather_idx, dim=1)
             segment.prompt_context = self._prompt_context(segment, inputs, flash)
         assert segment.prompt_context is not None
         return LayerInputs(hidden_states, *segment.prompt_context)
@@ -179,9 +171,9 @@ class DecoderPruning:
         decoder: Any,
         inputs: LayerInputs,
         output: Tensor,
-        cache: Cache | None,
+        cache: KeyStore | None,
     ) -> None:
-        """Ask the method after a probe layer; if it drops tokens, a segment starts at the next.
+        """Call the method after a probe layer; if it drops tokens, a segment starts at the next.
 
         Args:
             layer: the layer that has run.
@@ -192,7 +184,7 @@ class DecoderPruning:
         """
         if not self.prefilling or layer not in self.probe_layers:
             return
-        self.stop_listening()
+        self.remove_query_hook()
         embeds = self.prompt_embeds
         assert embeds is not None, "set when the prefill began"
         segment = self.segment(layer)
@@ -200,9 +192,11 @@ class DecoderPruning:
         merged = {}
         for sample in range(len(keep)):
             present = segment.present(sample)
-            heard, method = self._query_output, type(self.pruner).__name__
-            look = LayerProbe(segment, sample, layer, decoder, inputs, output, cache, heard, method)
-            view = look.view(self.num_layers, self.segments[0], embeds, self.patches[sample])
+            queries, method = self._query_output, type(self.pruner).__name__
+            probe = LayerProbe(
+                segment, sample, layer, decoder, inputs, output, cache, queries, method
+            )
+            view = probe.view(self.num_layers, self.segments[0], embeds, self.patches[sample])
             decision = self.pruner.at_layer(view)
             dropped = 0
             ends_with_image = bool(view.visual[-1])  # and its last token predicts the answer
@@ -214,7 +208,7 @@ class DecoderPruning:
                 keep[sample, present] = stays
                 dropped = len(present) - int(stays.sum())
             _require_finite(layer, view.measured)
-            self.probe_flops[sample] += look.tally.flops + view.tally.flops
+            self.probe_flops[sample] += probe.tally.flops + view.tally.flops
             if view.measured or dropped:
                 self.probes[sample].append(Probe(layer=layer, dropped=dropped, **view.measured))
         self._query_output = None
@@ -223,23 +217,23 @@ class DecoderPruning:
         if merged or not torch.equal(keep, segment.valid):
             self._start_segment(layer + 1, segment, keep, merged)
 
-    def _listen(self, module: Any) -> None:
+    def _add_query_hook(self, module: Any) -> None:
         """Keep the queries that a layer computes for itself, so that a method has them for free."""
-        listener = get_ident()
+        thread = get_ident()
 
-        def hear(projection: Any, args: Any, output: Tensor) -> None:
-            if get_ident() == listener:  # other threads may run the layer meanwhile
+        def keep_queries(projection: Any, args: Any, output: Tensor) -> None:
+            if get_ident() == thread:  # other threads may run the layer meanwhile
                 self._query_output = output
 
-        self._query_hook = module.self_attn.q_proj.register_forward_hook(hear)
+        self._query_hook = module.self_attn.q_proj.register_forward_hook(keep_queries)
 
-    def stop_listening(self) -> None:
-        """Take the hook away, if there is one."""
+    def remove_query_hook(self) -> None:
+        """Remove the hook, if there is one."""
         if self._query_hook is not None:
             self._query_hook.remove()
             self._query_hook = None
 
-    # ------------------------------------------------------------------ what it knows
+    # ------------------------------------------------------------------ what each layer holds
 
     def segment(self, layer: int) -> Segment:
         """Return the segment that ``layer`` belongs to."""
@@ -275,24 +269,21 @@ class DecoderPruning:
 
     def _count(self, chosen: list[Tensor]) -> tuple[int, ...]:
         starts = [segment.start for segment in self.segments]
-        counts = dict(zip(starts, (int(columns.sum()) for columns in chosen), strict=True))
+        counts = dict(zip(starts, (int(held.sum()) for held in chosen), strict=True))
         return tuple(counts[self.segment(layer).start] for layer in range(self.num_layers))
 
     # ------------------------------------------------------------------ mechanics
 
-    def _enter_behind_stored_keys(
-        self, layer: int, segment: Segment, inputs: LayerInputs, cache: Cache, flash: bool
+    def _enter_after_prefix(
+        self, layer: int, segment: Segment, inputs: LayerInputs, cache: KeyStore, flash: bool
     ) -> LayerInputs:
-        """Drop tokens from the keys stored for ``layer``; the rows that run all stay."""
+        """Drop tokens from the keys stored for ``layer``; all rows that run stay."""
         num_rows = inputs.hidden_states.shape[1]
-        stored = cache.layers[layer]
-        columns = segment.columns[:, : segment.columns.shape[1] - num_rows]
-        stored.keys = gather(stored.keys, columns, dim=2)
-        stored.values = gather(stored.values, columns, dim=2)
+        cache.keep(layer, segment.positions[:, : segment.positions.shape[1] - num_rows])
         if layer == segment.start:
             mask = inputs.attention_mask
             if mask is not None:
-                mask = hide(gather(mask, segment.columns, dim=-1), segment.valid)
+                mask = hide(gather(mask, segment.positions, dim=-1), segment.valid)
             elif segment.ragged:
                 valid = segment.valid
                 mask = valid if flash else causal(num_rows, valid.shape[1], valid)
@@ -308,13 +299,13 @@ class DecoderPruning:
         Args:
             segment: what the layer that was probed holds.
             sample: index in the batch.
-            present: (N,) columns of its tokens.
+            present: (N,) places of its tokens among the M.
             keep: (N,) bool, the method's decision.
         """
         kinds = segment.kinds[sample, present]
         is_patch, is_newline = kinds == TokenType.VISUAL, kinds == TokenType.NEWLINE
-        line = self.row_id[sample].to(kinds.device)[segment.columns[sample, present]]
-        return with_newlines(keep, is_patch, is_newline, line, self.pruner.newlines)
+        row_id = self.row_id[sample].to(kinds.device)[segment.positions[sample, present]]
+        return with_newlines(keep, is_patch, is_newline, row_id, self.pruner.newlines)
 
     def _start_segment(
         self,
@@ -323,11 +314,11 @@ class DecoderPruning:
         keep: Tensor,
         merged: dict[int, tuple[Tensor, Tensor]],
     ) -> None:
-        """Pack the kept columns (B, M bool) to the right, as many as the longest sample needs.
+        """Pack what is kept (B, M bool) to the right, as much as the longest sample needs.
 
-        Behind stored keys, only these are packed.
+        After a stored prefix, only the prefix is packed.
         """
-        num_rows = self.segments[0].columns.shape[1] - self.cached
+        num_rows = self.segments[0].positions.shape[1] - self.cached
         end = keep.shape[1] - (num_rows if self.cached else 0)
         counts = keep[:, :end].sum(dim=-1)
         length = int(counts.max())
@@ -338,27 +329,28 @@ class DecoderPruning:
             order = torch.cat([order, rows], dim=1)
             valid = torch.cat([valid, previous.valid[:, end:]], dim=1)
         kinds = previous.kinds.gather(1, order).masked_fill(~valid, TokenType.PADDING)
-        columns = previous.columns.gather(1, order)
-        self.segments.append(Segment(start, columns, valid, kinds, order, merged))
+        positions = previous.positions.gather(1, order)
+        self.segments.append(Segment(start, positions, valid, kinds, order, merged))
 
     def _prompt_context(
         self, segment: Segment, inputs: LayerInputs, flash: bool
     ) -> tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None]:
-        """Gather mask and positions, built for layer 0's prompt, at the segment's columns."""
-        mask, columns = inputs.attention_mask, segment.columns
-        length = columns.shape[1]
+        """Gather mask and positions, built for layer 0's prompt, at the segment's positions."""
+        mask, positions = inputs.attention_mask, segment.positions
+        length = positions.shape[1]
         if mask is None and segment.ragged:
             mask = segment.valid if flash else causal(length, length, segment.valid)
         elif mask is not None:
-            rows = mask if mask.ndim == 2 else gather(mask, columns, dim=2)
-            mask = hide(gather(rows, columns, dim=-1), segment.valid)
-        cosines, sines = (gather(table, columns, dim=1) for table in inputs.position_embeddings)
+            rows = mask if mask.ndim == 2 else gather(mask, positions, dim=2)
+            mask = hide(gather(rows, positions, dim=-1), segment.valid)
+        cosines, sines = (gather(table, positions, dim=1) for table in inputs.position_embeddings)
         position_ids = inputs.position_ids
         if position_ids is not None:
             # Layers rotate by the tables above. FlashAttention's check for packed sequences is the
             # only reader of the ids, and would take the gap left by the visual tokens for a
             # boundary between two sequences.
-            position_ids = torch.arange(length, device=columns.device).expand(len(position_ids), -1)
+            plain = torch.arange(length, device=positions.device)
+            position_ids = plain.expand(len(position_ids), -1)
         return mask, (cosines, sines), position_ids
 
     def _decode_mask(
@@ -367,11 +359,11 @@ class DecoderPruning:
         """Re-express layer 0's mask, ``num_new`` later keys included, in the segment's axis."""
         if mask is None and not segment.ragged:
             return None
-        batch, length = segment.columns.shape
+        batch, length = segment.positions.shape
         valid = torch.cat([segment.valid, segment.valid.new_ones(batch, num_new)], dim=1)
         if mask is None:
             return valid if flash else causal(num_queries, length + num_new, valid)
-        first_new = self.segments[0].columns.shape[1]
-        new = torch.arange(first_new, first_new + num_new, device=segment.columns.device)
-        columns = torch.cat([segment.columns, new.expand(batch, -1)], dim=1)
-        return hide(gather(mask, columns, dim=-1), valid)
+        first_new = self.segments[0].positions.shape[1]
+        new = torch.arange(first_new, first_new + num_new, device=segment.positions.device)
+        positions = torch.cat([segment.positions, new.expand(batch, -1)], dim=1)
+        return hide(gather(mask, positions, dim=-1), valid)

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
-from eval.bench.memory import cache_bytes, peak_mib
+from eval.bench.memory import peak_mib
 from eval.bench.roofline import kv_bytes
 from eval.mini.heldout import held_out
 from llava_todre import ask as ask_question
 from llava_todre import load_pretrained_model
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.stage2 import PrunedCache
 
 MINI = Path(__file__).parents[2] / "checkpoints" / "mini"
 VIEWS, PATCHES = 5, 80
@@ -117,14 +117,14 @@ def test_the_cache_takes_the_bytes_that_the_statistics_say(
 ) -> None:
     model.set_pruner(name.partition(",")[0], **METHODS[name])
     for new_tokens in (1, 4):
-        cache = DynamicCache(config=model.config)
+        cache = PrunedCache(model.config)
         ask(model, new_tokens, past_key_values=cache)
         (stats,) = model.last_stats
         tokens = [count + new_tokens - 1 for count in stats.prompt_tokens_per_layer]
         per_layer = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
         # keys and values, two key heads of width 16, float32
         assert per_layer == [2 * 2 * 16 * 4 * count for count in tokens]
-        assert cache_bytes(cache) == kv_bytes(model.decoder_shape, tokens, 4) == sum(per_layer)
+        assert cache.num_bytes == kv_bytes(model.decoder_shape, tokens, 4) == sum(per_layer)
     assert (len(set(per_layer)) == 1) == (name in ("todre", "vanilla"))
 
 

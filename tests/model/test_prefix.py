@@ -162,11 +162,11 @@ def test_the_store_forgets_what_was_not_asked_about_for_longest(tiny_llava: Mode
         logits(model, batch([[1, -200, 7]], [visual]), prefixes=store)
         assert (len(store), store.hits) == (1, hits)
     config = model.config
-    (prefix,) = store._prefixes
+    ((prefix, _),) = store._stored
     width = 2 * config.num_hidden_layers * config.hidden_size * 4 // (
         config.num_attention_heads // config.num_key_value_heads
     )  # fmt: skip
-    assert store.num_bytes == width * prefix.layers[0][0].shape[2]
+    assert store.num_bytes == width * len(prefix.embeds)
     with pytest.raises(TodreError, match="max_prefixes 0 is out of range; allowed: 1 or more"):
         PrefixStore(0)
 
@@ -180,12 +180,12 @@ def test_a_failure_half_way_leaves_the_store_as_it_was(
     store = PrefixStore(max_prefixes=1)
     given = batch([[1, -200, 7], [1, -200, 8]], visuals)
     logits(model, batch([[1, -200, 7]], visuals[:1]), prefixes=store)
-    before = list(store._prefixes)
+    before = list(store._stored)
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         logits(model, given, prefixes=store)
-    assert store._prefixes == before
+    assert store._stored == before
     monkeypatch.setattr(model.model, "forward", forward)
     torch.testing.assert_close(
         logits(model, given, prefixes=store), logits(model, given), rtol=0, atol=2e-5

@@ -1,0 +1,261 @@
+"""Stock models: what is shared between questions about an image changes no answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parts import HAS_TORCHVISION, WITHOUT_TORCHVISION, processor_of
+from PIL import Image
+from tiny import (
+    FAMILIES,
+    IMAGE_ID,
+    TWO_IMAGES,
+    VIDEO,
+    VIDEO_ID,
+    Sample,
+    inputs_for,
+    model_of,
+)
+from torch import Tensor
+
+from eval.pages.models import MATRIX, YES
+from llava_todre import hf
+from llava_todre.errors import TodreError
+from llava_todre.generate import Memory, Request
+from llava_todre.hf.stock import StockModel
+from llava_todre.stage2.prefix import PrefixStore
+
+STEPS = 6
+SHOWN: Sample = [3, (112, 100), 9]
+OTHER: Sample = [3, (50, 112), 9]
+METHODS: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "divprune": {"retain_ratio": 0.25},
+    "todre": {"retain_ratio": 0.25, "tau": 0.0},
+    "todre, withdrawing": {"retain_ratio": 0.25, "tau": 1.0, "probe_depths": (0.5,)},
+    "vtw": {},
+}
+AFRESH: dict[str, dict[str, Any]] = {
+    "fastv": {"retain_ratio": 0.25, "layer": 4},
+    "trimtokenator": {"retain_ratio": 0.25},
+}
+TOLERANCE = {"rtol": 0, "atol": 1e-4}
+
+
+def questions(inputs: dict[str, Any], lengths: list[int], seed: int = 0) -> list[dict[str, Any]]:
+    """Return inputs with other words after the image, each a prompt of its own."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = inputs["input_ids"]
+    end = int((ids[0] >= 296).nonzero()[-1]) + 1
+    rows = [torch.randint(2, 290, (1, length), generator=draw) for length in lengths]
+    found = []
+    for row in rows:
+        whole = torch.cat([ids[:, :end], row], dim=1)
+        found.append(inputs | {"input_ids": whole, "attention_mask": torch.ones_like(whole)})
+        if "mm_token_type_ids" in inputs:
+            found[-1]["mm_token_type_ids"] = (whole == IMAGE_ID).int() + 2 * (
+                whole == VIDEO_ID
+            ).int()
+    return found
+
+
+def batched(prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return prompts, padded on the left, without their pixels."""
+    keys = ("input_ids", "attention_mask", "mm_token_type_ids")
+    found = {
+        key: torch.nn.utils.rnn.pad_sequence(
+            [prompt[key][0] for prompt in prompts], True, 0, padding_side="left"
+        )
+        for key in keys
+        if key in prompts[0]
+    }
+    for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+        if key in prompts[0]:
+            found[key] = torch.cat([prompt[key] for prompt in prompts])
+    return found
+
+
+def answered(model: Any, given: dict[str, Any], **more: Any) -> tuple[Tensor, Tensor]:
+    """Return (B, steps) tokens and (B, steps, vocabulary) logits."""
+    output = model.generate(
+        **given, **more, do_sample=False, max_new_tokens=STEPS, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return output.sequences[:, -STEPS:], torch.stack(output.logits, dim=1)
+
+
+def asked_afresh(model: Any, prompts: list[dict[str, Any]]) -> tuple[Tensor, Tensor, list[Any]]:
+    found, stats = [], []
+    for prompt in prompts:
+        found.append(answered(model, prompt))
+        stats += hf.last_stats(model)
+    tokens, logits = (torch.cat(each) for each in zip(*found, strict=True))
+    return tokens, logits, stats
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_about_an_image_are_answered_as_if_each_were_the_first(family, name, attention):
+    model = model_of(family, attention)
+    prompts = questions(inputs_for(model, [SHOWN]), [9, 4, 1, 12])
+    with hf.prune(model, name.split(",")[0], **METHODS[name]):
+        tokens, logits, stats = asked_afresh(model, prompts)
+        (image,) = hf.encode(model, **prompts[0])
+        store = PrefixStore()
+        for batch in ([0], [1, 2], [0, 1, 2, 3]):
+            given = batched([prompts[index] for index in batch])
+            shared = answered(model, given, encoded=[image] * len(batch), prefixes=store)
+            assert torch.equal(shared[0], tokens[batch])
+            torch.testing.assert_close(shared[1], logits[batch], **TOLERANCE)
+            for ours, index in zip(hf.last_stats(model), batch, strict=True):
+                theirs = stats[index]
+                assert ours.prompt_tokens_per_layer == theirs.prompt_tokens_per_layer
+                assert [each.keep_idx.tolist() for each in ours.images] == [
+                    each.keep_idx.tolist() for each in theirs.images
+                ]
+        assert (len(store), store.hits) == (1, 6)
+
+
+@pytest.mark.parametrize("method", ["divprune", "todre, withdrawing"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_of_different_lengths_share_a_batch(family, method):
+    model = model_of(family)
+    shown = [inputs_for(model, [piece]) for piece in (SHOWN, OTHER)]
+    one, other = (questions(inputs, [9, 3], seed) for seed, inputs in enumerate(shown))
+    prompts = [one[0], other[0], one[1], other[1]]
+    with hf.prune(model, method.split(",")[0], **METHODS[method]):
+        tokens, logits, _ = asked_afresh(model, prompts)
+        images = [hf.encode(model, **prompt)[0] for prompt in prompts[:2]]
+        store = PrefixStore(max_prefixes=2)
+        shared = answered(model, batched(prompts), encoded=images * 2, prefixes=store)
+    assert torch.equal(shared[0], tokens) and store.hits == 2
+    torch.testing.assert_close(shared[1], logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if MATRIX[name]["video"] == YES])
+@pytest.mark.parametrize("sample", [*VIDEO, *TWO_IMAGES], ids=["video", "two images"])
+def test_videos_and_several_images_are_shared(family, sample):
+    model = model_of(family)
+    prompts = questions(inputs_for(model, [sample]), [5, 8])
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        tokens, logits, _ = asked_afresh(model, prompts)
+        images, store = hf.encode(model, **prompts[0]), PrefixStore()
+        shared = answered(model, batched(prompts), encoded=images * 2, prefixes=store)
+    assert torch.equal(shared[0], tokens) and store.hits == 1
+    torch.testing.assert_close(shared[1], logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("method", AFRESH)
+@pytest.mark.parametrize("family", ["llava_next", "qwen3_vl"])
+def test_methods_that_read_the_question_share_the_encoding_only(family, method):
+    model = model_of(family)
+    prompts = questions(inputs_for(model, [SHOWN]), [9, 4])
+    with hf.prune(model, method, **AFRESH[method]):
+        tokens, logits, _ = asked_afresh(model, prompts)
+        (image,), store = hf.encode(model, **prompts[0]), PrefixStore()
+        shared = answered(model, batched(prompts), encoded=[image] * 2, prefixes=store)
+    assert torch.equal(shared[0], tokens) and len(store) == 0
+    torch.testing.assert_close(shared[1], logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"use_cache": False}])
+def test_settings_that_rearrange_the_cache_work_without_the_store(settings):
+    model = model_of("llava_next")
+    prompts = questions(inputs_for(model, [SHOWN]), [5, 5])
+    more = {"max_new_tokens": 4, "do_sample": False, **settings}
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        fresh = [model.generate(**prompt, **more)[:, -4:] for prompt in prompts]
+        (image,), store = hf.encode(model, **prompts[0]), PrefixStore()
+        shared = model.generate(**batched(prompts), **more, encoded=[image] * 2, prefixes=store)
+    assert torch.equal(shared[:, -4:], torch.cat(fresh)) and len(store) == 0
+
+
+def test_a_store_belongs_to_one_model():
+    store = PrefixStore()
+    for family, fails in (("llava", False), ("llava_next", True)):
+        model = model_of(family)
+        (prompt,) = questions(inputs_for(model, [SHOWN]), [5])
+        with hf.prune(model, "divprune", retain_ratio=0.25):
+            given = batched([prompt]) | {"encoded": hf.encode(model, **prompt), "prefixes": store}
+            if fails:
+                with pytest.raises(TodreError, match="memory of one model"):
+                    answered(model, given)
+            else:
+                answered(model, given)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def pictures(count: int) -> list[Image.Image]:
+    draw = np.random.default_rng(3)
+    sizes = [(112, 90), (60, 112), (100, 100)][:count]
+    return [Image.fromarray(draw.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+
+
+QUESTIONS = ["What is this?", "How many?", "Is it a <b>?", "Where?"]
+
+
+NEEDS_TORCHVISION = pytest.mark.skipif(not HAS_TORCHVISION, reason="its processor needs it")
+
+
+@pytest.mark.parametrize("method", ["vanilla", "todre, withdrawing", "trimtokenator"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=() if name in WITHOUT_TORCHVISION else NEEDS_TORCHVISION)
+        for name in FAMILIES
+    ],
+)
+def test_requests_share_what_they_show(family, method, monkeypatch):
+    model = StockModel(model_of(family), processor_of(family))
+    model.set_pruner(method.split(",")[0], **(METHODS | AFRESH)[method])
+    requests = [Request(text, [picture]) for picture in pictures(2) for text in QUESTIONS]
+    requests += [Request("Which?", pictures(3)[1:]), Request("Which one then?", pictures(3)[1:])]
+    requests.append(Request("Nothing to see."))
+    if MATRIX[family]["video"] == YES:
+        frames = [picture.resize((84, 84)) for picture in pictures(2)] * 2
+        seconds = [0.0, 1.0, 2.0, 3.0]
+        requests += [Request(text, frames, True, seconds) for text in QUESTIONS[:2]]
+    expected = [model.answer([request], max_new_tokens=5)[0] for request in requests]
+    processed: list[int] = []
+    process = model._inputs
+    monkeypatch.setattr(model, "_inputs", lambda r: processed.append(len(r)) or process(r))
+    for size in (1, 4):
+        memory = Memory(max_images=4)
+        found = []
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            found += model.answer(batch, max_new_tokens=5, memory=memory)
+        assert [each.text for each in found] == [each.text for each in expected]
+        for ours, theirs in zip(found, expected, strict=True):
+            kept = [[image.keep_idx.tolist() for image in e.stats.images] for e in (ours, theirs)]
+            assert kept[0] == kept[1]
+    videos = 2 if MATRIX[family]["video"] == YES else 0
+    assert len(processed) <= 2 * (2 + 2 + 1 + videos), "images that are known are not processed"
+    if method != "trimtokenator":
+        assert memory.prefixes.hits >= 6
+
+
+def test_what_fresh_calls_refuse_is_refused():
+    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    model.set_pruner("divprune", retain_ratio=0.25)
+    requests, memory = [Request("What is this?", pictures(1))], Memory()
+    with pytest.raises(TodreError, match="prompt_lookup_num_tokens is not supported"):
+        model.answer(requests, memory=memory, prompt_lookup_num_tokens=2)
+    with pytest.raises(TodreError, match="memory must be a Memory, got dict"):
+        model.answer(requests, memory={})
+
+
+def test_an_image_is_encoded_for_its_method():
+    model = model_of("llava_next")
+    (prompt,) = questions(inputs_for(model, [SHOWN]), [5])
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        images = hf.encode(model, **prompt)
+    with hf.prune(model, "fastervlm"), pytest.raises(TodreError, match="cls_attention"):
+        answered(model, batched([prompt]), encoded=images)
+    with hf.prune(model, "divprune"), pytest.raises(TodreError, match="its next image has 0"):
+        answered(model, batched([prompt]), encoded=[])
