@@ -96,7 +96,7 @@ def same(one: Outcome, other: Outcome) -> bool:
 
 def check_counts(pruner: Pruner, outcome: Outcome) -> None:
     """Hold the kept tokens to the promise of ``about.count``."""
-    wanted = [pruner.budget(image.num_tokens) for image in outcome.stats.images]
+    wanted = [pruner.num_keep(image.num_tokens) for image in outcome.stats.images]
     kept = [len(image.keep_idx) for image in outcome.stats.images]
     for image in outcome.stats.images:
         assert (image.keep_idx.diff() > 0).all(), "ascending and unique"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import LayerView, Merge, Pruner, create_pruner
+from llava_todre.pruners import Keep, LayerView, Pruner, create_pruner
 from llava_todre.spans import TokenType
 
 STEPS = 5
@@ -42,11 +42,11 @@ class Spy(Pruner):
     seen: list[tuple[LayerView, Any, dict[str, Tensor]]] = dataclasses.field(hash=False)
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("needs", "budget", "selects", "will_select", "select", "probe_layers"):
+        if name in ("needs", "num_keep", "will_select", "select", "probe_layers"):
             return getattr(self.method, name)
         return super().__getattribute__(name)
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         rows = torch.tensor([0, len(view.kinds) // 2, len(view.kinds) - 1])
         shown = {
             "hidden_states": view.hidden_states().clone(),
@@ -110,10 +110,12 @@ def test_views_and_decisions_agree_with_the_slow_decoder(
         for view, decision, _ in seen[row::3]:
             if decision is None:
                 continue
-            keep = decision.keep if isinstance(decision, Merge) else decision
-            if isinstance(decision, Merge):
-                replaced[view.layer] = view.positions[keep], decision.hidden_states[keep]
-            present[view.layer + 1 :, view.positions[~keep]] = False
+            kept = Keep.checked(decision, name, len(view.kinds))
+            if kept.features is not None:
+                replaced[view.layer] = view.positions[kept.indices], kept.features
+            gone = view.kinds == TokenType.VISUAL
+            gone[kept.indices] = False
+            present[view.layer + 1 :, view.positions[gone]] = False
             for newline in (kinds == TokenType.NEWLINE).nonzero()[:, 0].tolist():
                 of_row = (line == line[newline]) & (kinds == TokenType.VISUAL)
                 present[view.layer + 1 :, newline] = bool(present[view.layer + 1][of_row].any())

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_todre.errors import TodreError
 from llava_todre.hf.capture import DecoderInputs
 from llava_todre.hf.family import STATES, Layouts
-from llava_todre.pruners import Pruner, Selection
+from llava_todre.pruners import Pruner
 from llava_todre.spans import Spans, TokenType, VisualTokens
 from llava_todre.stage1.layout import Layout
 from llava_todre.stats import ImageStats, PruneStats
@@ -126,10 +126,8 @@ def prune_prompt(
     for visual in visuals:
         layout, columns = visual.layout, visual.columns
         tokens = _tokens(visual, embeds, text, captured, project)
-        selection = Selection(torch.arange(len(tokens)))
-        if pruner.will_select(len(tokens)):
-            selection = pruner.select(tokens, pruner.budget(len(tokens)))
-        kept = selection.keep_idx.cpu()
+        (selection,) = pruner.keep([tokens])
+        kept = selection.indices
         if selection.features is not None:
             embeds = embeds.clone()
             places = columns[~layout.is_newline][kept]

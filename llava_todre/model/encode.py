@@ -94,7 +94,7 @@ class LlavaLlamaModel(PruningLlamaModel):
             )
             for view, grid, size in zip(views, grids, sizes, strict=True)
         ]
-        needs = pruner.needs if needs_selection(pruner, slots) else frozenset[Need]()
+        needs = frozenset(pruner.needs) if needs_selection(pruner, slots) else frozenset[Need]()
         parameter = next(self.vision_tower.parameters())
         pixels = torch.cat([view.to(parameter.device, parameter.dtype) for view in views])
         encoded = self.vision_tower(pixels, [need for need in needs if isinstance(need, tuple)])

@@ -6,13 +6,14 @@ text.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require_choice, top
+from llava_todre.pruners.base import About, Need, Pruner, require_choice, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -35,7 +36,7 @@ class CDPruner(Pruner):
     about: ClassVar[About] = About(
         paper="CDPruner, NeurIPS 2025, arXiv 2506.10967",
         reads_text=True,
-        budget="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size",
         deviations=(
             "The default relevance comes from the decoder's own text embeddings, not negated; the "
             "authors' needs the text tower of CLIP and is the option relevance=clip.",
@@ -60,24 +61,24 @@ class CDPruner(Pruner):
         require_choice("relevance", self.relevance, get_args(Relevance))
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """What the relevance is read from."""
         sources = {"clip": "clip_similarity", "text_embeds": "text_embeds"}
-        return frozenset({sources[self.relevance]} if self.relevance in sources else ())
+        return {sources[self.relevance]} if self.relevance in sources else set()
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep a relevant and diverse set of each view."""
         rows = unit_rows(tokens.features)  # (N, D)
         relevance = self.relevance_of(tokens, rows)
         kept = []
-        for group, share in by_view(tokens, budget):
+        for group, share in by_view(tokens, num_keep):
             similarity = rows[group] @ rows[group].T  # (n, n)
             similarity.diagonal().round_()  # 1, or 0 for a token of zeros: ties are ties
             weight = relevance[group]
             picked = greedy_map(weight[:, None] * similarity * weight, share)
             others = weight.index_fill(0, picked, -torch.inf)
             kept += [group[picked], group[top(others, share - len(picked))]]
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
     def relevance_of(self, tokens: VisualTokens, rows: Tensor) -> Tensor:
         """Return (N,) relevance, scaled to [0, 1]; all ones where it tells no token from another.

@@ -28,7 +28,7 @@ class DART(StagedPruner):
     about: ClassVar[About] = About(
         paper="DART, EMNLP 2025, arXiv 2502.11494",
         reads_text=True,
-        budget="share of the patch tokens from layer K on, pivots included",
+        budget_note="share of the patch tokens from layer K on, pivots included",
         deviations=(
             "The count is exact: the budget less the image pivots is dealt out to all pivots, the "
             "first ones taking one more where it does not divide. The released code keeps "

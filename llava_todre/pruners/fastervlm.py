@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, require_int, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -22,7 +24,7 @@ class FasterVLM(Pruner):
 
     about: ClassVar[About] = About(
         paper="FasterVLM, arXiv 2412.01818v1",
-        budget="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size",
         deviations=(
             "The released code never unpads and gives every view the same number.",
             "Videos, which the authors do not treat, are pruned frame by frame.",
@@ -39,12 +41,12 @@ class FasterVLM(Pruner):
         require_int("cls_layer", self.cls_layer)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention."""
-        return frozenset({("cls_attention", self.cls_layer)})
+        return {("cls_attention", self.cls_layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the most attended tokens of each view."""
         attention = tokens.vision["cls_attention", self.cls_layer]
-        kept = [group[top(attention[group], share)] for group, share in by_view(tokens, budget)]
-        return Selection(torch.cat(kept).sort().values)
+        kept = [group[top(attention[group], share)] for group, share in by_view(tokens, num_keep)]
+        return torch.cat(kept)

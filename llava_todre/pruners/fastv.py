@@ -18,8 +18,8 @@ class FastV(StagedPruner):
     about: ClassVar[About] = About(
         paper="FastV, ECCV 2024, arXiv 2403.06764",
         reads_text=True,
-        budget="share of the patch tokens that layer K and all later ones work on (1 - R of the "
-        "paper)",
+        budget_note="share of the patch tokens that layer K and all later ones work on (1 - R of "
+        "the paper)",
         deviations=(
             "Scores come from the last prompt token, as in the released code; the paper's text "
             "speaks of the attention received on average.",

@@ -6,6 +6,7 @@ Symbols: N tokens of the image, n tokens of one crop, side patches along one sid
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,6 @@ from llava_todre.pruners.base import (
     About,
     Need,
     Pruner,
-    Selection,
     require,
     require_int,
     round_half_up,
@@ -38,7 +38,7 @@ class GlobalCom2(Pruner):
 
     about: ClassVar[About] = About(
         paper="GlobalCom2, AAAI 2026, arXiv 2501.05179",
-        budget="k tokens of the image: the thumbnail's by its size, the rest to the crops",
+        budget_note="k tokens of the image: the thumbnail's by its size, the rest to the crops",
         deviations=(
             "The released code orders the tokens of the thumbnail by score; here all are in "
             "position order.",
@@ -63,16 +63,16 @@ class GlobalCom2(Pruner):
         require("temperature", self.temperature, 0.0, math.inf, low_included=False)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention before the softmax."""
-        return frozenset({("cls_logits", self.cls_layer)})
+        return {("cls_logits", self.cls_layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the best of the thumbnail and of each crop."""
         logits = tokens.vision["cls_logits", self.cls_layer].float()
         if tokens.grid is None:
-            kept = [group[top(logits[group], share)] for group, share in by_view(tokens, budget)]
-            return Selection(torch.cat(kept).sort().values)
+            kept = [group[top(logits[group], share)] for group, share in by_view(tokens, num_keep)]
+            return torch.cat(kept)
         columns, rows = tokens.grid
         thumbnail, *crops = (
             (tokens.view == view).nonzero()[:, 0] for view in range(1 + columns * rows)
@@ -80,16 +80,16 @@ class GlobalCom2(Pruner):
         side = math.isqrt(len(thumbnail))
         overview = logits[thumbnail].view(side, side)
         guidance = guidance_of(overview, tokens)
-        num_thumbnail = round_half_up(budget * len(thumbnail) / len(tokens))
-        ratios = crop_ratios(overview, tokens.grid, budget / len(tokens), self.temperature)
+        num_thumbnail = round_half_up(num_keep * len(thumbnail) / len(tokens))
+        ratios = crop_ratios(overview, tokens.grid, num_keep / len(tokens), self.temperature)
         sizes = [len(crop) for crop in crops]
         weights = [size * ratio for size, ratio in zip(sizes, ratios, strict=True)]
-        shares = apportion(budget - num_thumbnail, weights, sizes)
+        shares = apportion(num_keep - num_thumbnail, weights, sizes)
         kept = [thumbnail[top(logits[thumbnail], num_thumbnail)]]
         for crop, share in zip(crops, shares, strict=True):
             score = normalize(logits[crop], dim=0) + normalize(guidance[crop], dim=0)
             kept.append(crop[top(score, share)])
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
 
 def crop_ratios(

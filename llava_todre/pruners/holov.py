@@ -6,14 +6,14 @@ Symbols: N tokens of the image or video, m tokens of one run, D feature width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, require_int, top
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -34,7 +34,7 @@ class HoloV(Pruner):
 
     about: ClassVar[About] = About(
         paper="HoloV, NeurIPS 2025, arXiv 2510.02912",
-        budget="k tokens of the image or video, in one pool",
+        budget_note="k tokens of the image or video, in one pool",
         deviations=(
             "What a full run cannot take goes to the other runs; the released code pads its output "
             "with zero vectors instead.",
@@ -58,11 +58,11 @@ class HoloV(Pruner):
         require_int("cls_layer", self.cls_layer)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention."""
-        return frozenset({("cls_attention", self.cls_layer)})
+        return {("cls_attention", self.cls_layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Weigh the runs, share the budget, and keep the most attended tokens of each."""
         num_runs = min(self.num_runs, len(tokens))
         attention = tokens.vision["cls_attention", self.cls_layer].tensor_split(num_runs)
@@ -73,12 +73,12 @@ class HoloV(Pruner):
                 for scores, rows in zip(attention, features, strict=True)
             ]
         )
-        shares = _share(budget, weights.tolist(), [len(scores) for scores in attention])
+        shares = _share(num_keep, weights.tolist(), [len(scores) for scores in attention])
         kept, start = [], 0
         for scores, share in zip(attention, shares, strict=True):
             kept.append(start + top(scores, share))
             start += len(scores)
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
 
 def _variance_share(rows: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
+from llava_todre.pruners.base import About, Count, Keep, LayerView, Need, Pruner
 from llava_todre.spans import TokenType, VisualTokens
 
 
@@ -20,7 +20,7 @@ class Observed(Pruner):
     token any more is not measured. Answers are those of ``method``; times are not.
     """
 
-    about: ClassVar[About] = About(paper="-", budget="that of the method")
+    about: ClassVar[About] = About(paper="-", budget_note="that of the method")
 
     method: Pruner
     """Whose decisions are carried out."""
@@ -31,12 +31,17 @@ class Observed(Pruner):
         """Nothing to check: the method has checked itself."""
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """What the method needs."""
         return self.method.needs
 
     @property
-    def selects(self) -> bool:  # type: ignore[override]
+    def count(self) -> Count:
+        """What the method promises."""
+        return self.method.count
+
+    @property
+    def selects(self) -> bool:
         """Whether the method selects before the decoder."""
         return self.method.selects
 
@@ -44,23 +49,25 @@ class Observed(Pruner):
         """Ask the method."""
         return self.method.will_select(num_tokens)
 
-    def budget(self, num_tokens: int) -> int:
-        """Return the budget of the method."""
-        return self.method.budget(num_tokens)
+    def num_keep(self, num_tokens: int) -> int:
+        """Return the number of the method."""
+        return self.method.num_keep(num_tokens)
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep | Tensor:
         """Let the method select."""
-        return self.method.select(tokens, budget)
+        return self.method.select(tokens, num_keep)
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Keep | Tensor]:
         """Let the method select."""
-        return self.method.select_all(images, budgets)
+        return self.method.select_all(images, num_keeps)
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return all layers."""
         return tuple(range(num_layers))
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         """Let the method decide where it looks; measure everywhere."""
         decides = view.layer in self.method.probe_layers(view.num_layers)
         decision = self.method.at_layer(view) if decides else None

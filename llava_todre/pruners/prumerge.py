@@ -7,6 +7,7 @@ Symbols: N tokens, n tokens of one view, T tokens it keeps, k of them chosen, W 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from llava_todre.pruners.base import (
     About,
+    Count,
+    Keep,
     Need,
     Pruner,
-    Selection,
     require,
     require_flag,
     require_int,
@@ -41,7 +43,7 @@ class PruMerge(Pruner):
 
     about: ClassVar[About] = About(
         paper="LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388",
-        budget="per view T = its share: T - 1 tokens by attention and one for the dropped; "
+        budget_note="per view T = its share: T - 1 tokens by attention and one for the dropped; "
         "adaptive = true keeps the paper's own count instead, where the budget drops any token",
         deviations=(
             "The release sends kept tokens by falling attention, then the extra one; here all are "
@@ -73,12 +75,17 @@ class PruMerge(Pruner):
         require_flag("adaptive", self.adaptive)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention, keys, and what the projector is given."""
         attention, keys = ("cls_attention_unsplit", self.cls_layer), ("keys", self.cls_layer)
-        return frozenset({attention, keys, "vision_features"})
+        return {attention, keys, "vision_features"}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    @property
+    def count(self) -> Count:
+        """Exact, unless the paper's own count is kept."""
+        return "own" if self.adaptive else self.about.count
+
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Merge view by view, then project what stays."""
         states = tokens.vision_features
         assert states is not None and tokens.project is not None
@@ -86,10 +93,10 @@ class PruMerge(Pruner):
         attention = tokens.vision["cls_attention_unsplit", self.cls_layer].float()
         keys = unit_rows(tokens.vision["keys", self.cls_layer].flatten(1))
         if self.adaptive:
-            budget = min(len(tokens), self.own_count(attention) + len(view_groups(tokens)))
+            num_keep = min(len(tokens), self.own_count(attention) + len(view_groups(tokens)))
 
         places, merged = [], []
-        for group, share in by_view(tokens, budget):
+        for group, share in by_view(tokens, num_keep):
             place = self.choose(attention[group], share)
             weights = self.neighbours(attention[group], keys[group], place)  # (k, n)
             if len(place) < share:
@@ -98,8 +105,8 @@ class PruMerge(Pruner):
                 place, weights = torch.cat([place, first]), torch.cat([weights, dropped[None]])
             places.append(group[place])
             merged.append((weights @ states[group].float()).to(states.dtype))  # (T, W)
-        keep_idx, order = torch.cat(places).sort()
-        return Selection(keep_idx, tokens.project(torch.cat(merged)[order]))
+        indices, order = torch.cat(places).sort()
+        return Keep(indices, tokens.project(torch.cat(merged)[order]))
 
     def own_count(self, attention: Tensor) -> int:
         """Return how many tokens the paper keeps of an image with ``attention`` (N,)."""
@@ -132,7 +139,7 @@ class PruMergePlus(PruMerge):
     about: ClassVar[About] = dataclasses.replace(
         PruMerge.about,
         paper="LLaVA-PruMerge+, ICCV 2025, arXiv 2403.15388",
-        budget="per view T = its share: a quarter by attention, one for the dropped, the rest "
+        budget_note="per view T = its share: a quarter by attention, one for the dropped, the rest "
         "evenly spaced (published means: 32 tokens without, 144 with the spaced ones); "
         "adaptive = true keeps the paper's own count instead, where the budget drops any token",
         deviations=(

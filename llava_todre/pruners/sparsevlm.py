@@ -16,15 +16,15 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import (
     About,
+    Keep,
     LayerView,
-    Merge,
     require,
     require_depths,
     require_flag,
     require_int,
     top,
 )
-from llava_todre.pruners.staged import StagedPruner, keep_of, last_row
+from llava_todre.pruners.staged import StagedPruner, last_row
 from llava_todre.selection import check_finite
 from llava_todre.spans import TokenType
 
@@ -71,10 +71,10 @@ class SparseVLM(_RatedByText):
     about: ClassVar[About] = About(
         paper="SparseVLM 1.5, ICML 2025, arXiv 2410.04417",
         reads_text=True,
-        budget="the published counts 300, 200, 110 for 192 of 576 tokens, in proportion: after "
-        "the three stages 1.563, 1.042 and 0.573 of retain_ratio stay (1/3 is that table; 1 prunes "
-        "nothing), and recycling adds about 3 % of what each stage drops; with budget_rule=mean "
-        "recycled tokens count",
+        budget_note="the published counts 300, 200, 110 for 192 of 576 tokens, in proportion: "
+        "after the three stages 1.563, 1.042 and 0.573 of retain_ratio stay (1/3 is that table; 1 "
+        "prunes nothing), and recycling adds about 3 % of what each stage drops; with "
+        "budget_rule=mean recycled tokens count",
         count="own",
         deviations=(
             "Other published budgets (128, 96, 64) have tables that are not in proportion to each "
@@ -105,7 +105,7 @@ class SparseVLM(_RatedByText):
         """Return what a stage leaves, merged tokens included."""
         return share + self.recycle * self.recycle_ratio * self.cluster_ratio * (before - share)
 
-    def choose(self, view: LayerView, count: int) -> Tensor | Merge:
+    def choose(self, view: LayerView, count: int) -> Keep | Tensor:
         """Return the best patch tokens, and put merged tokens in the place of some others."""
         scores = view.attention(raters(view)).mean(dim=(0, 1))[view.patches]
         ranked = view.patches[top(scores, len(scores))]
@@ -115,12 +115,11 @@ class SparseVLM(_RatedByText):
         num_recycled = min(len(dropped), int(self.recycle_ratio * len(dropped)) + 1)
         num_clusters = min(num_recycled, int(self.cluster_ratio * num_recycled) + 1)
         recycled = dropped[:num_recycled].sort().values
-        hidden = view.hidden_states().clone()
+        hidden = view.hidden_states()
         centres, merged = merge_clusters(hidden[recycled], num_clusters)
         view.tally.product(num_clusters, num_recycled, hidden.shape[1])
-        places = recycled[centres]
-        hidden[places] = merged.to(hidden.dtype)
-        return Merge(keep_of(view, torch.cat([kept, places])), hidden)
+        features = torch.cat([hidden[kept], merged.to(hidden.dtype)])
+        return Keep(torch.cat([kept, recycled[centres]]), features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +133,9 @@ class SparseVLMPlus(_RatedByText):
     about: ClassVar[About] = About(
         paper="SparseVLM+ (SparseVLM 2.0), 2025, arXiv 2410.04417",
         reads_text=True,
-        budget="the published counts 300, 200, 118 for 192 of 576 tokens, in proportion: after "
-        "the three stages 1.563, 1.042 and 0.615 of retain_ratio stay (1/3 is that table; 1 prunes "
-        "nothing)",
+        budget_note="the published counts 300, 200, 118 for 192 of 576 tokens, in proportion: "
+        "after the three stages 1.563, 1.042 and 0.615 of retain_ratio stay (1/3 is that table; 1 "
+        "prunes nothing)",
         count="own",
         deviations=(
             "Other published budgets (128, 96, 64) have tables that are not in proportion to each "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -15,7 +15,6 @@ from llava_todre.pruners.base import (
     LayerView,
     Need,
     Pruner,
-    Selection,
     layers_at,
     random_generator,
     require,
@@ -47,7 +46,7 @@ class Todre(Pruner):
     about: ClassVar[About] = About(
         paper="ToDRE v2, arXiv 2505.18757v2",
         reads_text=True,
-        budget="k = share of the patch tokens of an image, thumbnail and crops together",
+        budget_note="k = share of the patch tokens of an image, thumbnail and crops together",
         deviations=(
             "No code is public; every choice the paper leaves open is an option.",
             "Eq. 3 knows no heads: read literally, queries and keys of all heads are one, divided "
@@ -96,9 +95,9 @@ class Todre(Pruner):
         require_int("seed", self.seed)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention, when it chooses the pivot."""
-        return frozenset({self._cls_need} if self.pivot == "cls" else ())
+        return {self._cls_need} if self.pivot == "cls" else set()
 
     @property
     def _cls_need(self) -> tuple[str, int]:
@@ -110,18 +109,19 @@ class Todre(Pruner):
         """Unless the system prompt counts as text."""
         return self.text_set == "after_image"
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Stage 1: grow a diverse set from the pivot."""
-        return self.select_all([tokens], [budget])[0]
+        return self.select_all([tokens], [num_keep])[0]
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Tensor]:
         """Stage 1 of several images, at the same time on a GPU."""
         features = [tokens.features for tokens in images]
         if self.similarity == "centred":
             features = [rows.float() - rows.float().mean(dim=0) for rows in features]
         pivots = [self.pivot_index(tokens) for tokens in images]
-        picked = greedy_diverse_batch(features, budgets, pivots, self.objective)
-        return [Selection(order.sort().values) for order in picked]
+        return greedy_diverse_batch(features, num_keeps, pivots, self.objective)
 
     def pivot_index(self, tokens: VisualTokens) -> int:
         """Return the best token of the thumbnail (AnyRes), of the image, or of all frames."""
@@ -150,7 +150,7 @@ class Todre(Pruner):
         if not bool(visual.any()) or bool(visual[-1]):
             return None  # a prompt that ends with an image: its last token predicts the answer
         text = ~visual if self.text_set == "all" else view.kinds == TokenType.TEXT
-        return ~visual if max(view.attention_ratios(text)) < self.tau else None
+        return view.patches[:0] if max(view.attention_ratios(text)) < self.tau else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from llava_todre.pruners.base import About, Pruner
 class Vanilla(Pruner):
     """Keep every visual token in every layer."""
 
-    about: ClassVar[About] = About(paper="no pruning", budget="none: every token stays")
+    about: ClassVar[About] = About(paper="no pruning", budget_note="none: every token stays")
 
     retain_ratio: float = 1.0
 

@@ -22,7 +22,7 @@ class VTW(Pruner):
 
     about: ClassVar[About] = About(
         paper="VTW, AAAI 2025, arXiv 2405.05803",
-        budget="share of the decoder layers that see the visual tokens, all of them; this is "
+        budget_note="share of the decoder layers that see the visual tokens, all of them; this is "
         "their mean share over the layers",
         count="own",
         deviations=(
@@ -30,8 +30,6 @@ class VTW(Pruner):
             "depths.",
         ),
     )
-    selects: ClassVar[bool] = False
-
     retain_ratio: float = 0.5
     layer: int | None = None
     """K: the first layer, counted from 0, without visual tokens, at least 1; null takes
@@ -63,9 +61,9 @@ class VTW(Pruner):
             )
         return (first - 1,) if first < num_layers else ()
 
-    def at_layer(self, view: LayerView) -> Tensor | None:
+    def at_layer(self, view: LayerView) -> Tensor:
         """Withdraw all visual tokens."""
-        return ~view.visual
+        return view.patches[:0]
 
 
 def search_layer(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.model.images import Size, unpad_bounds
-from llava_todre.pruners import Need, Pruner, Selection
+from llava_todre.pruners import Keep, Need, Pruner
 from llava_todre.spans import VisualTokens
 from llava_todre.stats import ImageStats
 
@@ -260,8 +260,7 @@ def prune_ahead(visuals: Sequence[ImageFeatures], pruner: Pruner, newline: Tenso
     }
     with torch.no_grad():
         tokens = [visual.tokens(None) for visual in new.values()]
-        budgets = [pruner.budget(len(each)) for each in tokens]
-        selections = pruner.select_all(tokens, budgets) if tokens else []
+        selections = pruner.keep(tokens)
     for visual, selection in zip(new.values(), selections, strict=True):
         visual.latest[:] = [(pruner, _pack(visual, selection, newline))]
 
@@ -271,10 +270,10 @@ def _select(
     pruner: Pruner,
     text_embeds: Tensor | None,
     clip_similarity: Tensor | None,
-) -> Selection:
+) -> Keep:
     num_tokens = len(visual.patches)
     if not pruner.will_select(num_tokens):
-        return Selection(torch.arange(num_tokens))
+        return Keep(torch.arange(num_tokens))
     missing = pruner.needs - visual.needs - {"text_embeds"}
     if missing:
         raise TodreError(
@@ -282,13 +281,12 @@ def _select(
             f"{type(pruner).__name__} needs; set the pruner first, then encode."
         )
     with torch.no_grad():  # what is kept has no gradient; neither have merged features
-        tokens = visual.tokens(text_embeds, clip_similarity)
-        return pruner.select(tokens, pruner.budget(num_tokens))
+        return pruner.keep([visual.tokens(text_embeds, clip_similarity)])[0]
 
 
-def _pack(visual: ImageFeatures, selection: Selection, newline: Tensor | None) -> PrunedImage:
+def _pack(visual: ImageFeatures, selection: Keep, newline: Tensor | None) -> PrunedImage:
     """Gather the kept tokens and the newlines of their rows; all bookkeeping is on the CPU."""
-    keep_idx = selection.keep_idx.cpu()
+    keep_idx = selection.indices
     kept = torch.zeros(len(visual.patches), dtype=torch.bool)
     kept[keep_idx] = True
     is_patch = visual.slots != NEWLINE

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import LayerView, Merge, Pruner
+from llava_todre.pruners.base import Keep, LayerView, Pruner
 from llava_todre.relevance import attention_rows
 from llava_todre.spans import TokenType
 
@@ -136,11 +136,10 @@ def best(scores: np.ndarray, positions: list[int], count: int) -> set[int]:
 
 
 def kept_patches(case: Case, decision: Any) -> set[int]:
-    """Return the positions of the patches that stay; every other kind of token has to."""
-    keep = decision.keep if isinstance(decision, Merge) else decision
-    assert keep.dtype == torch.bool and keep.shape == (len(case.kinds),)
-    assert all(keep[i] for i, kind in enumerate(case.kinds) if kind != VISUAL)
-    return {i for i in case.where(VISUAL) if keep[i]}
+    """Return the positions of the patches that stay; no other token is named."""
+    kept = Keep.checked(decision, "at_layer", len(case.kinds)).indices.tolist()
+    assert set(kept) <= set(case.where(VISUAL))
+    return set(kept)
 
 
 def patches_per_layer(pruner: Pruner, kinds: list[int], num_layers: int, **options: Any) -> list:

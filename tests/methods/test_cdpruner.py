@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 from torch import Tensor
 
 from llava_todre.errors import TodreError
@@ -73,7 +73,7 @@ def worst_gap(tokens: VisualTokens, kept: list[int], source: str) -> float:
 
 
 def select(tokens: VisualTokens, budget: int, **knobs: Any) -> list[int]:
-    kept = CDPruner(**knobs).select(tokens, budget).keep_idx
+    kept = selected(CDPruner(**knobs), tokens, budget).indices
     assert kept.dtype == torch.int64
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert len(kept) == budget
@@ -269,7 +269,7 @@ def test_broken_features_are_an_error():
     tokens = visual_tokens(side=4)
     tokens.features[3, 5] = torch.nan
     with pytest.raises(TodreError, match="1 of 16 visual tokens"):
-        CDPruner().select(tokens, 4)
+        selected(CDPruner(), tokens, 4)
 
 
 @pytest.mark.parametrize("relevance", ["clips", None, 1])

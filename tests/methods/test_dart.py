@@ -44,7 +44,7 @@ def reference(case, count, num_image=4, num_text=4):
 def test_it_keeps_pivots_and_what_is_least_like_them(prompt, ratio):
     case = make_case(PROMPTS[prompt], ENTERED[prompt])
     pruner = DART(retain_ratio=ratio)
-    count = sum(pruner.budget(n) for n in ENTERED[prompt])
+    count = sum(pruner.num_keep(n) for n in ENTERED[prompt])
     kept = kept_patches(case, pruner.at_layer(case.view))
     assert len(kept) == count
     assert kept == reference(case, count)

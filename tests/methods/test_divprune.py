@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 from torch import Tensor
 
 from llava_todre.errors import TodreError
@@ -45,7 +45,7 @@ def worst_gap(distance: Tensor, kept: list[int]) -> float:
 
 
 def select(tokens: VisualTokens, budget: int) -> list[int]:
-    kept = DivPrune().select(tokens, budget).keep_idx
+    kept = selected(DivPrune(), tokens, budget).indices
     assert kept.dtype == torch.int64
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert len(kept) == budget
@@ -128,8 +128,8 @@ def test_is_the_rule_of_todre_v1_with_another_first_token(budget):
     (first,) = select(tokens, 1)
     pivot = torch.zeros(len(tokens)).index_fill(0, torch.tensor(first), 1.0)
     tokens = dataclasses.replace(tokens, vision={("cls_attention", -1): pivot})
-    todre = Todre(objective="max_min").select(tokens, budget)
-    assert select(tokens, budget) == todre.keep_idx.tolist()
+    todre = selected(Todre(objective="max_min"), tokens, budget)
+    assert select(tokens, budget) == todre.indices.tolist()
 
 
 def test_one_token_and_all_but_one_are_possible_budgets():
@@ -155,7 +155,7 @@ def test_broken_features_are_an_error(bad):
     tokens = visual_tokens(side=4)
     tokens.features[3, 5] = bad
     with pytest.raises(TodreError, match="1 of 16 visual tokens"):
-        DivPrune().select(tokens, 4)
+        selected(DivPrune(), tokens, 4)
 
 
 @pytest.mark.parametrize("knobs", [{"retain_ratio": 0}, {"retain_tokens": 0}])

@@ -33,7 +33,7 @@ def reference(case, count):
 def test_it_keeps_what_the_last_token_attends_to_most(prompt, ratio):
     case = make_case(PROMPTS[prompt], ENTERED[prompt])
     pruner = FastV(retain_ratio=ratio)
-    count = sum(pruner.budget(n) for n in ENTERED[prompt])
+    count = sum(pruner.num_keep(n) for n in ENTERED[prompt])
     kept = kept_patches(case, pruner.at_layer(case.view))
     assert len(kept) == count
     assert kept == reference(case, count)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 from torch import Tensor
 
 from llava_todre.errors import TodreError
@@ -126,7 +126,7 @@ def with_logits(tokens: VisualTokens, logits: Tensor) -> VisualTokens:
 
 
 def select(tokens: VisualTokens, budget: int) -> list[int]:
-    kept = GlobalCom2().select(tokens, budget).keep_idx
+    kept = selected(GlobalCom2(), tokens, budget).indices
     assert kept.dtype == torch.int64
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert len(kept) == budget
@@ -276,7 +276,7 @@ def test_the_layer_is_a_knob():
     other = GlobalCom2(cls_layer=-2)
     assert other.needs == {("cls_logits", -2)}
     moved = dataclasses.replace(tokens, vision={LOGITS: tokens.vision["cls_logits", -2]})
-    assert other.select(tokens, 72).keep_idx.tolist() == select(moved, 72)
+    assert selected(other, tokens, 72).indices.tolist() == select(moved, 72)
 
 
 def test_half_precision_logits_are_ranked_in_float32():
@@ -300,5 +300,5 @@ def test_a_strip_of_whose_crops_nothing_is_left_is_pruned_like_a_thumbnail(budge
     strip, alone = visual_tokens(grid=(3, 1), padding=12), visual_tokens()
     assert len(strip) == len(alone) == 576
     strip.vision[LOGITS] = alone.vision[LOGITS]
-    kept = GlobalCom2().select(strip, budget).keep_idx
-    assert torch.equal(kept, GlobalCom2().select(alone, budget).keep_idx)
+    kept = selected(GlobalCom2(), strip, budget).indices
+    assert torch.equal(kept, selected(GlobalCom2(), alone, budget).indices)

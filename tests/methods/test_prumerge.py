@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 from torch import Tensor
 
 from llava_todre.errors import TodreError
@@ -79,8 +79,8 @@ def reference(
 def assert_matches(selection, tokens: VisualTokens, expected: dict[int, Tensor]) -> None:
     """Places are equal; features are what the projector makes of the expected ones."""
     places = sorted(expected)
-    assert selection.keep_idx.dtype == torch.int64
-    assert selection.keep_idx.tolist() == places
+    assert selection.indices.dtype == torch.int64
+    assert selection.indices.tolist() == places
     states = torch.stack([expected[place] for place in places])
     projected = tokens.project(states.to(tokens.vision_features.dtype))
     torch.testing.assert_close(selection.features, projected, rtol=1e-4, atol=1e-5)
@@ -91,10 +91,10 @@ def assert_matches(selection, tokens: VisualTokens, expected: dict[int, Tensor])
 @pytest.mark.parametrize(("method", "part"), [(PruMerge, 1), (PruMergePlus, Fraction(1, 4))])
 def test_matches_the_slow_reference(method, part, case, ratio):
     tokens = visual_tokens(**CASES[case])
-    budget = method(retain_ratio=ratio).budget(len(tokens))
+    budget = method(retain_ratio=ratio).num_keep(len(tokens))
     expected = reference(tokens, budget, part)
     assert len(expected) == budget
-    assert_matches(method().select(tokens, budget), tokens, expected)
+    assert_matches(selected(method(), tokens, budget), tokens, expected)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_every_knob_does_what_the_reference_does(knobs, part):
     for budget in (1, 2, 3, 5, 6, 9, 40, len(tokens) - 1):
         expected = reference(tokens, budget, part, pruner.num_merged, pruner.cls_layer)
         assert len(expected) == budget
-        assert_matches(pruner.select(tokens, budget), tokens, expected)
+        assert_matches(selected(pruner, tokens, budget), tokens, expected)
 
 
 def small(attention: list[float]) -> VisualTokens:
@@ -141,8 +141,8 @@ def test_eight_patches_by_hand():
     # 7 and 2 are kept. The nearest other two of 7 are 6 and 5; of 2, with keys 1 and 3 equally
     # near, both. Neighbours may be kept or dropped, and what is added is what they were before.
     tokens = small([0.0, 0.125, 0.25, 0.0625, 0.0, 0.03125, 0.125, 0.375])
-    selection = PruMerge(num_merged=2).select(tokens, 3)
-    assert selection.keep_idx.tolist() == [1, 2, 7]  # of equal 1 and 6 the first holds the extra
+    selection = selected(PruMerge(num_merged=2), tokens, 3)
+    assert selection.indices.tolist() == [1, 2, 7]  # of equal 1 and 6 the first holds the extra
     extra = 0.125 * 10 + 0.0625 * 1e3 + 0.03125 * 1e5 + 0.125 * 1e6
     two = 100 + 0.125 * 10 + 0.0625 * 1e3
     seven = 1e7 + 0.03125 * 1e5 + 0.125 * 1e6
@@ -151,8 +151,8 @@ def test_eight_patches_by_hand():
 
 def test_neighbours_are_found_among_kept_tokens_too():
     tokens = small([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.5])
-    selection = PruMerge(num_merged=1).select(tokens, 3)
-    assert selection.keep_idx.tolist() == [0, 6, 7]
+    selection = selected(PruMerge(num_merged=1), tokens, 3)
+    assert selection.indices.tolist() == [0, 6, 7]
     features = (selection.features / 2).flatten().tolist()
     assert features[2] == 1e7 + 0.25 * 1e6  # 6 is kept and yet added to 7
     assert features[0] == 0.0  # none of the dropped gets attention
@@ -162,16 +162,16 @@ def test_spaced_tokens_are_spread_over_those_not_taken():
     # T = 5: one (a quarter) by attention, 3; of 0 1 2 4 5 6 7 the 1/6, 3/6 and 5/6 points are
     # 1, 4 and 6; the extra one stands at 0, the first of equals.
     tokens = small([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    selection = PruMergePlus(num_merged=0).select(tokens, 5)
-    assert selection.keep_idx.tolist() == [0, 1, 3, 4, 6]
+    selection = selected(PruMergePlus(num_merged=0), tokens, 5)
+    assert selection.indices.tolist() == [0, 1, 3, 4, 6]
     assert (selection.features / 2).flatten().tolist() == [0.0, 1e1, 1e3, 1e4, 1e6]
 
 
 def test_one_token_has_no_extra():
     tokens = small([0.0, 0.125, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0])
     for method in (PruMerge, PruMergePlus):
-        selection = method(num_merged=1).select(tokens, 1)
-        assert selection.keep_idx.tolist() == [3]
+        selection = selected(method(num_merged=1), tokens, 1)
+        assert selection.indices.tolist() == [3]
         assert selection.features.item() == 2 * (1e3 + 0.25 * 1e4)
 
 
@@ -189,8 +189,8 @@ def test_adaptive_keeps_the_outliers_of_the_whole_image_and_one_more_per_view(me
     outliers = own_count(tokens.vision["cls_attention_unsplit", -1])
     num_views = int(tokens.view.max()) + 1
     total = min(len(tokens), int(outliers / part) + num_views)
-    selections = [method(adaptive=True).select(tokens, budget) for budget in (1, 300)]
-    assert torch.equal(selections[0].keep_idx, selections[1].keep_idx)
+    selections = [selected(method(adaptive=True), tokens, budget) for budget in (1, 300)]
+    assert torch.equal(selections[0].indices, selections[1].indices)
     assert_matches(selections[0], tokens, reference(tokens, total, part))
 
 
@@ -200,7 +200,7 @@ def test_adaptive_takes_exactly_the_outliers_by_attention(method):
     attention[7::50] = 0.05
     vision = {("cls_attention_unsplit", -1): attention, ("keys", -1): torch.randn(576, 2, 4)}
     tokens = dataclasses.replace(visual_tokens(), vision=vision)
-    kept = method(adaptive=True).select(tokens, 5).keep_idx.tolist()
+    kept = selected(method(adaptive=True), tokens, 5).indices.tolist()
     outliers = list(range(7, 576, 50))
     assert set(outliers) <= set(kept)
     assert len(kept) == len(outliers) * (1 if method is PruMerge else 4) + 1
@@ -224,8 +224,8 @@ def test_outliers_are_above_the_third_quartile_by_one_and_a_half_ranges(highest,
 
 def test_adaptive_never_asks_for_more_tokens_than_there_are():
     tokens = visual_tokens(grid=(2, 1), side=8, padding=1)
-    selection = PruMerge(adaptive=True, attention_share=0.01).select(tokens, 5)
-    assert selection.keep_idx.tolist() == list(range(len(tokens)))
+    selection = selected(PruMerge(adaptive=True, attention_share=0.01), tokens, 5)
+    assert selection.indices.tolist() == list(range(len(tokens)))
 
 
 def test_all_views_are_projected_at_once():
@@ -236,7 +236,7 @@ def test_all_views_are_projected_at_once():
         calls.append(states.shape)
         return tokens.project(states)
 
-    PruMerge().select(dataclasses.replace(tokens, project=project), 72)
+    selected(PruMerge(), dataclasses.replace(tokens, project=project), 72)
     assert calls == [(72, 48)]
 
 
@@ -249,7 +249,7 @@ def test_half_precision_merges_in_float32_and_projects_in_its_own_dtype():
         return states
 
     tokens = dataclasses.replace(tokens, project=project)
-    selection = PruMerge().select(tokens, 36)
+    selection = selected(PruMerge(), tokens, 36)
     assert dtypes == [torch.bfloat16]
     expected = reference(tokens, 36)
     exact = torch.stack([expected[place] for place in sorted(expected)])
@@ -263,7 +263,7 @@ def test_a_value_that_is_not_finite_is_an_error(which):
     values = tokens.vision_features if which == "vision_features" else tokens.vision["keys", -1]
     values.view(36, -1)[3, 0] = torch.nan
     with pytest.raises(TodreError, match="1 of 36"):
-        PruMerge().select(tokens, 9)
+        selected(PruMerge(), tokens, 9)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from layer_views import (
 )
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import Merge
+from llava_todre.pruners.base import Keep
 from llava_todre.pruners.sparsevlm import (
     SparseVLM,
     SparseVLMPlus,
@@ -117,17 +117,16 @@ def test_raters_choose_and_the_best_of_the_rest_are_merged(
 ):
     case = make_case(kinds, entered, present, layer)
     pruner = SparseVLM(retain_ratio=ratio)
-    count = math.floor(sum(pruner.budget(n) for n in entered) * share + 0.5)
+    count = math.floor(sum(pruner.num_keep(n) for n in entered) * share + 0.5)
     scores = slow_scores(case)
     expected = best(scores, case.where(VISUAL), count)
     merged = slow_recycling(case, expected, scores)
 
     decision = pruner.at_layer(case.view)
-    assert isinstance(decision, Merge)
+    assert isinstance(decision, Keep) and decision.features is not None
     assert kept_patches(case, decision) == expected | set(merged)
-    states = decision.hidden_states.double().numpy()
-    for i in range(len(case.kinds)):
-        np.testing.assert_allclose(states[i], merged.get(i, case.hidden[i]), atol=1e-5)
+    for i, state in zip(decision.indices.tolist(), decision.features.double(), strict=True):
+        np.testing.assert_allclose(state.numpy(), merged.get(i, case.hidden[i]), atol=1e-5)
     assert len(merged) > 1 and torch.equal(
         case.view.hidden_states().double(), torch.tensor(case.hidden)
     )
@@ -138,7 +137,7 @@ def test_raters_choose_and_the_best_of_the_rest_are_merged(
 def test_without_recycling_the_best_stay_as_they_are(kinds, entered, present, layer, share, ratio):
     case = make_case(kinds, entered, present, layer)
     pruner = SparseVLM(retain_ratio=ratio, recycle=False)
-    count = math.floor(sum(pruner.budget(n) for n in entered) * share + 0.5)
+    count = math.floor(sum(pruner.num_keep(n) for n in entered) * share + 0.5)
     keep = pruner.at_layer(case.view)
     assert kept_patches(case, keep) == best(slow_scores(case), case.where(VISUAL), count)
 
@@ -148,7 +147,7 @@ def test_without_recycling_the_best_stay_as_they_are(kinds, entered, present, la
 def test_plus_corrects_the_attention_of_a_few_heads(kinds, entered, present, layer, share, ratio):
     case = make_case(kinds, entered, present, layer, head_width=128)
     pruner = SparseVLMPlus(retain_ratio=ratio, num_heads=3)
-    count = math.floor(sum(pruner.budget(n) for n in entered) * share + 0.5)
+    count = math.floor(sum(pruner.num_keep(n) for n in entered) * share + 0.5)
     keep = pruner.at_layer(case.view)
     assert kept_patches(case, keep) == slow_plus(case, count, 3)
 
@@ -380,8 +379,9 @@ def test_dropping_one_token_merges_it_into_itself():
     present = [0, *range(1, 5), *range(11, 16)]
     case = make_case(kinds, (10,), present, layer=15)
     decision = SparseVLM(retain_tokens=5).at_layer(case.view)
-    assert decision.keep.all()
-    torch.testing.assert_close(decision.hidden_states, case.view.hidden_states())
+    assert kept_patches(case, decision) == set(case.where(VISUAL))
+    kept = case.view.hidden_states()[decision.indices]
+    torch.testing.assert_close(decision.features, kept)
 
 
 @pytest.mark.parametrize("method", [SparseVLM, SparseVLMPlus])
@@ -397,10 +397,10 @@ def test_half_precision_gives_a_valid_choice(method):
         prompt_embeds=lambda: view.prompt_embeds().bfloat16(),
     )
     decision = method().at_layer(half.view)
-    merged = isinstance(decision, Merge)
+    merged = isinstance(decision, Keep)
     assert len(kept_patches(half, decision)) == 91 + (15 if merged else 0)
     if merged:
-        assert decision.hidden_states.dtype == torch.bfloat16
+        assert decision.features.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 from torch import Tensor
 
 from llava_todre.errors import TodreError
@@ -53,7 +53,7 @@ def worst_gap(features: Tensor, survivors: list[int], kept: list[int]) -> float:
 
 
 def select(tokens: VisualTokens, budget: int, **knobs: float) -> list[int]:
-    kept = TrimTokenator(**knobs).select(tokens, budget).keep_idx
+    kept = selected(TrimTokenator(**knobs), tokens, budget).indices
     assert kept.dtype == torch.int64
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert len(kept) == budget
@@ -166,8 +166,8 @@ def test_stage_2_is_the_rule_of_todre_v2_with_another_first_token(budget):
     (first,) = select(tokens, 1, align_ratio=1.0)
     pivot = torch.zeros(len(tokens)).index_fill(0, torch.tensor(first), 1.0)
     tokens = dataclasses.replace(tokens, vision={("cls_attention", -1): pivot})
-    todre = Todre(objective="max_sum").select(tokens, budget)
-    assert select(tokens, budget, align_ratio=1.0) == todre.keep_idx.tolist()
+    todre = selected(Todre(objective="max_sum"), tokens, budget)
+    assert select(tokens, budget, align_ratio=1.0) == todre.indices.tolist()
 
 
 def test_one_token_and_all_but_one_are_possible_budgets():
@@ -188,7 +188,7 @@ def test_broken_features_are_an_error_even_if_stage_1_would_drop_them(bad):
     tokens = visual_tokens(side=4)
     tokens.features[3, 5] = bad
     with pytest.raises(TodreError, match="1 of 16 visual tokens"):
-        TrimTokenator().select(tokens, 4)
+        selected(TrimTokenator(), tokens, 4)
 
 
 @pytest.mark.parametrize("align_ratio", [-0.1, 1.1, "all", None])

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 
 from llava_todre.pruners.grid import cells, middles
 from llava_todre.pruners.uniform import Uniform
@@ -85,12 +85,12 @@ def a_view(rows: int, columns: int) -> VisualTokens:
 @pytest.mark.parametrize("case", CASES)
 def test_keeps_what_the_slow_reference_keeps(case, ratio):
     tokens = visual_tokens(**CASES[case])
-    budget = Uniform(retain_ratio=ratio).budget(len(tokens))
-    selection = Uniform().select(tokens, budget)
+    budget = Uniform(retain_ratio=ratio).num_keep(len(tokens))
+    selection = selected(Uniform(), tokens, budget)
     assert selection.features is None
-    assert selection.keep_idx.dtype == torch.int64
-    assert selection.keep_idx.tolist() == reference(tokens, budget)
-    assert len(set(selection.keep_idx.tolist())) == budget
+    assert selection.indices.dtype == torch.int64
+    assert selection.indices.tolist() == reference(tokens, budget)
+    assert len(set(selection.indices.tolist())) == budget
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_keeps_what_the_slow_reference_keeps(case, ratio):
     ],
 )
 def test_small_views_are_cut_as_by_hand(rows, columns, budget, kept):
-    assert Uniform().select(a_view(rows, columns), budget).keep_idx.tolist() == kept
+    assert selected(Uniform(), a_view(rows, columns), budget).indices.tolist() == kept
 
 
 def test_every_number_of_cells_of_every_rectangle_gives_full_rectangles():
@@ -153,17 +153,17 @@ def test_the_middle_of_a_cell_with_holes_is_the_token_nearest_to_its_mean(places
 def test_the_budget_is_met_from_one_to_all_but_one(case):
     tokens = visual_tokens(**CASES[case])
     for budget in (1, 2, 3, 4, 5, 6, 97, len(tokens) - 1):
-        kept = Uniform().select(tokens, budget).keep_idx
+        kept = selected(Uniform(), tokens, budget).indices
         assert len(kept) == budget
         assert bool((kept.diff() > 0).all())
 
 
 def test_every_frame_keeps_as_many_tokens():
     tokens = visual_tokens(frames=5, side=12)
-    kept = Uniform().select(tokens, 60).keep_idx
+    kept = selected(Uniform(), tokens, 60).indices
     assert tokens.view[kept].bincount().tolist() == [12] * 5
 
 
 def test_features_do_not_matter():
-    kept = [Uniform().select(visual_tokens(seed=seed), 58).keep_idx for seed in (0, 1)]
+    kept = [selected(Uniform(), visual_tokens(seed=seed), 58).indices for seed in (0, 1)]
     assert torch.equal(*kept)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import Pruner, Random, Selection, Todre, Vanilla
+from llava_todre.pruners import Keep, Pruner, Random, Todre, Vanilla
 from llava_todre.selection import greedy_diverse_batch
 from llava_todre.spans import VisualTokens
 from llava_todre.stage1.select import (
@@ -46,18 +46,18 @@ CLS = ("cls_attention", -1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep(Pruner):
+class Fixed(Pruner):
     """Keeps the tokens it is told to, with other features if some are given."""
 
     indices: tuple[int, ...]
     features: Tensor | None = None
 
-    def budget(self, num_tokens: int) -> int:
+    def num_keep(self, num_tokens: int) -> int:
         return min(num_tokens, len(self.indices))
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
-        assert budget == len(self.indices) < len(tokens)
-        return Selection(torch.tensor(self.indices), self.features)
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
+        assert num_keep == len(self.indices) < len(tokens)
+        return Keep(torch.tensor(self.indices), self.features)
 
 
 def encoded(
@@ -204,7 +204,7 @@ def test_a_newline_stays_while_its_row_keeps_a_token(grid, size, merge_type, bud
     newline = torch.randn(8, generator=draw)
     features = visual.projected[visual.slots[visual.slots != NEWLINE]]
     keep = torch.randperm(len(features), generator=draw)[:budget].sort().values.tolist()
-    packed = prune(visual, Keep(indices=tuple(keep)), newline, None)
+    packed = prune(visual, Fixed(indices=tuple(keep)), newline, None)
     assert torch.equal(packed.embeds, slow_pack(visual, set(keep), features, newline))
     assert packed.num_newlines == len(packed.embeds) - budget
     assert packed.stats.num_tokens == len(features)
@@ -212,14 +212,14 @@ def test_a_newline_stays_while_its_row_keeps_a_token(grid, size, merge_type, bud
 
 
 def test_a_kept_thumbnail_needs_no_newline():
-    packed = prune(encoded(), Keep(indices=(2, 15)), torch.ones(8), None)
+    packed = prune(encoded(), Fixed(indices=(2, 15)), torch.ones(8), None)
     assert packed.num_newlines == 0
     assert len(packed.embeds) == 2
 
 
 def test_one_view_keeps_its_newline_at_the_end():
     visual = encoded(1)
-    packed = prune(visual, Keep(indices=(2, 9)), torch.ones(8), None)
+    packed = prune(visual, Fixed(indices=(2, 9)), torch.ones(8), None)
     expected = torch.cat([visual.projected[[2, 9]], torch.ones(1, 8)])
     assert torch.equal(packed.embeds, expected)
 
@@ -231,10 +231,10 @@ def test_merged_features_stand_where_the_kept_tokens_stood(draw):
     merged = torch.randn(5, 8, generator=draw)
     features = torch.zeros(len(visual.patches), 8)
     features[keep] = merged
-    packed = prune(visual, Keep(indices=tuple(keep), features=merged), newline, None)
+    packed = prune(visual, Fixed(indices=tuple(keep), features=merged), newline, None)
     assert torch.equal(packed.embeds, slow_pack(visual, set(keep), features, newline))
     flat = encoded(merge_type="flat")
-    packed = prune(flat, Keep(indices=tuple(keep), features=merged), None, None)
+    packed = prune(flat, Fixed(indices=tuple(keep), features=merged), None, None)
     assert torch.equal(packed.embeds, merged)
 
 
