@@ -179,7 +179,8 @@ def test_nothing_is_left_behind(
             records.extend([torch.is_grad_enabled()] * (len(given) if at_once else 1))
             return select(method, given, budget)
 
-        patch.setattr(type(pruner), select.__name__, spy)
+        if pruner.selects:
+            patch.setattr(type(pruner), select.__name__, spy)
         model(input_ids=batch["inputs"], **cleared)
         assert not any(records) and len(records) == 2 * pruner.selects
     assert pickle.dumps(pruner) == frozen
