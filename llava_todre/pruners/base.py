@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import TodreError
+from llava_todre.pruners.options import option, options_of
 from llava_todre.relevance import attention_mass, attention_rows
 from llava_todre.spans import TokenType, VisualTokens, is_visual
 
@@ -205,12 +206,17 @@ class LayerView:
 class Pruner:
     """Base of all methods; its fields are the budget, which every method shares."""
 
-    retain_ratio: float = 0.10
-    """Share of the patch tokens kept per image or video, in (0, 1]; newline tokens are not counted.
-    """
-    retain_tokens: int | None = None
-    """Number of patch tokens kept per image or video, at least 1; replaces ``retain_ratio`` when
-    given."""
+    retain_ratio: float = option(
+        0.10,
+        "Share of the patch tokens kept per image or video; newline tokens are not counted.",
+        above=0,
+        high=1,
+    )
+    retain_tokens: int | None = option(
+        None,
+        "Number of patch tokens kept per image or video; replaces retain_ratio when given.",
+        low=1,
+    )
 
     about: ClassVar[About] = About(paper="", budget_note="")
 
@@ -247,15 +253,13 @@ class Pruner:
         return not reads_question and (self.withdraws_all or not self.probe_layers(num_layers))
 
     def __post_init__(self) -> None:
-        """Take numbers as Python has them, and check the ranges of the knobs."""
+        """Take numbers as Python has them, and check the options."""
         for each in fields(self):
             value = getattr(self, each.name)
             if getattr(value, "ndim", None) == 0:
                 object.__setattr__(self, each.name, plain(value))
-        require("retain_ratio", self.retain_ratio, 0.0, 1.0, low_included=False)
-        tokens = self.retain_tokens
-        if tokens is not None and (type(tokens) is not int or tokens < 1):
-            raise TodreError(f"retain_tokens {tokens!r} is out of range; allowed: 1, 2, ...")
+        for key, declared in options_of(type(self)).items():
+            declared.check(key, getattr(self, key))
 
     def num_keep(self, num_tokens: int) -> int:
         """Return how many of ``num_tokens`` patch tokens to keep; half rounds up, at least one."""
@@ -298,9 +302,11 @@ class Pruner:
         return every
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return the decoder layers after which :meth:`at_layer` is called; () means never."""
-        del num_layers
-        return ()
+        """Return the decoder layers after which :meth:`at_layer` is called; () means never.
+
+        These are the ones at the option ``probe_depths``, if there is one.
+        """
+        return layers_at(getattr(self, "probe_depths", ()), num_layers)
 
     def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         """Return which patch tokens the next layers keep; None keeps all.
@@ -336,12 +342,6 @@ def require_int(key: str, value: Any, low: int | None = None) -> None:
         raise TodreError(f"{key} {value!r} is out of range; allowed: {low} or more.")
 
 
-def require_flag(key: str, value: Any) -> None:
-    """Raise a TodreError unless ``value`` is true or false."""
-    if type(value) is not bool:
-        raise TodreError(f"{key} {value!r} is unknown. Allowed: true, false.")
-
-
 def require_layer(layer: int, num_layers: int) -> None:
     """Raise a TodreError unless tokens can leave at the entry of ``layer``."""
     if layer >= num_layers:
@@ -349,20 +349,6 @@ def require_layer(layer: int, num_layers: int) -> None:
             f"layer {layer} is out of range for a decoder of {num_layers} layers; allowed: 1 to "
             f"{num_layers - 1}."
         )
-
-
-def require_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise a TodreError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise unknown(key, value, allowed)
-
-
-def require_depths(key: str, value: Any) -> None:
-    """Raise a TodreError unless ``value`` is a tuple of numbers in (0, 1]."""
-    if not isinstance(value, tuple):
-        raise TodreError(f"{key} {value!r} is not a list; allowed: e.g. [0.5, 0.875].")
-    for depth in value:
-        require(key, depth, 0.0, 1.0, low_included=False)
 
 
 def round_half_up(value: float) -> int:

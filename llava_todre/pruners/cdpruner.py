@@ -13,7 +13,8 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, require_choice, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -50,15 +51,13 @@ class CDPruner(Pruner):
         ),
     )
 
-    relevance: Relevance = "text_embeds"
-    """Relevance by ``text_embeds`` (mean cosine with the words after the image, as the decoder
-    embeds them), ``clip`` (minus the mean cosine in CLIP's space, the released rule), or ``none``
-    (all tokens equal, a plain DPP)."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_choice("relevance", self.relevance, get_args(Relevance))
+    relevance: Relevance = option(
+        "text_embeds",
+        "Relevance by `text_embeds` (mean cosine with the words after the image, as the decoder "
+        "embeds them), `clip` (minus the mean cosine in CLIP's space, the released rule), or "
+        "`none` (all tokens equal, a plain DPP).",
+        choices=get_args(Relevance),
+    )
 
     @property
     def needs(self) -> Set[Need]:

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -31,14 +32,11 @@ class FasterVLM(Pruner):
         ),
     )
 
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from (released
-    code), -1 the last (paper)."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("cls_layer", self.cls_layer)
+    cls_layer: int = option(
+        -2,
+        "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from "
+        "(released code), -1 the last (paper).",
+    )
 
     @property
     def needs(self) -> Set[Need]:

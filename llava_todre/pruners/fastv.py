@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_int, require_layer, top
+from llava_todre.pruners.base import About, LayerView, require_layer, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.staged import StagedPruner, last_row
 
 
@@ -29,13 +30,7 @@ class FastV(StagedPruner):
         ),
     )
 
-    layer: int = 2
-    """K: the first layer, counted from 0, that works on fewer tokens; at least 1."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("layer", self.layer, 1)
+    layer: int = option(2, "K: the first layer, counted from 0, that works on fewer tokens.", low=1)
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return the one stage, after layer K - 1."""

@@ -18,11 +18,10 @@ from llava_todre.pruners.base import (
     About,
     Need,
     Pruner,
-    require,
-    require_int,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import apportion, by_view
 from llava_todre.spans import VisualTokens
 
@@ -51,16 +50,12 @@ class GlobalCom2(Pruner):
         ),
     )
 
-    cls_layer: int = -1
-    """Vision layer of the [CLS] attention: -1 is the last, as released."""
-    temperature: float = 10.0
-    """Of the softmax that compares the crops' parts of the thumbnail; higher is more even."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require_int("cls_layer", self.cls_layer)
-        require("temperature", self.temperature, 0.0, math.inf, low_included=False)
+    cls_layer: int = option(-1, "Vision layer of the [CLS] attention: -1 is the last, as released.")
+    temperature: float = option(
+        10.0,
+        "Of the softmax that compares the crops' parts of the thumbnail; higher is more even.",
+        above=0,
+    )
 
     @property
     def needs(self) -> Set[Need]:

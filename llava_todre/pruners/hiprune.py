@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import About, Need, Pruner, require, require_int, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -41,13 +42,20 @@ class HiPrune(Pruner):
         ),
     )
 
-    alpha: float = 0.1
-    """Share of the kept tokens meant for anchors and buffers, in [0, 1]; an anchor counts five."""
-    object_depth: float = 0.35
-    """Object layer: floor(depth * layers) from 0, depth between 0 and 1; 0.35 of 24 is layer 8."""
-    register_layer: int = -2
-    """Vision layer of the registers: -2 is the one LLaVA reads its features from (released code for
-    LLaVA), -1 the last (released code for Qwen2.5-VL)."""
+    alpha: float = option(
+        0.1,
+        "Share of the kept tokens meant for anchors and buffers; an anchor counts five.",
+        low=0,
+        high=1,
+    )
+    object_depth: float = option(
+        0.35, "Object layer: floor(depth * layers) from 0; 0.35 of 24 is layer 8.", above=0, below=1
+    )
+    register_layer: int = option(
+        -2,
+        "Vision layer of the registers: -2 is the one LLaVA reads its features from (released "
+        "code for LLaVA), -1 the last (released code for Qwen2.5-VL).",
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges of the knobs."""

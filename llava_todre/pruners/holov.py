@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -45,17 +46,15 @@ class HoloV(Pruner):
         ),
     )
 
-    num_runs: int = 16
-    """Runs of equal length into which the sequence is cut; the first are one token longer where it
-    does not divide evenly."""
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require_int("num_runs", self.num_runs, low=1)
-        require_int("cls_layer", self.cls_layer)
+    num_runs: int = option(
+        16,
+        "Runs of equal length into which the sequence is cut; the first are one token longer "
+        "where it does not divide evenly.",
+        low=1,
+    )
+    cls_layer: int = option(
+        -2, "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."
+    )
 
     @property
     def needs(self) -> Set[Need]:

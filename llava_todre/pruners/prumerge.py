@@ -20,12 +20,10 @@ from llava_todre.pruners.base import (
     Keep,
     Need,
     Pruner,
-    require,
-    require_flag,
-    require_int,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view, view_groups
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -55,24 +53,22 @@ class PruMerge(Pruner):
         ),
     )
 
-    adaptive: bool = False
-    """Keep the paper's own count instead of the budget: as many tokens as there are outliers of the
-    attention (above the third quartile by 1.5 times the interquartile range), divided by
-    ``attention_share``, and one per view for the dropped."""
-    attention_share: float = 1.0
-    """Share of the kept tokens chosen by attention, at least one; the rest are spaced evenly."""
-    num_merged: int = 32
-    """How many similar tokens are added to each kept one."""
-    cls_layer: int = -1
-    """Vision layer of the [CLS] attention and of the keys; heads are not split."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("attention_share", self.attention_share, 0.0, 1.0, low_included=False)
-        require_int("num_merged", self.num_merged, low=0)
-        require_int("cls_layer", self.cls_layer)
-        require_flag("adaptive", self.adaptive)
+    adaptive: bool = option(
+        False,
+        "Keep the paper's own count instead of the budget: as many tokens as there are outliers "
+        "of the attention (above the third quartile by 1.5 times the interquartile range), "
+        "divided by `attention_share`, and one per view for the dropped.",
+    )
+    attention_share: float = option(
+        1.0,
+        "Share of the kept tokens chosen by attention, at least one; the rest are spaced evenly.",
+        above=0,
+        high=1,
+    )
+    num_merged: int = option(32, "How many similar tokens are added to each kept one.", low=0)
+    cls_layer: int = option(
+        -1, "Vision layer of the [CLS] attention and of the keys; heads are not split."
+    )
 
     @property
     def needs(self) -> Set[Need]:

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_depths, top
+from llava_todre.pruners.base import About, LayerView, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.staged import StagedPruner, last_row
 
 
@@ -33,14 +34,12 @@ class PyramidDrop(StagedPruner):
     )
 
     retain_ratio: float = 0.125
-    prune_depths: tuple[float, ...] = (1 / 4, 2 / 4, 3 / 4)
-    """Depths in (0, 1]: the layers ``floor(depth * layers)`` are the first to work on fewer
-    tokens."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_depths("prune_depths", self.prune_depths)
+    prune_depths: tuple[float, ...] = option(
+        (1 / 4, 2 / 4, 3 / 4),
+        "The layers floor(depth * layers) are the first to work on fewer tokens.",
+        above=0,
+        high=1,
+    )
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return the shares ``ratio ** (i / stages)``, i = 1, 2, ..."""

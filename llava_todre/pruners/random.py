@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Pruner, random_generator, require_int
+from llava_todre.pruners.base import About, Pruner, random_generator
+from llava_todre.pruners.options import option
 from llava_todre.spans import VisualTokens
 
 
@@ -20,13 +21,7 @@ class Random(Pruner):
         paper="control", budget_note="k = share of the patch tokens of an image"
     )
 
-    seed: int = 0
-    """Vary it to draw again; report several draws."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("seed", self.seed)
+    seed: int = option(0, "Vary it to draw again; report several draws.")
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Draw ``num_keep`` tokens without replacement."""

@@ -18,12 +18,9 @@ from llava_todre.pruners.base import (
     About,
     Keep,
     LayerView,
-    require,
-    require_depths,
-    require_flag,
-    require_int,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.pruners.staged import StagedPruner, last_row
 from llava_todre.selection import check_finite
 from llava_todre.spans import TokenType
@@ -38,18 +35,21 @@ class _RatedByText(StagedPruner):
     published_counts: ClassVar[tuple[int, ...]]
     """Tokens behind each stage in the authors' table for 192 of 576."""
 
-    prune_depths: tuple[float, ...] = (2 / 32, 6 / 32, 15 / 32)
-    """Three ascending depths in (0, 1]: tokens leave after the layers ``floor(depth * layers)``."""
+    prune_depths: tuple[float, ...] = option(
+        (2 / 32, 6 / 32, 15 / 32),
+        "Three ascending depths: tokens leave after the layers floor(depth * layers).",
+        above=0,
+        high=1,
+    )
 
     def __post_init__(self) -> None:
         """Check the knobs."""
         super().__post_init__()
         depths = self.prune_depths
-        require_depths("prune_depths", depths)
         if len(depths) != len(self.published_counts) or list(depths) != sorted(depths):
             raise TodreError(
-                f"prune_depths {list(depths)} does not fit; allowed: "
-                f"{len(self.published_counts)} ascending numbers."
+                f"prune_depths must be {len(self.published_counts)} ascending numbers, got "
+                f"{list(depths)}."
             )
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
@@ -87,19 +87,11 @@ class SparseVLM(_RatedByText):
     )
     published_counts: ClassVar[tuple[int, ...]] = (300, 200, 110)
 
-    recycle: bool = True
-    """Whether dropped tokens come back merged."""
-    recycle_ratio: float = 0.3
-    """Share of the dropped tokens that is clustered, in (0, 1]."""
-    cluster_ratio: float = 0.1
-    """Clusters per clustered token, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_flag("recycle", self.recycle)
-        require("recycle_ratio", self.recycle_ratio, 0.0, 1.0, low_included=False)
-        require("cluster_ratio", self.cluster_ratio, 0.0, 1.0, low_included=False)
+    recycle: bool = option(True, "Whether dropped tokens come back merged.")
+    recycle_ratio: float = option(
+        0.3, "Share of the dropped tokens that is clustered.", above=0, high=1
+    )
+    cluster_ratio: float = option(0.1, "Clusters per clustered token.", above=0, high=1)
 
     def left(self, before: float, share: float) -> float:
         """Return what a stage leaves, merged tokens included."""
@@ -147,13 +139,7 @@ class SparseVLMPlus(_RatedByText):
     )
     published_counts: ClassVar[tuple[int, ...]] = (300, 200, 118)
 
-    num_heads: int = 14
-    """Heads that rate, at least 1; all heads if the model has fewer."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("num_heads", self.num_heads, 1)
+    num_heads: int = option(14, "Heads that rate; all heads if the model has fewer.", low=1)
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the best patch tokens by corrected attention."""

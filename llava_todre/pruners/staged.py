@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import Keep, LayerView, Pruner, require_choice, round_half_up
+from llava_todre.pruners.base import Keep, LayerView, Pruner, round_half_up
+from llava_todre.pruners.options import option
 
 BudgetRule = Literal["count", "mean"]
 
@@ -24,14 +25,12 @@ class StagedPruner(Pruner):
     All images of a prompt form one pool.
     """
 
-    budget_rule: BudgetRule = "count"
-    """What ``retain_ratio`` is a share of: ``count``, the patch tokens behind the last stage;
-    ``mean``, the mean over all decoder layers, each charged with what it processes."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_choice("budget_rule", self.budget_rule, get_args(BudgetRule))
+    budget_rule: BudgetRule = option(
+        "count",
+        "What `retain_ratio` is a share of: `count`, the patch tokens behind the last stage; "
+        "`mean`, the mean over all decoder layers, each charged with what it processes.",
+        choices=get_args(BudgetRule),
+    )
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return, by layer, the share of the patch tokens that layer 0 read to keep behind it.

@@ -15,13 +15,9 @@ from llava_todre.pruners.base import (
     LayerView,
     Need,
     Pruner,
-    layers_at,
     random_generator,
-    require,
-    require_choice,
-    require_depths,
-    require_int,
 )
+from llava_todre.pruners.options import option
 from llava_todre.selection import Objective, greedy_diverse_batch, unit_rows
 from llava_todre.spans import TokenType, VisualTokens
 
@@ -56,43 +52,50 @@ class Todre(Pruner):
         ),
     )
 
-    objective: Objective = "max_sum"
-    """Greedy rule of Stage 1: ``max_sum`` (v2) or ``max_min`` (k-center, v1)."""
-    pivot: Pivot = "cls"
-    """First token: the one [CLS] attends to most, ``random`` (the paper's choice for encoders
-    without [CLS]), or the one ``nearest`` to or ``farthest`` from the mean direction of all (the
-    paper's ablation)."""
-    similarity: Similarity = "raw"
-    """Cosine of the features as they are, or ``centred``: after their mean is taken away, which
-    spreads a cloud that lies on one side of the origin."""
-    cls_layer: int = -1
-    """Vision layer of the [CLS] attention: -1 is the last (paper), -2 is what LLaVA reads its
-    features from."""
-    cls_heads: ClsHeads = "mean"
-    """How the heads of that attention make one number: the ``mean`` of their softmaxes, or
-    ``unsplit``, one softmax over all of them taken as one head (Eq. 3 to the letter)."""
-    probe_depths: tuple[float, ...] = (7 / 8,)
-    """Depths in (0, 1] at which Stage 2 measures; () switches Stage 2 off."""
-    tau: float = 0.10
-    """Threshold on both attention shares of Eq. 8."""
-    text_set: TextSet = "after_image"
-    """The set T of Eq. 8: text after the first visual token, or ``all`` text including the system
-    prompt."""
-    seed: int = 0
-    """For ``pivot = "random"``."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require_choice("objective", self.objective, get_args(Objective))
-        require_choice("pivot", self.pivot, get_args(Pivot))
-        require_choice("cls_heads", self.cls_heads, get_args(ClsHeads))
-        require_choice("similarity", self.similarity, get_args(Similarity))
-        require_choice("text_set", self.text_set, get_args(TextSet))
-        require_depths("probe_depths", self.probe_depths)
-        require("tau", self.tau, 0.0, 1.0)
-        require_int("cls_layer", self.cls_layer)
-        require_int("seed", self.seed)
+    objective: Objective = option(
+        "max_sum",
+        "Greedy rule of Stage 1: `max_sum` (v2) or `max_min` (k-center, v1).",
+        choices=get_args(Objective),
+    )
+    pivot: Pivot = option(
+        "cls",
+        "First token: the one [CLS] attends to most, `random` (the paper's choice for encoders "
+        "without [CLS]), or the one `nearest` to or `farthest` from the mean direction of all "
+        "(the paper's ablation).",
+        choices=get_args(Pivot),
+    )
+    similarity: Similarity = option(
+        "raw",
+        "Cosine of the features as they are, or `centred`: after their mean is taken away, which "
+        "spreads a cloud that lies on one side of the origin.",
+        choices=get_args(Similarity),
+    )
+    cls_layer: int = option(
+        -1,
+        "Vision layer of the [CLS] attention: -1 is the last (paper), -2 is what LLaVA reads its "
+        "features from.",
+    )
+    cls_heads: ClsHeads = option(
+        "mean",
+        "How the heads of that attention make one number: the `mean` of their softmaxes, or "
+        "`unsplit`, one softmax over all of them taken as one head (Eq. 3 to the letter).",
+        choices=get_args(ClsHeads),
+    )
+    probe_depths: tuple[float, ...] = option(
+        (7 / 8,),
+        "Depths at which Stage 2 measures, after the layers floor(depth * layers); an empty list "
+        "switches it off.",
+        above=0,
+        high=1,
+    )
+    tau: float = option(0.10, "Threshold on both attention shares of Eq. 8.", low=0, high=1)
+    text_set: TextSet = option(
+        "after_image",
+        "The set T of Eq. 8: text after the first visual token, or `all` text including the "
+        "system prompt.",
+        choices=get_args(TextSet),
+    )
+    seed: int = option(0, "For pivot = random.")
 
     @property
     def needs(self) -> Set[Need]:
@@ -139,10 +142,6 @@ class Todre(Pruner):
         if not tokens.is_video:
             score = score.masked_fill(tokens.view != 0, -torch.inf)
         return int(score.argmax())
-
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return the layers at ``probe_depths``."""
-        return layers_at(self.probe_depths, num_layers)
 
     def at_layer(self, view: LayerView) -> Tensor | None:
         """Stage 2: withdraw all visual tokens when neither side attends to the other."""

@@ -16,10 +16,10 @@ from llava_todre.pruners.base import (
     About,
     Need,
     Pruner,
-    require,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.selection import check_finite, greedy_diverse, unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -57,14 +57,13 @@ class TrimTokenator(Pruner):
         """The text after the image."""
         return {"text_embeds"}
 
-    align_ratio: float = 0.8
-    """Share of all tokens that Stage 1 keeps, in [0, 1]; at 0 the alignment alone decides, at 1 the
-    diversity alone."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("align_ratio", self.align_ratio, 0.0, 1.0)
+    align_ratio: float = option(
+        0.8,
+        "Share of all tokens that Stage 1 keeps; at 0 the alignment alone decides, at 1 the "
+        "diversity alone.",
+        low=0,
+        high=1,
+    )
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the aligned tokens, then the diverse ones of these."""

@@ -18,12 +18,10 @@ from llava_todre.pruners.base import (
     Keep,
     Need,
     Pruner,
-    require,
-    require_flag,
-    require_int,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -52,20 +50,20 @@ class VisionZip(Pruner):
         ),
     )
 
-    dominant_ratio: float = 27 / 32
-    """Share of the kept tokens that are dominant, [CLS] included; at least one is."""
-    keep_cls: bool = True
-    """Whether [CLS] is one of the dominant tokens; otherwise a patch takes its turn."""
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention and of the keys: -2 is what LLaVA reads its features
-    from."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("dominant_ratio", self.dominant_ratio, 0.0, 1.0)
-        require_int("cls_layer", self.cls_layer)
-        require_flag("keep_cls", self.keep_cls)
+    dominant_ratio: float = option(
+        27 / 32,
+        "Share of the kept tokens that are dominant, [CLS] included; at least one is.",
+        low=0,
+        high=1,
+    )
+    keep_cls: bool = option(
+        True, "Whether [CLS] is one of the dominant tokens; otherwise a patch takes its turn."
+    )
+    cls_layer: int = option(
+        -2,
+        "Vision layer of the [CLS] attention and of the keys: -2 is what LLaVA reads its features "
+        "from.",
+    )
 
     @property
     def needs(self) -> Set[Need]:

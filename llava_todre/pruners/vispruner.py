@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, require, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -42,16 +43,15 @@ class VisPruner(Pruner):
         ),
     )
 
-    important_ratio: float = 0.5
-    """Share of the kept tokens chosen by [CLS] attention, in [0, 1]; the rest are distinct ones."""
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("important_ratio", self.important_ratio, 0.0, 1.0)
-        require_int("cls_layer", self.cls_layer)
+    important_ratio: float = option(
+        0.5,
+        "Share of the kept tokens chosen by [CLS] attention; the rest are distinct ones.",
+        low=0,
+        high=1,
+    )
+    cls_layer: int = option(
+        -2, "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."
+    )
 
     @property
     def needs(self) -> Set[Need]:

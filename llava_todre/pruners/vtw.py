@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import About, LayerView, Pruner, require, require_int, round_half_up
+from llava_todre.pruners.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +32,12 @@ class VTW(Pruner):
         ),
     )
     retain_ratio: float = 0.5
-    layer: int | None = None
-    """K: the first layer, counted from 0, without visual tokens, at least 1; null takes
-    ``retain_ratio`` of all layers."""
+    layer: int | None = option(
+        None,
+        "K: the first layer, counted from 0, without visual tokens; null takes retain_ratio of "
+        "all layers.",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         """Check the knobs."""
@@ -43,8 +47,6 @@ class VTW(Pruner):
                 f"retain_tokens {self.retain_tokens} cannot be kept by vtw, which withdraws all "
                 "visual tokens; allowed: null, with retain_ratio or layer instead."
             )
-        if self.layer is not None:
-            require_int("layer", self.layer, 1)
 
     @property
     def withdraws_all(self) -> bool:
