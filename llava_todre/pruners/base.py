@@ -122,6 +122,30 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class PromptView:
+    """The prompt of the sample as layer 0 read it."""
+
+    kinds: Tensor
+    """(L,) int8 of :class:`~llava_todre.spans.TokenType`."""
+    positions: Tensor
+    """(N,) int64 where each token that is now present stood."""
+    embeds: Callable[[], Tensor]
+    """() -> (L, D) what layer 0 read."""
+
+
+@dataclass(frozen=True)
+class DecoderView:
+    """What a method may use of the decoder itself."""
+
+    next_layer_attention: Callable[[Tensor], Tensor]
+    """(R,) positions -> (H, R, N) attention of these rows in the next layer, before it has run."""
+    rope_frequencies: Tensor
+    """(E / 2,) radians per position of each pair of the rotary embedding."""
+    final_norm: Callable[[Tensor], Tensor]
+    """(R, D) -> (R, D) the norm after the last layer."""
+
+
+@dataclass(frozen=True)
 class LayerView:
     """One sample between decoder layers ``layer`` and ``layer + 1`` of a prefill, unpadded."""
 
@@ -137,20 +161,10 @@ class LayerView:
     keys: Callable[[], Tensor]
     """() -> (G, N, E) rotated keys of ``layer``."""
     scaling: float
-    positions: Tensor
-    """(N,) int64 position of each token in the prompt as layer 0 read it."""
-    prompt_kinds: Tensor
-    """(L,) int8, one per token that layer 0 read."""
-    prompt_embeds: Callable[[], Tensor]
-    """() -> (L, D) what layer 0 read."""
     visual_counts: tuple[int, ...]
     """Patch tokens of each image or video that layer 0 read."""
-    next_layer_attention: Callable[[Tensor], Tensor]
-    """(R,) positions -> (H, R, N) attention of these rows in ``layer + 1``, before it has run."""
-    rope_frequencies: Tensor
-    """(E / 2,) radians per position of each pair of the rotary embedding."""
-    final_norm: Callable[[Tensor], Tensor]
-    """(R, D) -> (R, D) the norm behind the last layer."""
+    prompt: PromptView
+    decoder: DecoderView
     measured: dict[str, float] = field(default_factory=dict)
     """Numbers worth reporting; ``attention_ratios`` leaves its two here."""
 
@@ -169,8 +183,17 @@ class LayerView:
         """Positions of the patch tokens, ascending."""
         return (self.kinds == TokenType.VISUAL).nonzero()[:, 0]
 
-    def attention(self, rows: Tensor) -> Tensor:
-        """Return the attention of ``rows`` (R,) in ``layer``: (H, R, N) float32."""
+    @property
+    def last_row(self) -> Tensor:
+        """(1,) the position of the last token."""
+        return torch.tensor([len(self.kinds) - 1], device=self.kinds.device)
+
+    def attention(self, rows: Tensor | None = None) -> Tensor:
+        """Return the attention of ``rows`` (R,) in ``layer``: (H, R, N) float32.
+
+        Without ``rows`` it is that of the last token.
+        """
+        rows = self.last_row if rows is None else rows
         queries, keys = self.queries(rows), self.keys()
         self.tally.product(*queries.shape, keys.shape[1])
         return attention_rows(queries, keys, rows, self.scaling)

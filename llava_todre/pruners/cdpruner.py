@@ -90,11 +90,9 @@ class CDPruner(Pruner):
             rows: (N, D) their features, at length one.
         """
         if self.relevance == "clip":
-            assert tokens.clip_similarity is not None
-            similarity, sign = tokens.clip_similarity.float(), -1.0  # (N, M)
+            similarity, sign = tokens["clip_similarity"].float(), -1.0  # (N, M)
         elif self.relevance == "text_embeds":
-            assert tokens.text_embeds is not None
-            similarity, sign = rows @ unit_rows(tokens.text_embeds).T, 1.0  # (N, M)
+            similarity, sign = rows @ unit_rows(tokens["text_embeds"]).T, 1.0  # (N, M)
         else:
             return rows.new_ones(len(rows))
         raw = sign * similarity.mean(dim=1)

@@ -60,7 +60,7 @@ class DART(StagedPruner):
         pivots = torch.cat([of_image, of_text])
         each, more = divmod(count - len(of_image), len(pivots))
 
-        rows = unit_rows(view.final_norm(view.hidden_states()))
+        rows = unit_rows(view.decoder.final_norm(view.hidden_states()))
         view.tally.product(len(pivots), rows.shape[1], len(patches))
         taken = torch.isin(patches, of_image)
         for turn, similarity in enumerate(rows[pivots] @ rows[patches].T):  # (V, P)

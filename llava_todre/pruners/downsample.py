@@ -44,7 +44,6 @@ class Downsample(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Choose the grid, encode, and leave out what lies in padding."""
-        assert tokens.resized is not None
         fine = fine_grid(tokens)
         side = fine.shape[1]
         grids = [
@@ -60,7 +59,7 @@ class Downsample(Pruner):
 
         place = places(fine, rows, columns)
         present = place >= 0
-        features = tokens.resized(rows, columns)[: len(place)]
+        features = tokens["resized"](rows, columns)[: len(place)]
         features = features[present.to(features.device)][:num_keep]
         return Keep(place[present][:num_keep], features.to(tokens.features.dtype))
 

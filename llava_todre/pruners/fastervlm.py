@@ -45,6 +45,6 @@ class FasterVLM(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the most attended tokens of each view."""
-        attention = tokens.vision["cls_attention", self.cls_layer]
+        attention = tokens["cls_attention", self.cls_layer]
         kept = [group[top(attention[group], share)] for group, share in by_view(tokens, num_keep)]
         return torch.cat(kept)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llava_todre.pruners.base import About, LayerView, require_layer, top
 from llava_todre.pruners.options import option
-from llava_todre.pruners.staged import StagedPruner, last_row
+from llava_todre.pruners.staged import StagedPruner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,5 +39,5 @@ class FastV(StagedPruner):
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the patch tokens with the highest attention, mean over heads."""
-        scores = view.attention(last_row(view)).mean(dim=0)[0, view.patches]
+        scores = view.attention().mean(dim=0)[0, view.patches]
         return view.patches[top(scores, count)]

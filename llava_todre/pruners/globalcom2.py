@@ -64,7 +64,7 @@ class GlobalCom2(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the best of the thumbnail and of each crop."""
-        logits = tokens.vision["cls_logits", self.cls_layer].float()
+        logits = tokens["cls_logits", self.cls_layer].float()
         if tokens.grid is None:
             kept = [group[top(logits[group], share)] for group, share in by_view(tokens, num_keep)]
             return torch.cat(kept)

@@ -75,8 +75,8 @@ class HiPrune(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep anchors, buffers and registers of each view."""
-        objects = tokens.vision["received_attention", self.object_depth]
-        deep = tokens.vision["received_attention", self.register_layer]
+        objects = tokens["received_attention", self.object_depth]
+        deep = tokens["received_attention", self.register_layer]
         columns, rows = int(tokens.column.max()) + 1, int(tokens.row.max()) + 1
         cell = tokens.row * columns + tokens.column  # (N,)
         kept = []

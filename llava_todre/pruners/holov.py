@@ -64,7 +64,7 @@ class HoloV(Pruner):
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Weigh the runs, share the budget, and keep the most attended tokens of each."""
         num_runs = min(self.num_runs, len(tokens))
-        attention = tokens.vision["cls_attention", self.cls_layer].tensor_split(num_runs)
+        attention = tokens["cls_attention", self.cls_layer].tensor_split(num_runs)
         features = unit_rows(tokens.features).tensor_split(num_runs)
         weights = torch.stack(
             [

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from llava_todre.pruners.base import About, Count, Keep, LayerView, Need, Pruner
+from llava_todre.pruners.vanilla import Vanilla
 from llava_todre.spans import TokenType, VisualTokens
+
+
+def measure(view: LayerView) -> None:
+    """Measure Eq. 8 where visual tokens are left, with the text after the first of them as T."""
+    if bool(view.visual.any()):
+        view.attention_ratios(view.kinds == TokenType.TEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observed(Pruner):
-    """Does what ``method`` does, and measures where it would not look.
+    """Does what ``method`` does, and shows every layer to ``look``.
 
-    The text of the ratios is the text behind the first visual token. A layer that holds no visual
-    token any more is not measured. Answers are those of ``method``; times are not.
+    Answers are those of ``method``; times are not.
     """
 
     about: ClassVar[About] = About(paper="-", budget_note="that of the method")
 
-    method: Pruner
+    method: Pruner = Vanilla()
     """Whose decisions are carried out."""
+    look: Callable[[LayerView], object] = field(default=measure, compare=False)
+    """What is done with each view, after the method."""
     retain_ratio: float = field(init=False, default=1.0, repr=False)
     retain_tokens: int | None = field(init=False, default=None, repr=False)
 
@@ -68,12 +76,10 @@ class Observed(Pruner):
         return tuple(range(num_layers))
 
     def at_layer(self, view: LayerView) -> Keep | Tensor | None:
-        """Let the method decide where it looks; measure everywhere."""
+        """Let the method decide where it looks; show every layer."""
         decides = view.layer in self.method.probe_layers(view.num_layers)
         decision = self.method.at_layer(view) if decides else None
-        if bool(view.visual.any()):
-            # Last, so that every layer is measured with the same text; no work of the method's.
-            spent = view.tally.flops
-            view.attention_ratios(view.kinds == TokenType.TEXT)
-            view.tally.flops = spent
+        spent = view.tally.flops  # what follows is no work of the method's
+        self.look(view)
+        view.tally.flops = spent
         return decision

@@ -83,11 +83,10 @@ class PruMerge(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Merge view by view, then project what stays."""
-        states = tokens.vision_features
-        assert states is not None and tokens.project is not None
+        states = tokens["vision_features"]
         check_finite(states)
-        attention = tokens.vision["cls_attention_unsplit", self.cls_layer].float()
-        keys = unit_rows(tokens.vision["keys", self.cls_layer].flatten(1))
+        attention = tokens["cls_attention_unsplit", self.cls_layer].float()
+        keys = unit_rows(tokens["keys", self.cls_layer].flatten(1))
         if self.adaptive:
             num_keep = min(len(tokens), self.own_count(attention) + len(view_groups(tokens)))
 
@@ -102,7 +101,7 @@ class PruMerge(Pruner):
             places.append(group[place])
             merged.append((weights @ states[group].float()).to(states.dtype))  # (T, W)
         indices, order = torch.cat(places).sort()
-        return Keep(indices, tokens.project(torch.cat(merged)[order]))
+        return Keep(indices, tokens["project"](torch.cat(merged)[order]))
 
     def own_count(self, attention: Tensor) -> int:
         """Return how many tokens the paper keeps of an image with ``attention`` (N,)."""

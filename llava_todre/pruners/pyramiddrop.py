@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_todre.pruners.base import About, LayerView, top
 from llava_todre.pruners.options import option
-from llava_todre.pruners.staged import StagedPruner, last_row
+from llava_todre.pruners.staged import StagedPruner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,5 +51,5 @@ class PyramidDrop(StagedPruner):
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the patch tokens with the highest attention ahead, mean over heads."""
-        scores = view.next_layer_attention(last_row(view)).mean(dim=0)[0, view.patches]
+        scores = view.decoder.next_layer_attention(view.last_row).mean(dim=0)[0, view.patches]
         return view.patches[top(scores, count)]

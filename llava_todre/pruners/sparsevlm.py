@@ -21,7 +21,7 @@ from llava_todre.pruners.base import (
     top,
 )
 from llava_todre.pruners.options import option
-from llava_todre.pruners.staged import StagedPruner, last_row
+from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import check_finite
 from llava_todre.spans import TokenType
 
@@ -145,8 +145,9 @@ class SparseVLMPlus(_RatedByText):
         """Return the best patch tokens by corrected attention."""
         patches, rows = view.patches, raters(view)
         attention = view.attention(rows)[:, :, patches]  # (H, R, P)
-        weights = rope_weights(len(view.prompt_kinds), view.rope_frequencies)
-        distance = view.positions[rows][:, None] - view.positions[patches]  # (R, P)
+        weights = rope_weights(len(view.prompt.kinds), view.decoder.rope_frequencies)
+        positions = view.prompt.positions
+        distance = positions[rows][:, None] - positions[patches]  # (R, P)
         attention = attention / weights.to(attention)[distance.abs()]
         heads = top(attention.sum(dim=(1, 2)), self.num_heads)
         return patches[top(attention[heads].mean(dim=(0, 1)), count)]
@@ -159,14 +160,14 @@ def raters(view: LayerView) -> Tensor:
     dot products of their input embeddings. Where all match alike, the last token rates. With
     several images, text between them rates only those before it, because attention is causal.
     """
-    text = (view.prompt_kinds == TokenType.TEXT).nonzero()[:, 0]
-    embeds = view.prompt_embeds().float()
-    patches = embeds[view.prompt_kinds == TokenType.VISUAL]  # (P, D)
+    text = (view.prompt.kinds == TokenType.TEXT).nonzero()[:, 0]
+    embeds = view.prompt.embeds().float()
+    patches = embeds[view.prompt.kinds == TokenType.VISUAL]  # (P, D)
     votes = (patches @ embeds[text].T).softmax(dim=1)  # (P, T)
     view.tally.product(*patches.shape, len(text))
     match = votes.mean(dim=0)
-    rows = torch.isin(view.positions, text[match > match.mean()]).nonzero()[:, 0]
-    return rows if len(rows) else last_row(view)
+    rows = torch.isin(view.prompt.positions, text[match > match.mean()]).nonzero()[:, 0]
+    return rows if len(rows) else view.last_row
 
 
 def rope_weights(num_distances: int, frequencies: Tensor) -> Tensor:

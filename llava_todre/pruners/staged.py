@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
@@ -111,8 +110,3 @@ class StagedPruner(Pruner):
             else:
                 high = middle
         return high
-
-
-def last_row(view: LayerView) -> Tensor:
-    """Return (1,) the position of the last token."""
-    return torch.tensor([len(view.kinds) - 1], device=view.kinds.device)

@@ -134,7 +134,7 @@ class Todre(Pruner):
                 torch.randint(len(tokens), (), generator=random_generator(self.seed, device))
             )
         if self.pivot == "cls":
-            score = tokens.vision[self._cls_need]
+            score = tokens[self._cls_need]
         else:
             rows = unit_rows(tokens.features)
             closeness = rows @ torch.nn.functional.normalize(rows.mean(dim=0), dim=0)

@@ -67,9 +67,7 @@ class TrimTokenator(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the aligned tokens, then the diverse ones of these."""
-        text = tokens.text_embeds
-        assert text is not None
-        features = tokens.features
+        features, text = tokens.features, tokens["text_embeds"]
         check_finite(features)
         aligned = torch.arange(len(features), device=features.device)
         if len(text):

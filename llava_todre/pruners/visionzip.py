@@ -73,11 +73,10 @@ class VisionZip(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Merge view by view, then project what stays."""
-        states, cls_states = tokens.vision_features, tokens.cls_features
-        assert states is not None and cls_states is not None and tokens.project is not None
+        states, cls_states = tokens["vision_features"], tokens["cls_features"]
         check_finite(states)
-        attention = tokens.vision["cls_attention", self.cls_layer].float()
-        keys = unit_rows(tokens.vision["keys", self.cls_layer].float().mean(dim=1))
+        attention = tokens["cls_attention", self.cls_layer].float()
+        keys = unit_rows(tokens["keys", self.cls_layer].float().mean(dim=1))
 
         merged = states.clone()  # (N, W)
         kept = []
@@ -105,4 +104,4 @@ class VisionZip(Pruner):
                 merged[others[0]] = cls_states[tokens.view[group[0]]]
                 kept.append(others[:1])
         indices = torch.cat(kept).sort().values
-        return Keep(indices, tokens.project(merged[indices]))
+        return Keep(indices, tokens["project"](merged[indices]))

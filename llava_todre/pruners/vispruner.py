@@ -60,9 +60,8 @@ class VisPruner(Pruner):
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the important and the distinct tokens of each view."""
-        assert tokens.vision_features is not None
-        attention = tokens.vision["cls_attention", self.cls_layer]
-        rows = unit_rows(tokens.vision_features)  # (N, W)
+        attention = tokens["cls_attention", self.cls_layer]
+        rows = unit_rows(tokens["vision_features"])  # (N, W)
         kept = []
         for group, share in by_view(tokens, num_keep):
             order = group[top(attention[group], len(group))]

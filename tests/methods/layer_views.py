@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import Keep, LayerView, Pruner
+from llava_todre.pruners.base import DecoderView, Keep, LayerView, PromptView, Pruner
 from llava_todre.relevance import attention_rows
 from llava_todre.spans import TokenType
 
@@ -106,9 +106,14 @@ def make_case(
         "final_norm": final_norm,
         "rope_frequencies": rope_frequencies(head_width, rope_theta),
     }
+    options |= given
+    named = {key: options.pop(key) for key in ("prompt_kinds", "positions", "prompt_embeds")}
+    prompt = PromptView(*named.values())
+    names = ("next_layer_attention", "rope_frequencies", "final_norm")
+    decoder = DecoderView(*(options.pop(name) for name in names))
     arrays = (queries, keys, ahead_queries, ahead_keys, states, embeds)
     return Case(
-        LayerView(**(options | given)),
+        LayerView(prompt=prompt, decoder=decoder, **options),
         *(tensor.double().numpy() for tensor in arrays),
         kinds=[kinds[i] for i in left.tolist()],
         positions=left.tolist(),

@@ -27,7 +27,7 @@ def reference(case, count, num_image=4, num_text=4):
     def pivots(kind, most):
         return sorted(sorted(case.where(kind), key=lambda i: -length[i])[:most])
 
-    normed = case.view.final_norm(torch.tensor(case.hidden)).numpy()
+    normed = case.view.decoder.final_norm(torch.tensor(case.hidden)).numpy()
     normed = normed / np.linalg.norm(normed, axis=1, keepdims=True)
     image, text = pivots(VISUAL, min(num_image, count)), pivots(TEXT, num_text)
     kept, turns = set(image), image + text

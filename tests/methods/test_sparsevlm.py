@@ -40,7 +40,7 @@ from llava_todre.pruners.sparsevlm import (
 
 def slow_raters(case):
     """Return the positions in the view of the text that matches the image above average."""
-    kinds = case.view.prompt_kinds.tolist()
+    kinds = case.view.prompt.kinds.tolist()
     text = [i for i, kind in enumerate(kinds) if kind == TEXT]
     match = np.zeros(len(text))
     for patch in (i for i, kind in enumerate(kinds) if kind == VISUAL):
@@ -394,7 +394,7 @@ def test_half_precision_gives_a_valid_choice(method):
         queries=lambda rows: view.queries(rows).bfloat16(),
         keys=lambda: view.keys().bfloat16(),
         hidden=view.hidden_states().bfloat16(),
-        prompt_embeds=lambda: view.prompt_embeds().bfloat16(),
+        prompt_embeds=lambda: view.prompt.embeds().bfloat16(),
     )
     decision = method().at_layer(half.view)
     merged = isinstance(decision, Keep)
