@@ -30,7 +30,8 @@ class DivPrune(Pruner):
 
     about: ClassVar[About] = About(
         paper="DivPrune, CVPR 2025, arXiv 2503.02175",
-        budget_note="k = share of the patch tokens of an image, thumbnail and crops together",
+        budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
+        "the authors' script takes 9.8 %",
         deviations=(
             "The released code counts newline tokens as candidates, of which at most one survives, "
             "and takes k from the length of the whole image span.",

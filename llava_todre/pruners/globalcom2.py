@@ -37,7 +37,8 @@ class GlobalCom2(Pruner):
 
     about: ClassVar[About] = About(
         paper="GlobalCom2, AAAI 2026, arXiv 2501.05179",
-        budget_note="k tokens of the image: the thumbnail's by its size, the rest to the crops",
+        budget_note="k tokens of the image: the thumbnail's by its size, the rest to the crops; "
+        "the authors' default is 25 %",
         deviations=(
             "The released code orders the tokens of the thumbnail by score; here all are in "
             "position order.",

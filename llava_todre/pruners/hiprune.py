@@ -30,7 +30,8 @@ class HiPrune(Pruner):
 
     about: ClassVar[About] = About(
         paper="HiPrune, ACL 2026 Findings, arXiv 2508.00553",
-        budget_note="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size; "
+        "published: 192, 128 and 64 of 576",
         deviations=(
             "The object layer is given as a depth, so that it exists in any tower: 0.35 of 24 "
             "layers is the authors' ninth.",

@@ -5,7 +5,6 @@ Checks, the method's YAML file and the table of bad values in the tests are made
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -35,12 +34,14 @@ class Option:
             return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]])
         if self.kind is bool:
             return "true or false"
-        ends = [f"{self.above:g} <"] if self.above is not None else []
-        ends += [f"{self.low:g} <="] if self.low is not None else []
-        tops = [f"< {self.below:g}"] if self.below is not None else []
-        tops += [f"<= {self.high:g}"] if self.high is not None else []
         name = "each" if self.kind is tuple else key
-        bounds = ", " + " ".join([*ends, name, *tops]) if ends or tops else ""
+        low, sign = (self.low, "<=") if self.above is None else (self.above, "<")
+        high, under = (self.high, "<=") if self.below is None else (self.below, "<")
+        bounds = ""
+        if low is not None and high is not None:
+            bounds = f", {low:g} {sign} {name} {under} {high:g}"
+        elif low is not None:
+            bounds = f", {name} {sign.replace('<', '>')} {low:g}"
         words = {float: "a number", int: "a whole number", tuple: "a list of numbers"}
         return words[self.kind] + bounds + (", or null" if self.optional else "")
 
@@ -84,7 +85,6 @@ def option(default: Any, help: str, *, choices: Sequence[str] = (), **bounds: fl
     return field(default=default, metadata={"option": declared})
 
 
-@functools.cache
 def options_of(method: type) -> dict[str, Option]:
     """Return the declared options of a method; a new default keeps the base's declaration."""
     found = {}

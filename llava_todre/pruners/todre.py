@@ -42,7 +42,8 @@ class Todre(Pruner):
     about: ClassVar[About] = About(
         paper="ToDRE v2, arXiv 2505.18757v2",
         reads_text=True,
-        budget_note="k = share of the patch tokens of an image, thumbnail and crops together",
+        budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
+        "published: 25 and 10 %",
         deviations=(
             "No code is public; every choice the paper leaves open is an option.",
             "Eq. 3 knows no heads: read literally, queries and keys of all heads are one, divided "

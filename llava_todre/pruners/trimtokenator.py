@@ -42,7 +42,8 @@ class TrimTokenator(Pruner):
     about: ClassVar[About] = About(
         paper="TrimTokenator, arXiv 2509.00320",
         reads_text=True,
-        budget_note="k = share of the patch tokens of an image, thumbnail and crops together",
+        budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
+        "published: 192, 128 and 64 of 576",
         deviations=(
             "No official code is public; the 80 % of Stage 1 and the first token of Stage 2 come "
             "from a third party's implementation, which rounds them down (460 of 576); here half "

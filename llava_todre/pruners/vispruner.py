@@ -31,7 +31,8 @@ class VisPruner(Pruner):
 
     about: ClassVar[About] = About(
         paper="VisPruner, ICCV 2025, arXiv 2412.01818v2",
-        budget_note="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size; "
+        "published: 192, 128 and 64 of 576",
         deviations=(
             "The released code never unpads and gives every view the same number.",
             "It stops with an error at most odd numbers of residual tokens, and where a round "

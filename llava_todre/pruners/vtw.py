@@ -31,7 +31,12 @@ class VTW(Pruner):
             "depths.",
         ),
     )
-    retain_ratio: float = 0.5
+    retain_ratio: float = option(
+        0.5, "Share of the decoder layers that see the visual tokens.", above=0, high=1
+    )
+    retain_tokens: int | None = option(
+        None, "Not for this method, which withdraws all visual tokens.", low=1
+    )
     layer: int | None = option(
         None,
         "K: the first layer, counted from 0, without visual tokens; null takes retain_ratio of "
