@@ -51,7 +51,8 @@ class Option:
             if value not in self.choices:
                 raise unknown(key, value, self.choices)
         elif not (self._fits(value) or (self.optional and value is None)):
-            raise TodreError(f"{key} must be {self.allowed(key)}, got {value!r}.")
+            shown = list(value) if isinstance(value, tuple) else value
+            raise TodreError(f"{key} must be {self.allowed(key)}, got {shown!r}.")
 
     def _fits(self, value: Any) -> bool:
         if self.kind is tuple:

@@ -323,7 +323,7 @@ def test_statistics_are_those_of_the_last_call(model, inputs):
     ("call", "message"),
     [
         (lambda model: hf.attach(model, "todr"), "todre"),
-        (lambda model: hf.attach(model, METHOD, retain_ratio=0.1), "beside a method object"),
+        (lambda model: hf.attach(model, METHOD, tau=0.1), "option of method .*'tau' is unknown"),
         (lambda model: hf.attach(model, "downsample"), "needs resized, which models of the family"),
         (lambda model: hf.attach(None), "model NoneType is not supported; allowed: Llava"),
         (lambda model: hf.attach(model, None), "method None is neither a name nor a method object"),

@@ -239,5 +239,3 @@ def test_a_mean_that_the_first_layers_alone_exceed_is_refused(pruner, num_layers
 def test_the_budget_rule_is_one_of_two():
     with pytest.raises(TodreError, match="budget_rule 'means' .* mean 'mean'.*count, mean"):
         FastV(budget_rule="means")
-    with pytest.raises(TodreError, match=r"retain_ratio 0\.0 "):
-        FastV(retain_ratio=0.0)

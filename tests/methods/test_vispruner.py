@@ -12,20 +12,11 @@ import dataclasses
 import pytest
 import torch
 from conftest import selected, visual_tokens
+from slow import slow_shares
 from torch import Tensor
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.vispruner import VisPruner
 from llava_todre.spans import VisualTokens
-
-
-def slow_shares(total: int, sizes: list[int]) -> list[int]:
-    """Largest remainder, in whole numbers."""
-    whole = [total * size // sum(sizes) for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % sum(sizes)), i))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
 
 
 def slow_distinct(residual: list[int], count: int, cosine: list[list[float]]) -> list[int]:
@@ -197,25 +188,3 @@ def test_similarity_is_that_before_the_projector_and_ignores_length() -> None:
 def test_it_asks_for_the_layer_that_llava_reads_and_for_its_features() -> None:
     assert VisPruner().needs == {("cls_attention", -2), "vision_features"}
     assert VisPruner(cls_layer=-1).needs == {("cls_attention", -1), "vision_features"}
-
-
-def test_features_that_are_not_finite_are_refused() -> None:
-    tokens = visual_tokens(side=12)
-    assert tokens.vision_features is not None
-    tokens.vision_features[7, 3] = torch.nan
-    with pytest.raises(TodreError, match="NaN"):
-        selected(VisPruner(), tokens, 36)
-
-
-def test_half_precision_is_compared_in_float32() -> None:
-    tokens = visual_tokens(side=12, dtype=torch.bfloat16)
-    kept = selected(VisPruner(), tokens, 36).indices.tolist()
-    assert kept == slow_select(tokens, 36, torch.float32)
-
-
-@pytest.mark.parametrize(
-    "knob", [{"important_ratio": -0.1}, {"important_ratio": 1.5}, {"cls_layer": 1.0}], ids=str
-)
-def test_a_bad_knob_is_refused(knob: dict) -> None:
-    with pytest.raises(TodreError, match=next(iter(knob))):
-        VisPruner(**knob)

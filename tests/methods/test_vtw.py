@@ -58,12 +58,6 @@ def test_a_number_of_tokens_is_refused():
         VTW(retain_tokens=64)
 
 
-@pytest.mark.parametrize("layer", [0, -3, 1.5, "16", False])
-def test_a_bad_layer_is_refused(layer):
-    with pytest.raises(TodreError, match=f"layer {layer!r} is .*allowed"):
-        VTW(layer=layer)
-
-
 # ---------------------------------------------------------------- the search
 
 
