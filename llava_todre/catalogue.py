@@ -9,6 +9,6 @@ COMBINATION = "A+B: Stage 1 of A, decoder stage of B."
 
 def where(method: type[Pruner]) -> str:
     """Return where a method drops tokens: ``before`` or ``inside`` the decoder, or ``both``."""
-    before = method.selects and method.select is not Pruner.select
+    before = method.select is not Pruner.select
     inside = method.at_layer is not Pruner.at_layer
     return "both" if before and inside else "before" if before else "inside" if inside else "-"

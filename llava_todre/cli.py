@@ -68,7 +68,9 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
     commands.add_subcommand("convert", _convert_parser(), help="save in the layout of llava-hf")
     commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
-    commands.add_subcommand("list", _Parser(), help="list the pruning methods")
+    listing = _Parser()
+    listing.add_argument("method", nargs="?", help="show its options, as a method file has them")
+    commands.add_subcommand("list", listing, help="list the pruning methods, or options of one")
     return parser
 
 
@@ -334,8 +336,11 @@ def _comparison() -> Callable[..., None]:
 def _list(options: Namespace) -> None:
     from llava_todre.catalogue import COMBINATION, where
     from llava_todre.pruners import PRUNERS
+    from llava_todre.pruners.method_file import method_yaml
 
-    del options
+    if options.method is not None:
+        print(method_yaml(options.method), end="")
+        return
     rows = [("name", "prunes", "text", "paper")]
     for name, method in PRUNERS.items():
         text = "yes" if method.about.reads_text else "no"

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from llava_todre.errors import TodreError
 
 NewlineRule = Literal["row", "all", "none"]
 """Which newline tokens stay once patch tokens are dropped; see :func:`with_newlines`."""
@@ -23,7 +25,8 @@ class VisualTokens:
     """The patch tokens of one image or video, in the order in which the decoder would read them.
 
     ``image_newline`` tokens are not among them: they carry no content and follow the patch tokens
-    of their row. What a method must ask for (see ``Pruner.needs``) is None or absent otherwise.
+    of their row. What a method must name in ``Pruner.needs`` is None or absent otherwise; a method
+    reads it as ``tokens["text_embeds"]`` or ``tokens["cls_attention", -2]``.
     """
 
     features: Tensor
@@ -58,6 +61,19 @@ class VisualTokens:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def __getitem__(self, need: str | tuple[str, int | float]) -> Any:
+        """Return what a method needs.
+
+        Raises:
+            TodreError: the method does not have it among its ``needs``.
+        """
+        found = self.vision.get(need) if isinstance(need, tuple) else getattr(self, need, None)
+        if found is None:
+            given_with = {"cls_features": "vision_features", "project": "vision_features"}
+            name = given_with.get(need, need) if isinstance(need, str) else need
+            raise TodreError(f"{need!r} was not computed; add {name!r} to the needs of the method.")
+        return found
 
 
 class TokenType(IntEnum):

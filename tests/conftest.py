@@ -21,7 +21,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from llava_todre.model.export_hf import save_as_hf
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
-from llava_todre.pruners import LayerView, Pruner
+from llava_todre.pruners import Keep, LayerView, Pruner
 from llava_todre.spans import TokenType, VisualTokens, is_visual
 
 # Matrices this small are faster without handing work to a second thread.
@@ -184,6 +184,11 @@ def visual_tokens(
         resized=resized,
         text_embeds=0.3 * noise(num_text, width).to(dtype),
     )
+
+
+def selected(method: Pruner, tokens: VisualTokens, num_keep: int) -> Keep:
+    """Return what a method keeps when it is to keep ``num_keep``, in position order."""
+    return Keep.checked(method.select(tokens, num_keep), type(method).__name__, len(tokens))
 
 
 def layer_view(cls: type[LayerView] = LayerView, **given: Any) -> LayerView:

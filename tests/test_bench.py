@@ -132,7 +132,7 @@ def test_a_dry_run_names_what_would_be_measured(
         (["--new-tokens", "2"], "new-tokens 2 is out of range"),
         (["--threads", "0"], "threads 0 is out of range"),
         (["--compare", "toder"], "toder"),
-        (["--ratios", "1.5"], "retain_ratio 1.5 is out of range"),
+        (["--ratios", "1.5"], "0 < retain_ratio <= 1, got 1.5"),
         (["--dtype", "float8"], "float8"),
         (["--attention", "flash_attention_2"], "flash_attention_2"),
     ],

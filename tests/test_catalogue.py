@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 from torch import Tensor
@@ -34,7 +33,7 @@ def test_known_methods(name: str, place: str, text: bool) -> None:
 def test_a_method_that_has_no_budget_before_the_decoder_is_inside() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Late(PRUNERS["random"]):  # type: ignore[misc]
-        selects: ClassVar[bool] = False
+        select = Pruner.select
 
         def at_layer(self, view: LayerView) -> Tensor | None:
             return None
@@ -48,6 +47,6 @@ def test_every_method_prunes_somewhere_and_says_what_it_is(name: str) -> None:
     method = PRUNERS[name]
     assert (where(method) == "-") == (name == "vanilla")
     assert "text_embeds" not in method().needs or method.about.reads_text
-    assert method.about.paper and method.about.budget
-    assert "\n" not in method.about.paper + method.about.budget + method.about.order
+    assert method.about.paper and method.about.budget_note
+    assert "\n" not in method.about.paper + method.about.budget_note
     assert all(line.endswith(".") for line in method.about.deviations)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
@@ -73,8 +73,8 @@ def test_each_stage_is_that_of_its_method() -> None:
     alone = create_pruner("fastervlm", retain_ratio=0.25)
     tokens = visual_tokens(side=8)
     assert pruner.needs == alone.needs
-    assert pruner.budget(64) == 16
-    assert torch.equal(pruner.select(tokens, 16).keep_idx, alone.select(tokens, 16).keep_idx)
+    assert pruner.num_keep(64) == 16
+    assert torch.equal(selected(pruner, tokens, 16).indices, selected(alone, tokens, 16).indices)
     assert pruner.probe_layers(32) == create_pruner("todre").probe_layers(32)
     assert create_pruner("todre+vanilla").probe_layers(32) == ()
     assert not create_pruner("vanilla+todre").will_select(576)

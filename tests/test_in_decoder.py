@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import LayerView, Merge, Pruner, create_pruner
+from llava_todre.pruners import Keep, LayerView, Pruner, create_pruner
 from llava_todre.spans import TokenType
 
 STEPS = 5
@@ -42,18 +42,18 @@ class Spy(Pruner):
     seen: list[tuple[LayerView, Any, dict[str, Tensor]]] = dataclasses.field(hash=False)
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("needs", "budget", "selects", "will_select", "select", "probe_layers"):
+        if name in ("needs", "num_keep", "will_select", "select", "probe_layers"):
             return getattr(self.method, name)
         return super().__getattribute__(name)
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         rows = torch.tensor([0, len(view.kinds) // 2, len(view.kinds) - 1])
         shown = {
             "hidden_states": view.hidden_states().clone(),
-            "prompt_embeds": view.prompt_embeds().clone(),
-            "final_norm": view.final_norm(view.hidden_states()),
+            "prompt_embeds": view.prompt.embeds().clone(),
+            "final_norm": view.decoder.final_norm(view.hidden_states()),
             "attention": view.attention(rows),
-            "next_layer_attention": view.next_layer_attention(rows),
+            "next_layer_attention": view.decoder.next_layer_attention(rows),
         }
         decision = self.method.at_layer(view)
         self.seen.append((view, decision, shown))
@@ -110,10 +110,12 @@ def test_views_and_decisions_agree_with_the_slow_decoder(
         for view, decision, _ in seen[row::3]:
             if decision is None:
                 continue
-            keep = decision.keep if isinstance(decision, Merge) else decision
-            if isinstance(decision, Merge):
-                replaced[view.layer] = view.positions[keep], decision.hidden_states[keep]
-            present[view.layer + 1 :, view.positions[~keep]] = False
+            kept = Keep.checked(decision, name, len(view.kinds))
+            if kept.features is not None:
+                replaced[view.layer] = view.prompt.positions[kept.indices], kept.features
+            gone = view.kinds == TokenType.VISUAL
+            gone[kept.indices] = False
+            present[view.layer + 1 :, view.prompt.positions[gone]] = False
             for newline in (kinds == TokenType.NEWLINE).nonzero()[:, 0].tolist():
                 of_row = (line == line[newline]) & (kinds == TokenType.VISUAL)
                 present[view.layer + 1 :, newline] = bool(present[view.layer + 1][of_row].any())
@@ -151,9 +153,9 @@ def check_view(
         "attention": run.attention[view.layer][:, where[rows]][:, :, where],
         "next_layer_attention": ahead[:, where[rows]][:, :, where],
     }
-    assert torch.equal(view.positions, where)
+    assert torch.equal(view.prompt.positions, where)
     assert torch.equal(view.kinds, kinds[where])
-    assert torch.equal(view.prompt_kinds, kinds)
+    assert torch.equal(view.prompt.kinds, kinds)
     for key, value in expected.items():
         torch.testing.assert_close(shown[key].double(), value.double(), rtol=0, atol=3e-5, msg=key)
 

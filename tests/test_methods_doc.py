@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from eval.__main__ import main
 from eval.mini import TASKS, held_out
@@ -18,7 +19,7 @@ from eval.pages import performance
 from llava_todre import load_pretrained_model
 from llava_todre.generate import Request, answer
 from llava_todre.intervals import difference
-from llava_todre.pruners import PRUNERS, Pruner, Selection
+from llava_todre.pruners import PRUNERS, Pruner
 from llava_todre.spans import VisualTokens
 from llava_todre.viz import token_boxes
 
@@ -104,7 +105,7 @@ def test_every_method_is_described_in_the_order_of_the_registry(page: Path) -> N
         about = PRUNERS[name].about
         paper, _, _, _, *rule = (cell.replace("\\|", "|") for cell in cells.split(" | "))
         assert paper == about.paper
-        assert rule == [about.budget, about.count, about.order]
+        assert rule == [about.budget_note, about.count]
     assert "`cls_attention` -1 |" in dict(rows)["todre"]
     listed = re.findall(r"^\*\*`(\w+)`\*\*$", rest, re.MULTILINE)
     assert listed == [name for name in PRUNERS if PRUNERS[name].about.deviations]
@@ -146,12 +147,12 @@ class LooksAtCls(Pruner):
     layer: int = -1
 
     @property
-    def needs(self) -> frozenset[Any]:  # type: ignore[override]
-        return frozenset({("cls_attention", self.layer)})
+    def needs(self) -> set[Any]:
+        return {("cls_attention", self.layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         score = tokens.vision["cls_attention", self.layer].masked_fill(tokens.view == 0, -1)
-        return Selection(score.topk(budget).indices.sort().values)
+        return score.topk(num_keep).indices
 
 
 def test_what_the_page_says_of_attention_is_so() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.arguments import build_pruner
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import PRUNERS, Pruner, Random, Selection, Todre, Vanilla, create_pruner
+from llava_todre.pruners import PRUNERS, Keep, Pruner, Random, Todre, Vanilla, create_pruner
 from llava_todre.pruners.method_file import named_or_from_file
 from llava_todre.selection import greedy_diverse_batch
 from llava_todre.spans import NewlineRule, TokenType, VisualTokens, with_newlines
@@ -45,18 +45,18 @@ NEWLINES = get_args(NewlineRule)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keep(Pruner):
+class Fixed(Pruner):
     """Keeps the tokens it is told to, with other features if some are given."""
 
     indices: tuple[int, ...]
     features: Tensor | None = None
 
-    def budget(self, num_tokens: int) -> int:
+    def num_keep(self, num_tokens: int) -> int:
         return min(num_tokens, len(self.indices))
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
-        assert budget == len(self.indices) < len(tokens)
-        return Selection(torch.tensor(self.indices), self.features)
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
+        assert num_keep == len(self.indices) < len(tokens)
+        return Keep(torch.tensor(self.indices), self.features)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def test_newlines_stay_as_the_method_says(grid, size, budget, newlines, draw):
     case = encoded(1 + grid[0] * grid[1], 4, grid, size)
     features = case.image.features
     keep = torch.randperm(len(features), generator=draw)[:budget].sort().values.tolist()
-    pruned = prune(case.image, Keep(indices=tuple(keep), newlines=newlines))
+    pruned = prune(case.image, Fixed(indices=tuple(keep), newlines=newlines))
     assert torch.equal(pruned.embeds, case.slow_prune(keep, features, newlines))
     assert int(pruned.stays.sum()) == len(pruned.embeds)
     assert pruned.stats.num_tokens == len(features)
@@ -236,13 +236,13 @@ def test_newlines_stay_as_the_method_says(grid, size, budget, newlines, draw):
 
 
 def test_a_kept_thumbnail_needs_no_newline():
-    assert len(prune(encoded().image, Keep(indices=(2, 15))).embeds) == 2
+    assert len(prune(encoded().image, Fixed(indices=(2, 15))).embeds) == 2
 
 
 def test_one_view_keeps_its_newline_at_the_end():
     case = encoded(1)
     expected = torch.cat([case.projected[[2, 9]], case.newline[None]])
-    assert torch.equal(prune(case.image, Keep(indices=(2, 9))).embeds, expected)
+    assert torch.equal(prune(case.image, Fixed(indices=(2, 9))).embeds, expected)
 
 
 def test_merged_features_stand_where_the_kept_tokens_stood(draw):
@@ -251,7 +251,7 @@ def test_merged_features_stand_where_the_kept_tokens_stood(draw):
     merged = torch.randn(5, 8, generator=draw)
     features = torch.zeros(len(case.image.features), 8)
     features[keep] = merged
-    method = Keep(indices=tuple(keep), features=merged)
+    method = Fixed(indices=tuple(keep), features=merged)
     assert torch.equal(prune(case.image, method).embeds, case.slow_prune(keep, features))
     flat = encoded(merge_type="flat").image
     assert torch.equal(prune(flat, method).embeds, merged)
@@ -303,7 +303,7 @@ class Counting(Random):
 
     calls: list[int] = field(default_factory=list, compare=False)
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Keep]:
         self.calls.append(len(images))
         return super().select_all(images, budgets)
 
@@ -335,7 +335,7 @@ def test_a_prompt_holds_text_and_what_stays_of_its_images(newlines, draw):
     images = [first.image, second.image]
     row, image = expand(ids == -200, [len(each.layout) for each in images])
     keep = [3, 17, 18, 25, 30]
-    method = Keep(indices=tuple(keep), newlines=newlines)
+    method = Fixed(indices=tuple(keep), newlines=newlines)
     [prompt] = prune_prompts([Prompt(ids, embeds, images, row, image, labels)], method)
     parts = [case.slow_prune(keep, case.image.features, newlines) for case in (first, second)]
     expected = torch.cat([embeds[:2], parts[0], embeds[3:4], parts[1], embeds[5:]])

@@ -121,10 +121,7 @@ class Scripted(Pruner):
         stride = plan.get(view.layer)
         if stride is None:
             return None
-        keep = view.kinds != TokenType.VISUAL
-        if stride:
-            keep[(~keep).nonzero()[::stride, 0]] = True
-        return keep
+        return view.patches[::stride] if stride else view.patches[:0]
 
 
 def batch_of(samples: list[Sample], side: str = "left") -> dict[str, Any]:

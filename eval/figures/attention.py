@@ -1,35 +1,15 @@
-"""Attention of a decoder, layer by layer, seen by a method that looks and drops nothing.
+"""Attention of a decoder, layer by layer: what :class:`~llava_todre.pruners.Observed` looks at.
 
 Symbols: H heads, R rows, N tokens, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from llava_todre.pruners import LayerView
-from llava_todre.pruners.base import Pruner
 from llava_todre.spans import TokenType
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observer(Pruner):
-    """Shows every layer of a prefill to a function."""
-
-    retain_ratio: float = 1.0
-    look: Callable[[LayerView], None] = field(compare=False)
-
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return all layers."""
-        return tuple(range(num_layers))
-
-    def at_layer(self, view: LayerView) -> None:
-        """Look, and keep everything."""
-        self.look(view)
 
 
 def ratios(view: LayerView) -> dict[str, tuple[float, float]]:

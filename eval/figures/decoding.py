@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from eval.figures.attention import Observer, received
+from eval.figures.attention import received
 from eval.figures.sources import Data, Sources, held_out_note, middle, opened
 from eval.figures.style import BLACK, BLUE, GREEN, ORANGE, PAGE, letter, new_figure, some
 from eval.mini import held_out
 from llava_todre.model.images import process_images
 from llava_todre.model.prompt import build_prompt, tokenizer_image_token
-from llava_todre.pruners import LayerView
+from llava_todre.pruners import LayerView, Observed
 
 PICTURES = 12
 TASKS = ("exist", "count", "relation", "read")
@@ -69,7 +69,7 @@ def gather(sources: Sources) -> Data:
             ) -> None:
                 into.append(received(view, count))
 
-            model.set_pruner(Observer(look=look))
+            model.set_pruner(Observed(look=look))
             whole = torch.cat([prompt.to(fed.device), fed])[None]
             model(input_ids=whole, images=visual, logits_to_keep=1)
             seen.setdefault(question.task, []).append(layers)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from eval.figures.attention import Observer, ratios
+from eval.figures.attention import ratios
 from eval.figures.canvas import arrow, box, place_picture, write
 from eval.figures.pictures import (
     MAX_NEW_TOKENS,
@@ -33,7 +33,7 @@ from eval.figures.style import (
 )
 from eval.mini import TEST_SEED, held_out
 from llava_todre.generate import Request, answer
-from llava_todre.pruners import Combined, LayerView, create_pruner
+from llava_todre.pruners import Combined, LayerView, Observed, create_pruner
 from llava_todre.pruners.todre import Todre
 from llava_todre.spans import TokenType
 
@@ -65,7 +65,7 @@ def gather(sources: Sources) -> Data:
         shares.append(max(ratios(view)["after_image"]))
 
     first = create_pruner("todre", retain_ratio=RATIO, probe_depths=())
-    model.set_pruner(Combined(before=first, inside=Observer(look=look)))
+    model.set_pruner(Combined(before=first, inside=Observed(look=look)))
     answer(model, tokenizer, asked, max_new_tokens=1)
     model.set_pruner("todre", retain_ratio=RATIO)
     given = answer(model, tokenizer, asked, max_new_tokens=MAX_NEW_TOKENS)[0]

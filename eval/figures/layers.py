@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval.figures.attention import Observer, ratios
+from eval.figures.attention import ratios
 from eval.figures.sources import Data, Sources, held_out_note, middle, opened
 from eval.figures.style import (
     BLACK,
@@ -21,7 +21,7 @@ from eval.figures.style import (
 )
 from eval.mini import held_out
 from llava_todre.generate import Request, answer
-from llava_todre.pruners import Combined, LayerView, Pruner, create_pruner
+from llava_todre.pruners import Combined, LayerView, Observed, Pruner, create_pruner
 from llava_todre.pruners.todre import Todre
 
 PICTURES = 12
@@ -55,7 +55,7 @@ def gather(sources: Sources) -> Data:
                 seen[view.layer][f"{text} to visual"].append(to_visual)
                 seen[view.layer][f"visual to {text}"].append(to_text)
 
-        observer = Observer(look=look)
+        observer = Observed(look=look)
         model.set_pruner(observer if before is None else Combined(before=before, inside=observer))
         for sample in samples:
             asked = [Request(question.text, [sample.image]) for question in sample.questions]

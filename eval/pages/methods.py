@@ -50,13 +50,13 @@ def render() -> str:
 
 
 def _methods() -> str:
-    header = ["method", "paper", "where", "text", "needs", "budget", "count", "order"]
+    header = ["method", "paper", "where", "text", "needs", "budget", "count"]
     table = [header]
     for name, method in PRUNERS.items():
         about = method.about
         text = "yes" if about.reads_text else "no"
         needs = ", ".join(_need(need) for need in sorted(method().needs, key=str)) or "-"
-        cells = [about.paper, where(method), text, needs, about.budget, about.count, about.order]
+        cells = [about.paper, where(method), text, needs, about.budget_note, about.count]
         table.append([f"`{name}`", *(cell.replace("|", "\\|") for cell in cells)])
     return "\n".join(markdown_lines(table, left=len(header)))
 

@@ -23,7 +23,7 @@ from llava_todre.hf.original import ORIGINAL
 from llava_todre.hf.original_attachment import OriginalAttachment
 from llava_todre.locking import in_turn, turn
 from llava_todre.model.adapters import unwrapped
-from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.pruners import Pruner, resolve
 from llava_todre.stats import PruneStats
 
 _STACK = "_todre_attachments"
@@ -47,11 +47,7 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
     """
     model = unwrapped(model)
     kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
-    if isinstance(method, Pruner) and knobs:
-        raise TodreError(
-            f"options {', '.join(knobs)} beside a method object; allowed: set them on the object."
-        )
-    pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
+    pruner = resolve(method, knobs)
     with turn(model):
         stack = model.__dict__.get(_STACK, [])
         own = stack[0].own if stack else getattr(model, "generate", None)

@@ -328,7 +328,10 @@ class Attachment:
         """Return the images of each prompt as Stage 1 reads them."""
         project = partial(self.family.project, self.model)
         return [
-            [features_of(each, row, captured, self.pruner.needs, project) for each in of_row]
+            [
+                features_of(each, row, captured, frozenset(self.pruner.needs), project)
+                for each in of_row
+            ]
             for row, of_row in enumerate(visuals)
         ]
 

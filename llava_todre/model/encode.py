@@ -97,7 +97,7 @@ class LlavaLlamaModel(PruningLlamaModel):
             for view, grid, size, kind in zip(views, grids, sizes, kinds, strict=True)
         ]
         selects = any(pruner.will_select(layout.num_tokens) for layout in layouts)
-        needs = pruner.needs if selects else frozenset[Need]()
+        needs = frozenset(pruner.needs) if selects else frozenset[Need]()
         before = bool(needs & {"vision_features", "clip_similarity"})
         parameter = next(self.vision_tower.parameters())
         pixels = torch.cat([view.to(parameter.device, parameter.dtype) for view in views])

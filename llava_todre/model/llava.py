@@ -8,7 +8,6 @@ Stage 1 happens in ``prepare_inputs_labels_for_multimodal``, Stage 2 in the forw
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,8 +26,7 @@ from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
 from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.vision import VisionTower
-from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
-from llava_todre.pruners.base import plain
+from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, create_pruner, resolve
 from llava_todre.settings import (
     checked,
     keeps_cache_rows,
@@ -106,17 +104,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             TodreError: unknown method or option, a value out of range, or a method that needs
                 something this model does not compute.
         """
-        if not isinstance(method, Pruner):
-            method = create_pruner(method, **knobs)
-        elif knobs:
-            if isinstance(method, Combined):
-                raise TodreError(
-                    "options of a combination belong to its stages; allowed: none beside the "
-                    "object, or set_pruner('A+B', ...)."
-                )
-            check_knobs(type(method).__name__, type(method), knobs)
-            given = {key: plain(value) for key, value in knobs.items()}
-            method = dataclasses.replace(method, **given)
+        method = resolve(method, knobs)
         if "clip_similarity" in method.needs and self.clip_text is None:
             raise TodreError(
                 f"{type(method).__name__} needs CLIP's text tower, which is not loaded; call "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llava_todre.errors import TodreError, unknown
@@ -11,11 +11,12 @@ from llava_todre.pruners.base import (
     NEEDS,
     VISION_NEEDS,
     About,
+    DecoderView,
+    Keep,
     LayerView,
-    Merge,
     Need,
+    PromptView,
     Pruner,
-    Selection,
     Tally,
     plain,
 )
@@ -77,15 +78,16 @@ __all__ = [
     "VISION_NEEDS",
     "About",
     "Combined",
+    "DecoderView",
+    "Keep",
     "LayerView",
-    "Merge",
     "Need",
     "Observed",
+    "PromptView",
     "Pruner",
-    "Selection",
     "Tally",
-    "check_knobs",
     "create_pruner",
+    "resolve",
 ]
 
 
@@ -137,6 +139,25 @@ def create_pruner(method: str, **knobs: Any) -> Pruner:
         before=create_pruner(before, **shares["before"]),
         inside=create_pruner(inside, **shares["inside"]),
     )
+
+
+def resolve(method: str | Pruner, options: Mapping[str, Any]) -> Pruner:
+    """Return a method by its name, or a method object, with these options.
+
+    Raises:
+        TodreError: see :func:`create_pruner`; or options for an object that combines two methods.
+    """
+    if not isinstance(method, Pruner):
+        return create_pruner(method, **options)
+    if not options:
+        return method
+    if isinstance(method, Combined):
+        raise TodreError(
+            f"options of a combination belong to its stages: expected none next to the object, or "
+            f"'A+B' by name, got {', '.join(options)}."
+        )
+    check_knobs(type(method).__name__, type(method), options)
+    return dataclasses.replace(method, **{key: plain(value) for key, value in options.items()})
 
 
 def check_knobs(name: str, method: type[Pruner], knobs: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ between two decoder layers during prefill. A method overrides the hooks it uses 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
@@ -19,7 +19,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import TodreError
+from llava_todre.pruners.options import option, options_of
 from llava_todre.relevance import attention_mass, attention_rows
 from llava_todre.spans import NewlineRule, TokenType, VisualTokens, is_visual
 
@@ -38,6 +39,7 @@ NEEDS = frozenset({"text_embeds", "clip_similarity", "vision_features", "resized
 :class:`~llava_todre.spans.VisualTokens`."""
 
 Need = str | tuple[str, int | float]
+Count = Literal["exact", "at most", "own"]
 
 
 @dataclass(frozen=True)
@@ -46,37 +48,66 @@ class About:
 
     paper: str
     """Name, venue, arXiv number."""
-    budget: str
+    budget_note: str
     """How the published budget is carried over to any ``retain_ratio``."""
-    count: Literal["exact", "at most", "own"] = "exact"
+    count: Count = "exact"
     """Whether the number of tokens kept is the budget, at most the budget, or the method's own
     affair."""
     reads_text: bool = False
     """Whether what is dropped depends on the text of the prompt."""
-    order: str = "position"
-    """The order in which the decoder reads the tokens that stay."""
     deviations: tuple[str, ...] = ()
     """Where this implementation departs from the released code, and why."""
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What Stage 1 keeps of one image or video."""
+class Keep:
+    """Which patch tokens stay, and what stands in their places; both hooks return it.
 
-    keep_idx: Tensor
-    """(K,) int64, ascending, into the visual tokens: the places that stay."""
+    A hook that changes no token may return the indices alone.
+    """
+
+    indices: Tensor
+    """(K,) int64, in any order, each once: into the tokens of the image (``select``), or into those
+    present in the layer (``at_layer``)."""
     features: Tensor | None = None
-    """(K, D) what stands in those places, for methods that merge; None is the tokens' own."""
+    """(K, D) for methods that merge, in the order of ``indices``; None is the tokens' own."""
 
+    @classmethod
+    def checked(cls, kept: Keep | Tensor, hook: str, num_tokens: int) -> Keep:
+        """Return what a hook has returned, with indices ascending and on the CPU.
 
-@dataclass(frozen=True)
-class Merge:
-    """A decision inside the decoder that also changes tokens."""
+        Args:
+            kept: what it has returned.
+            hook: its name, for messages.
+            num_tokens: how many tokens it could choose from.
 
-    keep: Tensor
-    """(N,) bool, which tokens the next layers hold."""
-    hidden_states: Tensor
-    """(N, D) what they hold in those places."""
+        Raises:
+            TodreError: indices of another type, out of range or repeated, or features of another
+                number.
+        """
+        kept = kept if isinstance(kept, Keep) else cls(kept)
+        indices, features = kept.indices, kept.features
+        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
+            got = getattr(indices, "dtype", type(indices).__name__)
+            shape = tuple(getattr(indices, "shape", ()))
+            raise TodreError(f"{hook} must return (K,) int64 indices, got {got} {shape}.")
+        indices, order = indices.cpu().sort()
+        if len(indices) and (indices[0] < 0 or indices[-1] >= num_tokens):
+            raise TodreError(
+                f"{hook} must return indices from 0 to {num_tokens - 1}, got "
+                f"{int(indices[0])} to {int(indices[-1])}."
+            )
+        if bool((indices.diff() == 0).any()):
+            twice = int(indices[1:][indices.diff() == 0][0])
+            raise TodreError(f"{hook} must return each index once, got {twice} twice.")
+        if features is not None:
+            if len(features) != len(indices):
+                raise TodreError(
+                    f"{hook} must return features for its {len(indices)} indices, got "
+                    f"{len(features)}."
+                )
+            features = features[order.to(features.device)]
+        return cls(indices, features)
 
 
 @dataclass
@@ -88,6 +119,30 @@ class Tally:
     def product(self, *sizes: int) -> None:
         """Add a product: of (a, b) and (b, c) matrices, ``product(a, b, c)``."""
         self.flops += 2 * math.prod(sizes)
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """The prompt of the sample as layer 0 read it."""
+
+    kinds: Tensor
+    """(L,) int8 of :class:`~llava_todre.spans.TokenType`."""
+    positions: Tensor
+    """(N,) int64 where each token that is now present stood."""
+    embeds: Callable[[], Tensor]
+    """() -> (L, D) what layer 0 read."""
+
+
+@dataclass(frozen=True)
+class DecoderView:
+    """What a method may use of the decoder itself."""
+
+    next_layer_attention: Callable[[Tensor], Tensor]
+    """(R,) positions -> (H, R, N) attention of these rows in the next layer, before it has run."""
+    rope_frequencies: Tensor
+    """(E / 2,) radians per position of each pair of the rotary embedding."""
+    final_norm: Callable[[Tensor], Tensor]
+    """(R, D) -> (R, D) the norm after the last layer."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +161,10 @@ class LayerView:
     keys: Callable[[], Tensor]
     """() -> (G, N, E) rotated keys of ``layer``."""
     scaling: float
-    positions: Tensor
-    """(N,) int64 position of each token in the prompt as layer 0 read it."""
-    prompt_kinds: Tensor
-    """(L,) int8, one per token that layer 0 read."""
-    prompt_embeds: Callable[[], Tensor]
-    """() -> (L, D) what layer 0 read."""
     visual_counts: tuple[int, ...]
     """Patch tokens of each image or video that layer 0 read."""
-    next_layer_attention: Callable[[Tensor], Tensor]
-    """(R,) positions -> (H, R, N) attention of these rows in ``layer + 1``, before it has run."""
-    rope_frequencies: Tensor
-    """(E / 2,) radians per position of each pair of the rotary embedding."""
-    final_norm: Callable[[Tensor], Tensor]
-    """(R, D) -> (R, D) the norm behind the last layer."""
+    prompt: PromptView
+    decoder: DecoderView
     measured: dict[str, float] = field(default_factory=dict)
     """Numbers worth reporting; ``attention_ratios`` leaves its two here."""
 
@@ -138,8 +183,17 @@ class LayerView:
         """Positions of the patch tokens, ascending."""
         return (self.kinds == TokenType.VISUAL).nonzero()[:, 0]
 
-    def attention(self, rows: Tensor) -> Tensor:
-        """Return the attention of ``rows`` (R,) in ``layer``: (H, R, N) float32."""
+    @property
+    def last_row(self) -> Tensor:
+        """(1,) the position of the last token."""
+        return torch.tensor([len(self.kinds) - 1], device=self.kinds.device)
+
+    def attention(self, rows: Tensor | None = None) -> Tensor:
+        """Return the attention of ``rows`` (R,) in ``layer``: (H, R, N) float32.
+
+        Without ``rows`` it is that of the last token.
+        """
+        rows = self.last_row if rows is None else rows
         queries, keys = self.queries(rows), self.keys()
         self.tally.product(*queries.shape, keys.shape[1])
         return attention_rows(queries, keys, rows, self.scaling)
@@ -175,20 +229,40 @@ class LayerView:
 class Pruner:
     """Base of all methods; its fields are the budget, which every method shares."""
 
-    retain_ratio: float = 0.10
-    """Share of the patch tokens kept per image or video, in (0, 1]; newline tokens are not counted.
-    """
-    retain_tokens: int | None = None
-    """Number of patch tokens kept per image or video, at least 1; replaces ``retain_ratio`` when
-    given."""
-    newlines: NewlineRule = "row"
-    """Which newline tokens stay once patch tokens are dropped: those of rows that keep a patch
-    token (``row``), ``all``, or ``none``."""
+    retain_ratio: float = option(
+        0.10,
+        "Share of the patch tokens kept per image or video; newline tokens are not counted.",
+        above=0,
+        high=1,
+    )
+    retain_tokens: int | None = option(
+        None,
+        "Number of patch tokens kept per image or video; replaces retain_ratio when given.",
+        low=1,
+    )
+    newlines: NewlineRule = option(
+        "row",
+        "Which newline tokens stay once patch tokens are dropped: those of rows that keep a patch "
+        "token (row), all, or none.",
+        choices=get_args(NewlineRule),
+    )
 
-    about: ClassVar[About] = About(paper="", budget="")
-    needs = frozenset[Need]()
-    selects: ClassVar[bool] = True
-    """Whether the budget holds before the decoder, by :meth:`select`."""
+    about: ClassVar[About] = About(paper="", budget_note="")
+
+    @property
+    def needs(self) -> Set[Need]:
+        """What :meth:`select` reads besides features: names of :data:`NEEDS`, or (name, layer)."""
+        return frozenset()
+
+    @property
+    def count(self) -> Count:
+        """What :meth:`select` promises of the number it keeps: see :class:`About`."""
+        return self.about.count
+
+    @property
+    def selects(self) -> bool:
+        """Whether the budget holds before the decoder, by :meth:`select`."""
+        return type(self).select is not Pruner.select
 
     @property
     def withdraws_all(self) -> bool:
@@ -208,46 +282,66 @@ class Pruner:
         return not reads_question and (self.withdraws_all or not self.probe_layers(num_layers))
 
     def __post_init__(self) -> None:
-        """Take numbers as Python has them, and check the ranges of the knobs."""
+        """Take numbers as Python has them, and check the options."""
         for each in fields(self):
             value = getattr(self, each.name)
             if getattr(value, "ndim", None) == 0:
                 object.__setattr__(self, each.name, plain(value))
-        require("retain_ratio", self.retain_ratio, 0.0, 1.0, low_included=False)
-        tokens = self.retain_tokens
-        if tokens is not None and (type(tokens) is not int or tokens < 1):
-            raise TodreError(f"retain_tokens {tokens!r} is out of range; allowed: 1, 2, ...")
-        require_choice("newlines", self.newlines, get_args(NewlineRule))
+        for key, declared in options_of(type(self)).items():
+            declared.check(key, getattr(self, key))
 
-    def budget(self, num_tokens: int) -> int:
+    def num_keep(self, num_tokens: int) -> int:
         """Return how many of ``num_tokens`` patch tokens to keep; half rounds up, at least one."""
         wanted = self.retain_tokens or round_half_up(self.retain_ratio * num_tokens)
         return min(num_tokens, max(1, wanted))
 
     def will_select(self, num_tokens: int) -> bool:
-        """Return whether :meth:`select` will be asked about an image of that many patch tokens."""
-        return self.selects and self.budget(num_tokens) < num_tokens
+        """Return whether :meth:`select` will be called for an image of that many patch tokens."""
+        return self.selects and self.num_keep(num_tokens) < num_tokens
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
-        """Choose ``budget`` of the tokens of one image or video; asked only to drop some."""
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep | Tensor:
+        """Choose ``num_keep`` of the tokens of one image or video; called only to drop some."""
         raise NotImplementedError(
             f"{type(self).__name__} does not select tokens before the decoder."
         )
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Keep | Tensor]:
         """Do :meth:`select` for several images; a method may have a faster way on a GPU."""
-        return [self.select(*pair) for pair in zip(images, budgets, strict=True)]
+        return [self.select(*pair) for pair in zip(images, num_keeps, strict=True)]
+
+    def keep(self, images: Sequence[VisualTokens]) -> list[Keep]:
+        """Return what stays of each image or video: ascending, on the CPU, as many as promised.
+
+        Raises:
+            TodreError: :meth:`select` has returned something else.
+        """
+        every = [Keep(torch.arange(len(tokens))) for tokens in images]
+        chosen = [i for i, tokens in enumerate(images) if self.will_select(len(tokens))]
+        counts = [self.num_keep(len(images[i])) for i in chosen]
+        kept = self.select_all([images[i] for i in chosen], counts) if chosen else ()
+        hook = f"{type(self).__name__}.select"
+        for i, count, one in zip(chosen, counts, kept, strict=True):
+            every[i] = Keep.checked(one, hook, len(images[i]))
+            got = len(every[i].indices)
+            allowed = {"exact": got == count, "at most": 0 < got <= count, "own": got > 0}
+            if not allowed[self.count]:
+                raise TodreError(f"{hook} must keep {count} of {len(images[i])} tokens, got {got}.")
+        return every
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return the decoder layers after which :meth:`at_layer` is asked; () means never."""
-        del num_layers
-        return ()
+        """Return the decoder layers after which :meth:`at_layer` is called; () means never.
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
-        """Return (N,) bool, which tokens the next layers keep; None keeps all, Merge changes some.
+        These are the ones at the option ``probe_depths``, if there is one.
+        """
+        return layers_at(getattr(self, "probe_depths", ()), num_layers)
 
-        Newline tokens need no thought: they follow the patch tokens, see ``newlines``. Nor does a
-        prompt that ends with an image, whose last token predicts the answer: it keeps everything.
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
+        """Return which patch tokens the next layers keep; None keeps all.
+
+        Text always stays, and newline tokens follow the patch tokens, see ``newlines``. A prompt
+        that ends with an image, whose last token predicts the answer, keeps everything.
         """
         del view
         return None
@@ -277,12 +371,6 @@ def require_int(key: str, value: Any, low: int | None = None) -> None:
         raise TodreError(f"{key} {value!r} is out of range; allowed: {low} or more.")
 
 
-def require_flag(key: str, value: Any) -> None:
-    """Raise a TodreError unless ``value`` is true or false."""
-    if type(value) is not bool:
-        raise TodreError(f"{key} {value!r} is unknown. Allowed: true, false.")
-
-
 def require_layer(layer: int, num_layers: int) -> None:
     """Raise a TodreError unless tokens can leave at the entry of ``layer``."""
     if layer >= num_layers:
@@ -290,20 +378,6 @@ def require_layer(layer: int, num_layers: int) -> None:
             f"layer {layer} is out of range for a decoder of {num_layers} layers; allowed: 1 to "
             f"{num_layers - 1}."
         )
-
-
-def require_choice(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise a TodreError unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise unknown(key, value, allowed)
-
-
-def require_depths(key: str, value: Any) -> None:
-    """Raise a TodreError unless ``value`` is a tuple of numbers in (0, 1]."""
-    if not isinstance(value, tuple):
-        raise TodreError(f"{key} {value!r} is not a list; allowed: e.g. [0.5, 0.875].")
-    for depth in value:
-        require(key, depth, 0.0, 1.0, low_included=False)
 
 
 def round_half_up(value: float) -> int:

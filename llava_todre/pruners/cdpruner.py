@@ -6,13 +6,15 @@ text.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require_choice, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -35,7 +37,7 @@ class CDPruner(Pruner):
     about: ClassVar[About] = About(
         paper="CDPruner, NeurIPS 2025, arXiv 2506.10967",
         reads_text=True,
-        budget="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size",
         deviations=(
             "The default relevance comes from the decoder's own text embeddings, not negated; the "
             "authors' needs the text tower of CLIP and is the option relevance=clip.",
@@ -49,35 +51,33 @@ class CDPruner(Pruner):
         ),
     )
 
-    relevance: Relevance = "text_embeds"
-    """Relevance by ``text_embeds`` (mean cosine with the words after the image, as the decoder
-    embeds them), ``clip`` (minus the mean cosine in CLIP's space, the released rule), or ``none``
-    (all tokens equal, a plain DPP)."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_choice("relevance", self.relevance, get_args(Relevance))
+    relevance: Relevance = option(
+        "text_embeds",
+        "Relevance by `text_embeds` (mean cosine with the words after the image, as the decoder "
+        "embeds them), `clip` (minus the mean cosine in CLIP's space, the released rule), or "
+        "`none` (all tokens equal, a plain DPP).",
+        choices=get_args(Relevance),
+    )
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """What the relevance is read from."""
         sources = {"clip": "clip_similarity", "text_embeds": "text_embeds"}
-        return frozenset({sources[self.relevance]} if self.relevance in sources else ())
+        return {sources[self.relevance]} if self.relevance in sources else set()
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep a relevant and diverse set of each view."""
         rows = unit_rows(tokens.features)  # (N, D)
         relevance = self.relevance_of(tokens, rows)
         kept = []
-        for group, share in by_view(tokens, budget):
+        for group, share in by_view(tokens, num_keep):
             similarity = rows[group] @ rows[group].T  # (n, n)
             similarity.diagonal().round_()  # 1, or 0 for a token of zeros: ties are ties
             weight = relevance[group]
             picked = greedy_map(weight[:, None] * similarity * weight, share)
             others = weight.index_fill(0, picked, -torch.inf)
             kept += [group[picked], group[top(others, share - len(picked))]]
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
     def relevance_of(self, tokens: VisualTokens, rows: Tensor) -> Tensor:
         """Return (N,) relevance, scaled to [0, 1]; all ones where it tells no token from another.
@@ -90,11 +90,9 @@ class CDPruner(Pruner):
             rows: (N, D) their features, at length one.
         """
         if self.relevance == "clip":
-            assert tokens.clip_similarity is not None
-            similarity, sign = tokens.clip_similarity.float(), -1.0  # (N, M)
+            similarity, sign = tokens["clip_similarity"].float(), -1.0  # (N, M)
         elif self.relevance == "text_embeds":
-            assert tokens.text_embeds is not None
-            similarity, sign = rows @ unit_rows(tokens.text_embeds).T, 1.0  # (N, M)
+            similarity, sign = rows @ unit_rows(tokens["text_embeds"]).T, 1.0  # (N, M)
         else:
             return rows.new_ones(len(rows))
         raw = sign * similarity.mean(dim=1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
+from llava_todre.pruners.base import About, Count, Keep, LayerView, Need, Pruner
 from llava_todre.pruners.vanilla import Vanilla
 from llava_todre.spans import NewlineRule, VisualTokens
 
@@ -22,7 +22,7 @@ class Combined(Pruner):
     budget of ``inside`` counts from the tokens that enter the decoder.
     """
 
-    about: ClassVar[About] = About(paper="-", budget="that of each stage")
+    about: ClassVar[About] = About(paper="-", budget_note="that of each stage")
 
     before: Pruner
     """Whose ``select`` is used."""
@@ -35,7 +35,7 @@ class Combined(Pruner):
 
     def __post_init__(self) -> None:
         """Refuse a method in a place where it does nothing."""
-        if not self.before.selects:
+        if not (self.before.selects or isinstance(self.before, Vanilla)):
             raise TodreError(
                 f"before {type(self.before).__name__} selects nothing before the decoder; "
                 "allowed: a method that does, or vanilla."
@@ -54,7 +54,7 @@ class Combined(Pruner):
         object.__setattr__(self, "newlines", self.before.newlines)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """What ``before`` needs."""
         return self.before.needs
 
@@ -63,22 +63,29 @@ class Combined(Pruner):
         """What ``inside`` does."""
         return self.inside.withdraws_all
 
-    def budget(self, num_tokens: int) -> int:
-        """Return the budget of ``before``."""
-        return self.before.budget(num_tokens)
+    @property
+    def count(self) -> Count:
+        """What ``before`` promises."""
+        return self.before.count
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
-        """Let ``before`` select."""
-        return self.before.select(tokens, budget)
+    def num_keep(self, num_tokens: int) -> int:
+        """Return the number of ``before``."""
+        return self.before.num_keep(num_tokens)
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep | Tensor:
         """Let ``before`` select."""
-        return self.before.select_all(images, budgets)
+        return self.before.select(tokens, num_keep)
+
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Keep | Tensor]:
+        """Let ``before`` select."""
+        return self.before.select_all(images, num_keeps)
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of ``inside``."""
         return self.inside.probe_layers(num_layers)
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         """Let ``inside`` decide."""
         return self.inside.at_layer(view)

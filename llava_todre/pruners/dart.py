@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_int, require_layer, top
+from llava_todre.pruners.base import About, LayerView, require_layer, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import unit_rows
 from llava_todre.spans import TokenType
@@ -28,7 +29,7 @@ class DART(StagedPruner):
     about: ClassVar[About] = About(
         paper="DART, EMNLP 2025, arXiv 2502.11494",
         reads_text=True,
-        budget="share of the patch tokens from layer K on, pivots included",
+        budget_note="share of the patch tokens from layer K on, pivots included",
         deviations=(
             "The count is exact: the budget less the image pivots is dealt out to all pivots, the "
             "first ones taking one more where it does not divide. The released code keeps "
@@ -39,19 +40,9 @@ class DART(StagedPruner):
         ),
     )
 
-    layer: int = 2
-    """K: the first layer, counted from 0, that works on fewer tokens; at least 1."""
-    image_pivots: int = 4
-    """Pivots among the patch tokens, at least 1; they always stay."""
-    text_pivots: int = 4
-    """Pivots among the text tokens after the image."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("layer", self.layer, 1)
-        require_int("image_pivots", self.image_pivots, 1)
-        require_int("text_pivots", self.text_pivots, 0)
+    layer: int = option(2, "K: the first layer, counted from 0, that works on fewer tokens.", low=1)
+    image_pivots: int = option(4, "Pivots among the patch tokens; they always stay.", low=1)
+    text_pivots: int = option(4, "Pivots among the text tokens after the image.", low=0)
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return the one stage, after layer K - 1."""
@@ -69,7 +60,7 @@ class DART(StagedPruner):
         pivots = torch.cat([of_image, of_text])
         each, more = divmod(count - len(of_image), len(pivots))
 
-        rows = unit_rows(view.final_norm(view.hidden_states()))
+        rows = unit_rows(view.decoder.final_norm(view.hidden_states()))
         view.tally.product(len(pivots), rows.shape[1], len(patches))
         taken = torch.isin(patches, of_image)
         for turn, similarity in enumerate(rows[pivots] @ rows[patches].T):  # (V, P)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Pruner, Selection
+from llava_todre.pruners.base import About, Pruner
 from llava_todre.selection import greedy_diverse, unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -30,7 +30,8 @@ class DivPrune(Pruner):
 
     about: ClassVar[About] = About(
         paper="DivPrune, CVPR 2025, arXiv 2503.02175",
-        budget="k = share of the patch tokens of an image, thumbnail and crops together",
+        budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
+        "the authors' script takes 9.8 %",
         deviations=(
             "The released code counts newline tokens as candidates, of which at most one survives, "
             "and takes k from the length of the whole image span.",
@@ -40,11 +41,10 @@ class DivPrune(Pruner):
         ),
     )
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Grow a diverse set from the most isolated token."""
         first = int(nearest_similarity(tokens.features).argmin())
-        picked = greedy_diverse(tokens.features, budget, first, "max_min")
-        return Selection(picked.sort().values)
+        return greedy_diverse(tokens.features, num_keep, first, "max_min")
 
 
 def nearest_similarity(features: Tensor) -> Tensor:

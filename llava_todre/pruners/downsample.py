@@ -5,13 +5,14 @@ Symbols: V views, N tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Pruner, Selection
+from llava_todre.pruners.base import About, Keep, Need, Pruner
 from llava_todre.spans import VisualTokens
 
 
@@ -26,8 +27,8 @@ class Downsample(Pruner):
 
     about: ClassVar[About] = About(
         paper="control",
-        budget="the largest grid per view, |rows - columns| <= 1, with at most k tokens in all "
-        "outside padding; if one per view is too many, the first k views keep theirs",
+        budget_note="the largest grid per view, |rows - columns| <= 1, with at most k tokens in "
+        "all outside padding; if one per view is too many, the first k views keep theirs",
         count="at most",
         deviations=(
             "The views are encoded in full resolution as well, so the time of the vision tower is "
@@ -35,11 +36,14 @@ class Downsample(Pruner):
             "The position embeddings of the tower are interpolated to the smaller grid.",
         ),
     )
-    needs = frozenset({"resized"})
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    @property
+    def needs(self) -> Set[Need]:
+        """The way to encode again."""
+        return {"resized"}
+
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Choose the grid, encode, and leave out what lies in padding."""
-        assert tokens.resized is not None
         fine = fine_grid(tokens)
         side = fine.shape[1]
         grids = [
@@ -49,16 +53,15 @@ class Downsample(Pruner):
             if 0 < rows * columns <= side**2
         ]
         counts = {grid: int((places(fine, *grid) >= 0).sum()) for grid in grids}
-        fitting = [grid for grid in grids if counts[grid] <= budget] or [(1, 1)]
+        fitting = [grid for grid in grids if counts[grid] <= num_keep] or [(1, 1)]
         # Of rows x columns and columns x rows the one with more tokens, or else the wider one.
         rows, columns = max(fitting, key=lambda grid: (grid[0] * grid[1], counts[grid]))
 
         place = places(fine, rows, columns)
         present = place >= 0
-        features = tokens.resized(rows, columns)[: len(place)]
-        features = features[present.to(features.device)][:budget]
-        keep_idx, order = place[present][:budget].to(features.device).sort()
-        return Selection(keep_idx, features[order].to(tokens.features.dtype))
+        features = tokens["resized"](rows, columns)[: len(place)]
+        features = features[present.to(features.device)][:num_keep]
+        return Keep(place[present][:num_keep], features.to(tokens.features.dtype))
 
 
 def fine_grid(tokens: VisualTokens) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -22,29 +25,27 @@ class FasterVLM(Pruner):
 
     about: ClassVar[About] = About(
         paper="FasterVLM, arXiv 2412.01818v1",
-        budget="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size; "
+        "published: 25, 10 and 5 %",
         deviations=(
             "The released code never unpads and gives every view the same number.",
             "Videos, which the authors do not treat, are pruned frame by frame.",
         ),
     )
 
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from (released
-    code), -1 the last (paper)."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("cls_layer", self.cls_layer)
+    cls_layer: int = option(
+        -2,
+        "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from "
+        "(released code), -1 the last (paper).",
+    )
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention."""
-        return frozenset({("cls_attention", self.cls_layer)})
+        return {("cls_attention", self.cls_layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the most attended tokens of each view."""
-        attention = tokens.vision["cls_attention", self.cls_layer]
-        kept = [group[top(attention[group], share)] for group, share in by_view(tokens, budget)]
-        return Selection(torch.cat(kept).sort().values)
+        attention = tokens["cls_attention", self.cls_layer]
+        kept = [group[top(attention[group], share)] for group, share in by_view(tokens, num_keep)]
+        return torch.cat(kept)

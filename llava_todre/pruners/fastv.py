@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_int, require_layer, top
-from llava_todre.pruners.staged import StagedPruner, last_row
+from llava_todre.pruners.base import About, LayerView, require_layer, top
+from llava_todre.pruners.options import option
+from llava_todre.pruners.staged import StagedPruner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class FastV(StagedPruner):
     about: ClassVar[About] = About(
         paper="FastV, ECCV 2024, arXiv 2403.06764",
         reads_text=True,
-        budget="share of the patch tokens that layer K and all later ones work on (1 - R of the "
-        "paper)",
+        budget_note="share of the patch tokens that layer K and all later ones work on (1 - R of "
+        "the paper)",
         deviations=(
             "Scores come from the last prompt token, as in the released code; the paper's text "
             "speaks of the attention received on average.",
@@ -29,13 +30,7 @@ class FastV(StagedPruner):
         ),
     )
 
-    layer: int = 2
-    """K: the first layer, counted from 0, that works on fewer tokens; at least 1."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("layer", self.layer, 1)
+    layer: int = option(2, "K: the first layer, counted from 0, that works on fewer tokens.", low=1)
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return the one stage, after layer K - 1."""
@@ -44,5 +39,5 @@ class FastV(StagedPruner):
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the patch tokens with the highest attention, mean over heads."""
-        scores = view.attention(last_row(view)).mean(dim=0)[0, view.patches]
+        scores = view.attention().mean(dim=0)[0, view.patches]
         return view.patches[top(scores, count)]

@@ -6,6 +6,7 @@ Symbols: N tokens of the image, n tokens of one crop, side patches along one sid
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,12 +18,10 @@ from llava_todre.pruners.base import (
     About,
     Need,
     Pruner,
-    Selection,
-    require,
-    require_int,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import apportion, by_view
 from llava_todre.spans import VisualTokens
 
@@ -38,7 +37,8 @@ class GlobalCom2(Pruner):
 
     about: ClassVar[About] = About(
         paper="GlobalCom2, AAAI 2026, arXiv 2501.05179",
-        budget="k tokens of the image: the thumbnail's by its size, the rest to the crops",
+        budget_note="k tokens of the image: the thumbnail's by its size, the rest to the crops; "
+        "the authors' default is 25 %",
         deviations=(
             "The released code orders the tokens of the thumbnail by score; here all are in "
             "position order.",
@@ -51,28 +51,24 @@ class GlobalCom2(Pruner):
         ),
     )
 
-    cls_layer: int = -1
-    """Vision layer of the [CLS] attention: -1 is the last, as released."""
-    temperature: float = 10.0
-    """Of the softmax that compares the crops' parts of the thumbnail; higher is more even."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require_int("cls_layer", self.cls_layer)
-        require("temperature", self.temperature, 0.0, math.inf, low_included=False)
+    cls_layer: int = option(-1, "Vision layer of the [CLS] attention: -1 is the last, as released.")
+    temperature: float = option(
+        10.0,
+        "Of the softmax that compares the crops' parts of the thumbnail; higher is more even.",
+        above=0,
+    )
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention before the softmax."""
-        return frozenset({("cls_logits", self.cls_layer)})
+        return {("cls_logits", self.cls_layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the best of the thumbnail and of each crop."""
-        logits = tokens.vision["cls_logits", self.cls_layer].float()
+        logits = tokens["cls_logits", self.cls_layer].float()
         if tokens.grid is None:
-            kept = [group[top(logits[group], share)] for group, share in by_view(tokens, budget)]
-            return Selection(torch.cat(kept).sort().values)
+            kept = [group[top(logits[group], share)] for group, share in by_view(tokens, num_keep)]
+            return torch.cat(kept)
         columns, rows = tokens.grid
         thumbnail, *crops = (
             (tokens.view == view).nonzero()[:, 0] for view in range(1 + columns * rows)
@@ -80,16 +76,16 @@ class GlobalCom2(Pruner):
         side = math.isqrt(len(thumbnail))
         overview = logits[thumbnail].view(side, side)
         guidance = guidance_of(overview, tokens)
-        num_thumbnail = round_half_up(budget * len(thumbnail) / len(tokens))
-        ratios = crop_ratios(overview, tokens.grid, budget / len(tokens), self.temperature)
+        num_thumbnail = round_half_up(num_keep * len(thumbnail) / len(tokens))
+        ratios = crop_ratios(overview, tokens.grid, num_keep / len(tokens), self.temperature)
         sizes = [len(crop) for crop in crops]
         weights = [size * ratio for size, ratio in zip(sizes, ratios, strict=True)]
-        shares = apportion(budget - num_thumbnail, weights, sizes)
+        shares = apportion(num_keep - num_thumbnail, weights, sizes)
         kept = [thumbnail[top(logits[thumbnail], num_thumbnail)]]
         for crop, share in zip(crops, shares, strict=True):
             score = normalize(logits[crop], dim=0) + normalize(guidance[crop], dim=0)
             kept.append(crop[top(score, share)])
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
 
 def crop_ratios(

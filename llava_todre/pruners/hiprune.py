@@ -5,6 +5,7 @@ Symbols: N tokens of the image or video, n tokens of one view, A anchors.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, require, require_int, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -28,7 +30,8 @@ class HiPrune(Pruner):
 
     about: ClassVar[About] = About(
         paper="HiPrune, ACL 2026 Findings, arXiv 2508.00553",
-        budget="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size; "
+        "published: 192, 128 and 64 of 576",
         deviations=(
             "The object layer is given as a depth, so that it exists in any tower: 0.35 of 24 "
             "layers is the authors' ninth.",
@@ -40,13 +43,20 @@ class HiPrune(Pruner):
         ),
     )
 
-    alpha: float = 0.1
-    """Share of the kept tokens meant for anchors and buffers, in [0, 1]; an anchor counts five."""
-    object_depth: float = 0.35
-    """Object layer: floor(depth * layers) from 0, depth between 0 and 1; 0.35 of 24 is layer 8."""
-    register_layer: int = -2
-    """Vision layer of the registers: -2 is the one LLaVA reads its features from (released code for
-    LLaVA), -1 the last (released code for Qwen2.5-VL)."""
+    alpha: float = option(
+        0.1,
+        "Share of the kept tokens meant for anchors and buffers; an anchor counts five.",
+        low=0,
+        high=1,
+    )
+    object_depth: float = option(
+        0.35, "Object layer: floor(depth * layers) from 0; 0.35 of 24 is layer 8.", above=0, below=1
+    )
+    register_layer: int = option(
+        -2,
+        "Vision layer of the registers: -2 is the one LLaVA reads its features from (released "
+        "code for LLaVA), -1 the last (released code for Qwen2.5-VL).",
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges of the knobs."""
@@ -60,24 +70,23 @@ class HiPrune(Pruner):
         require_int("register_layer", self.register_layer)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """Attention received in the two layers."""
-        layers = (self.object_depth, self.register_layer)
-        return frozenset(("received_attention", layer) for layer in layers)
+        return {("received_attention", at) for at in (self.object_depth, self.register_layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep anchors, buffers and registers of each view."""
-        objects = tokens.vision["received_attention", self.object_depth]
-        deep = tokens.vision["received_attention", self.register_layer]
+        objects = tokens["received_attention", self.object_depth]
+        deep = tokens["received_attention", self.register_layer]
         columns, rows = int(tokens.column.max()) + 1, int(tokens.row.max()) + 1
         cell = tokens.row * columns + tokens.column  # (N,)
         kept = []
-        for group, share in by_view(tokens, budget):
+        for group, share in by_view(tokens, num_keep):
             anchors = top(objects[group], round(share * self.alpha / 5))
             buffers = _neighbours(anchors, cell[group], columns, columns * rows)
             wanted = torch.cat([anchors, buffers, top(deep[group], len(group))])
             kept.append(group[_first_distinct(wanted, len(group))[:share]])
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
 
 def _neighbours(anchors: Tensor, cell: Tensor, columns: int, num_cells: int) -> Tensor:

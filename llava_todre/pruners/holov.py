@@ -6,14 +6,15 @@ Symbols: N tokens of the image or video, m tokens of one run, D feature width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -34,7 +35,7 @@ class HoloV(Pruner):
 
     about: ClassVar[About] = About(
         paper="HoloV, NeurIPS 2025, arXiv 2510.02912",
-        budget="k tokens of the image or video, in one pool",
+        budget_note="k tokens of the image or video, in one pool",
         deviations=(
             "What a full run cannot take goes to the other runs; the released code pads its output "
             "with zero vectors instead.",
@@ -45,27 +46,25 @@ class HoloV(Pruner):
         ),
     )
 
-    num_runs: int = 16
-    """Runs of equal length into which the sequence is cut; the first are one token longer where it
-    does not divide evenly."""
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require_int("num_runs", self.num_runs, low=1)
-        require_int("cls_layer", self.cls_layer)
+    num_runs: int = option(
+        16,
+        "Runs of equal length into which the sequence is cut; the first are one token longer "
+        "where it does not divide evenly.",
+        low=1,
+    )
+    cls_layer: int = option(
+        -2, "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."
+    )
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention."""
-        return frozenset({("cls_attention", self.cls_layer)})
+        return {("cls_attention", self.cls_layer)}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Weigh the runs, share the budget, and keep the most attended tokens of each."""
         num_runs = min(self.num_runs, len(tokens))
-        attention = tokens.vision["cls_attention", self.cls_layer].tensor_split(num_runs)
+        attention = tokens["cls_attention", self.cls_layer].tensor_split(num_runs)
         features = unit_rows(tokens.features).tensor_split(num_runs)
         weights = torch.stack(
             [
@@ -73,12 +72,12 @@ class HoloV(Pruner):
                 for scores, rows in zip(attention, features, strict=True)
             ]
         )
-        shares = _share(budget, weights.tolist(), [len(scores) for scores in attention])
+        shares = _share(num_keep, weights.tolist(), [len(scores) for scores in attention])
         kept, start = [], 0
         for scores, share in zip(attention, shares, strict=True):
             kept.append(start + top(scores, share))
             start += len(scores)
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
 
 def _variance_share(rows: Tensor) -> Tensor:

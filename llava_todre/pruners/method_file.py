@@ -1,13 +1,17 @@
-"""A method and its options in a YAML file, as in ``configs/methods``."""
+"""A method and its options in a YAML file, as in ``configs/methods``: reading and writing it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.files import read_mapping
 from llava_todre.pruners import create_pruner
+from llava_todre.pruners.options import options_of
 
 
 def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
@@ -33,3 +37,30 @@ def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
     except TodreError as error:
         raise TodreError(f"method file {method!r}: {error}") from None
     return name, options
+
+
+def method_yaml(name: str) -> str:
+    """Return the method file of a method: every option with its default, help and range."""
+    pruner = create_pruner(name)
+    method = type(pruner)
+    blocks = [
+        [
+            *_comment(f"{method.about.paper}. Budget: {method.about.budget_note}."),
+            *_comment("Every option with its default; `todre generate --method THIS_FILE`."),
+            f"method: {name}",
+        ]
+    ]
+    declared = options_of(method)
+    for each in dataclasses.fields(method):
+        lines = []
+        if each.name in declared:
+            option = declared[each.name]
+            lines = _comment(f"{option.help} Allowed: {option.allowed(each.name)}.")
+        value = getattr(pruner, each.name)
+        text = value if isinstance(value, str) else json.dumps(value)
+        blocks.append([*lines, f"{each.name}: {text}"])
+    return "\n\n".join("\n".join(block) for block in blocks) + "\n"
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(text, 98, break_long_words=False)]

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, Merge, Need, Pruner, Selection
+from llava_todre.pruners.base import About, Count, Keep, LayerView, Need, Pruner
+from llava_todre.pruners.vanilla import Vanilla
 from llava_todre.spans import NewlineRule, TokenType, VisualTokens
+
+
+def measure(view: LayerView) -> None:
+    """Measure Eq. 8 where visual tokens are left, with the text after the first of them as T."""
+    if bool(view.visual.any()):
+        view.attention_ratios(view.kinds == TokenType.TEXT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observed(Pruner):
-    """Does what ``method`` does, and measures where it would not look.
+    """Does what ``method`` does, and shows every layer to ``look``.
 
-    The text of the ratios is the text behind the first visual token. A layer that holds no visual
-    token any more is not measured. Answers are those of ``method``; times are not.
+    Answers are those of ``method``; times are not.
     """
 
-    about: ClassVar[About] = About(paper="-", budget="that of the method")
+    about: ClassVar[About] = About(paper="-", budget_note="that of the method")
 
-    method: Pruner
+    method: Pruner = Vanilla()
     """Whose decisions are carried out."""
+    look: Callable[[LayerView], object] = field(default=measure, compare=False)
+    """What is done with each view, after the method."""
     retain_ratio: float = field(init=False, default=1.0, repr=False)
     retain_tokens: int | None = field(init=False, default=None, repr=False)
     newlines: NewlineRule = field(init=False, default="row", repr=False)
@@ -33,12 +41,17 @@ class Observed(Pruner):
         object.__setattr__(self, "newlines", self.method.newlines)
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """What the method needs."""
         return self.method.needs
 
     @property
-    def selects(self) -> bool:  # type: ignore[override]
+    def count(self) -> Count:
+        """What the method promises."""
+        return self.method.count
+
+    @property
+    def selects(self) -> bool:
         """Whether the method selects before the decoder."""
         return self.method.selects
 
@@ -46,29 +59,29 @@ class Observed(Pruner):
         """Ask the method."""
         return self.method.will_select(num_tokens)
 
-    def budget(self, num_tokens: int) -> int:
-        """Return the budget of the method."""
-        return self.method.budget(num_tokens)
+    def num_keep(self, num_tokens: int) -> int:
+        """Return the number of the method."""
+        return self.method.num_keep(num_tokens)
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep | Tensor:
         """Let the method select."""
-        return self.method.select(tokens, budget)
+        return self.method.select(tokens, num_keep)
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Keep | Tensor]:
         """Let the method select."""
-        return self.method.select_all(images, budgets)
+        return self.method.select_all(images, num_keeps)
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return all layers."""
         return tuple(range(num_layers))
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
-        """Let the method decide where it looks; measure everywhere."""
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
+        """Let the method decide where it looks; show every layer."""
         decides = view.layer in self.method.probe_layers(view.num_layers)
         decision = self.method.at_layer(view) if decides else None
-        if bool(view.visual.any()):
-            # Last, so that every layer is measured with the same text; no work of the method's.
-            spent = view.tally.flops
-            view.attention_ratios(view.kinds == TokenType.TEXT)
-            view.tally.flops = spent
+        spent = view.tally.flops  # what follows is no work of the method's
+        self.look(view)
+        view.tally.flops = spent
         return decision

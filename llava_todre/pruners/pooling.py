@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import one_hot
 
-from llava_todre.pruners.base import About, Pruner, Selection
+from llava_todre.pruners.base import About, Keep, Pruner
 from llava_todre.pruners.grid import cut
 from llava_todre.selection import check_finite
 from llava_todre.spans import VisualTokens
@@ -24,17 +24,16 @@ class Pooling(Pruner):
 
     about: ClassVar[About] = About(
         paper="control",
-        budget="k = share of the patch tokens of an image, shared among its views by their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size",
     )
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Put the mean of each cell in its middle."""
         check_finite(tokens.features)
         places, means = [], []
-        for group, cell, middle in cut(tokens, budget):
+        for group, cell, middle in cut(tokens, num_keep):
             member = one_hot(cell, len(middle)).T.float()  # (k, n)
             sums = member @ tokens.features[group].float()
             places.append(middle)
             means.append(sums / member.sum(dim=1, keepdim=True))
-        keep_idx, order = torch.cat(places).sort()
-        return Selection(keep_idx, torch.cat(means)[order].to(tokens.features.dtype))
+        return Keep(torch.cat(places), torch.cat(means).to(tokens.features.dtype))

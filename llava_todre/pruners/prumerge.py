@@ -7,6 +7,7 @@ Symbols: N tokens, n tokens of one view, T tokens it keeps, k of them chosen, W 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,15 +16,14 @@ from torch import Tensor
 
 from llava_todre.pruners.base import (
     About,
+    Count,
+    Keep,
     Need,
     Pruner,
-    Selection,
-    require,
-    require_flag,
-    require_int,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view, view_groups
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -41,7 +41,7 @@ class PruMerge(Pruner):
 
     about: ClassVar[About] = About(
         paper="LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388",
-        budget="per view T = its share: T - 1 tokens by attention and one for the dropped; "
+        budget_note="per view T = its share: T - 1 tokens by attention and one for the dropped; "
         "adaptive = true keeps the paper's own count instead, where the budget drops any token",
         deviations=(
             "The release sends kept tokens by falling attention, then the extra one; here all are "
@@ -53,43 +53,45 @@ class PruMerge(Pruner):
         ),
     )
 
-    adaptive: bool = False
-    """Keep the paper's own count instead of the budget: as many tokens as there are outliers of the
-    attention (above the third quartile by 1.5 times the interquartile range), divided by
-    ``attention_share``, and one per view for the dropped."""
-    attention_share: float = 1.0
-    """Share of the kept tokens chosen by attention, at least one; the rest are spaced evenly."""
-    num_merged: int = 32
-    """How many similar tokens are added to each kept one."""
-    cls_layer: int = -1
-    """Vision layer of the [CLS] attention and of the keys; heads are not split."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("attention_share", self.attention_share, 0.0, 1.0, low_included=False)
-        require_int("num_merged", self.num_merged, low=0)
-        require_int("cls_layer", self.cls_layer)
-        require_flag("adaptive", self.adaptive)
+    adaptive: bool = option(
+        False,
+        "Keep the paper's own count instead of the budget: as many tokens as there are outliers "
+        "of the attention (above the third quartile by 1.5 times the interquartile range), "
+        "divided by `attention_share`, and one per view for the dropped.",
+    )
+    attention_share: float = option(
+        1.0,
+        "Share of the kept tokens chosen by attention, at least one; the rest are spaced evenly.",
+        above=0,
+        high=1,
+    )
+    num_merged: int = option(32, "How many similar tokens are added to each kept one.", low=0)
+    cls_layer: int = option(
+        -1, "Vision layer of the [CLS] attention and of the keys; heads are not split."
+    )
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention, keys, and what the projector is given."""
         attention, keys = ("cls_attention_unsplit", self.cls_layer), ("keys", self.cls_layer)
-        return frozenset({attention, keys, "vision_features"})
+        return {attention, keys, "vision_features"}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    @property
+    def count(self) -> Count:
+        """Exact, unless the paper's own count is kept."""
+        return "own" if self.adaptive else self.about.count
+
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Merge view by view, then project what stays."""
-        states = tokens.vision_features
-        assert states is not None and tokens.project is not None
+        states = tokens["vision_features"]
         check_finite(states)
-        attention = tokens.vision["cls_attention_unsplit", self.cls_layer].float()
-        keys = unit_rows(tokens.vision["keys", self.cls_layer].flatten(1))
+        attention = tokens["cls_attention_unsplit", self.cls_layer].float()
+        keys = unit_rows(tokens["keys", self.cls_layer].flatten(1))
         if self.adaptive:
-            budget = min(len(tokens), self.own_count(attention) + len(view_groups(tokens)))
+            num_keep = min(len(tokens), self.own_count(attention) + len(view_groups(tokens)))
 
         places, merged = [], []
-        for group, share in by_view(tokens, budget):
+        for group, share in by_view(tokens, num_keep):
             place = self.choose(attention[group], share)
             weights = self.neighbours(attention[group], keys[group], place)  # (k, n)
             if len(place) < share:
@@ -98,8 +100,8 @@ class PruMerge(Pruner):
                 place, weights = torch.cat([place, first]), torch.cat([weights, dropped[None]])
             places.append(group[place])
             merged.append((weights @ states[group].float()).to(states.dtype))  # (T, W)
-        keep_idx, order = torch.cat(places).sort()
-        return Selection(keep_idx, tokens.project(torch.cat(merged)[order]))
+        indices, order = torch.cat(places).sort()
+        return Keep(indices, tokens["project"](torch.cat(merged)[order]))
 
     def own_count(self, attention: Tensor) -> int:
         """Return how many tokens the paper keeps of an image with ``attention`` (N,)."""
@@ -132,7 +134,7 @@ class PruMergePlus(PruMerge):
     about: ClassVar[About] = dataclasses.replace(
         PruMerge.about,
         paper="LLaVA-PruMerge+, ICCV 2025, arXiv 2403.15388",
-        budget="per view T = its share: a quarter by attention, one for the dropped, the rest "
+        budget_note="per view T = its share: a quarter by attention, one for the dropped, the rest "
         "evenly spaced (published means: 32 tokens without, 144 with the spaced ones); "
         "adaptive = true keeps the paper's own count instead, where the budget drops any token",
         deviations=(

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_depths, top
-from llava_todre.pruners.staged import StagedPruner, last_row
+from llava_todre.pruners.base import About, LayerView, top
+from llava_todre.pruners.options import option
+from llava_todre.pruners.staged import StagedPruner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,8 @@ class PyramidDrop(StagedPruner):
     about: ClassVar[About] = About(
         paper="PyramidDrop, CVPR 2025, arXiv 2410.17247",
         reads_text=True,
-        budget="share of the patch tokens behind the last stage, reached in equal factors; the "
-        "default is the authors' 50, 25 and 12.5 %, a mean of 46.9 % over 32 layers",
+        budget_note="share of the patch tokens behind the last stage, reached in equal factors; "
+        "the default is the authors' 50, 25 and 12.5 %, a mean of 46.9 % over 32 layers",
         deviations=(
             "Tokens keep their positions; the released code renumbers them after each stage.",
             "The released code rounds counts down, and cuts a prompt at 2,048 tokens after each "
@@ -33,14 +34,12 @@ class PyramidDrop(StagedPruner):
     )
 
     retain_ratio: float = 0.125
-    prune_depths: tuple[float, ...] = (1 / 4, 2 / 4, 3 / 4)
-    """Depths in (0, 1]: the layers ``floor(depth * layers)`` are the first to work on fewer
-    tokens."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_depths("prune_depths", self.prune_depths)
+    prune_depths: tuple[float, ...] = option(
+        (1 / 4, 2 / 4, 3 / 4),
+        "The layers floor(depth * layers) are the first to work on fewer tokens.",
+        above=0,
+        high=1,
+    )
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return the shares ``ratio ** (i / stages)``, i = 1, 2, ..."""
@@ -52,5 +51,5 @@ class PyramidDrop(StagedPruner):
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the patch tokens with the highest attention ahead, mean over heads."""
-        scores = view.next_layer_attention(last_row(view)).mean(dim=0)[0, view.patches]
+        scores = view.decoder.next_layer_attention(view.last_row).mean(dim=0)[0, view.patches]
         return view.patches[top(scores, count)]

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from llava_todre.pruners.base import About, Pruner, Selection, random_generator, require_int
+from llava_todre.pruners.base import About, Pruner, random_generator
+from llava_todre.pruners.options import option
 from llava_todre.spans import VisualTokens
 
 
@@ -16,19 +18,13 @@ class Random(Pruner):
     """Keep a uniformly random subset, the same for equal ``seed`` and equal number of tokens."""
 
     about: ClassVar[About] = About(
-        paper="control", budget="k = share of the patch tokens of an image"
+        paper="control", budget_note="k = share of the patch tokens of an image"
     )
 
-    seed: int = 0
-    """Vary it to draw again; report several draws."""
+    seed: int = option(0, "Vary it to draw again; report several draws.")
 
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("seed", self.seed)
-
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
-        """Draw ``budget`` tokens without replacement."""
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
+        """Draw ``num_keep`` tokens without replacement."""
         cpu = torch.device("cpu")  # so that the draw does not depend on the device
         order = torch.randperm(len(tokens), generator=random_generator(self.seed, cpu))
-        return Selection(order[:budget].sort().values.to(tokens.features.device))
+        return order[:num_keep]

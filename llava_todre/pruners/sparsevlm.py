@@ -16,15 +16,12 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import (
     About,
+    Keep,
     LayerView,
-    Merge,
-    require,
-    require_depths,
-    require_flag,
-    require_int,
     top,
 )
-from llava_todre.pruners.staged import StagedPruner, keep_of, last_row
+from llava_todre.pruners.options import option
+from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import check_finite
 from llava_todre.spans import TokenType
 
@@ -38,18 +35,21 @@ class _RatedByText(StagedPruner):
     published_counts: ClassVar[tuple[int, ...]]
     """Tokens behind each stage in the authors' table for 192 of 576."""
 
-    prune_depths: tuple[float, ...] = (2 / 32, 6 / 32, 15 / 32)
-    """Three ascending depths in (0, 1]: tokens leave after the layers ``floor(depth * layers)``."""
+    prune_depths: tuple[float, ...] = option(
+        (2 / 32, 6 / 32, 15 / 32),
+        "Three ascending depths: tokens leave after the layers floor(depth * layers).",
+        above=0,
+        high=1,
+    )
 
     def __post_init__(self) -> None:
         """Check the knobs."""
         super().__post_init__()
         depths = self.prune_depths
-        require_depths("prune_depths", depths)
         if len(depths) != len(self.published_counts) or list(depths) != sorted(depths):
             raise TodreError(
-                f"prune_depths {list(depths)} does not fit; allowed: "
-                f"{len(self.published_counts)} ascending numbers."
+                f"prune_depths must be {len(self.published_counts)} ascending numbers, got "
+                f"{list(depths)}."
             )
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
@@ -71,10 +71,10 @@ class SparseVLM(_RatedByText):
     about: ClassVar[About] = About(
         paper="SparseVLM 1.5, ICML 2025, arXiv 2410.04417",
         reads_text=True,
-        budget="the published counts 300, 200, 110 for 192 of 576 tokens, in proportion: after "
-        "the three stages 1.563, 1.042 and 0.573 of retain_ratio stay (1/3 is that table; 1 prunes "
-        "nothing), and recycling adds about 3 % of what each stage drops; with budget_rule=mean "
-        "recycled tokens count",
+        budget_note="the published counts 300, 200, 110 for 192 of 576 tokens, in proportion: "
+        "after the three stages 1.563, 1.042 and 0.573 of retain_ratio stay (1/3 is that table; 1 "
+        "prunes nothing), and recycling adds about 3 % of what each stage drops; with "
+        "budget_rule=mean recycled tokens count",
         count="own",
         deviations=(
             "Other published budgets (128, 96, 64) have tables that are not in proportion to each "
@@ -87,25 +87,17 @@ class SparseVLM(_RatedByText):
     )
     published_counts: ClassVar[tuple[int, ...]] = (300, 200, 110)
 
-    recycle: bool = True
-    """Whether dropped tokens come back merged."""
-    recycle_ratio: float = 0.3
-    """Share of the dropped tokens that is clustered, in (0, 1]."""
-    cluster_ratio: float = 0.1
-    """Clusters per clustered token, in (0, 1]."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_flag("recycle", self.recycle)
-        require("recycle_ratio", self.recycle_ratio, 0.0, 1.0, low_included=False)
-        require("cluster_ratio", self.cluster_ratio, 0.0, 1.0, low_included=False)
+    recycle: bool = option(True, "Whether dropped tokens come back merged.")
+    recycle_ratio: float = option(
+        0.3, "Share of the dropped tokens that is clustered.", above=0, high=1
+    )
+    cluster_ratio: float = option(0.1, "Clusters per clustered token.", above=0, high=1)
 
     def left(self, before: float, share: float) -> float:
         """Return what a stage leaves, merged tokens included."""
         return share + self.recycle * self.recycle_ratio * self.cluster_ratio * (before - share)
 
-    def choose(self, view: LayerView, count: int) -> Tensor | Merge:
+    def choose(self, view: LayerView, count: int) -> Keep | Tensor:
         """Return the best patch tokens, and put merged tokens in the place of some others."""
         scores = view.attention(raters(view)).mean(dim=(0, 1))[view.patches]
         ranked = view.patches[top(scores, len(scores))]
@@ -115,12 +107,11 @@ class SparseVLM(_RatedByText):
         num_recycled = min(len(dropped), int(self.recycle_ratio * len(dropped)) + 1)
         num_clusters = min(num_recycled, int(self.cluster_ratio * num_recycled) + 1)
         recycled = dropped[:num_recycled].sort().values
-        hidden = view.hidden_states().clone()
+        hidden = view.hidden_states()
         centres, merged = merge_clusters(hidden[recycled], num_clusters)
         view.tally.product(num_clusters, num_recycled, hidden.shape[1])
-        places = recycled[centres]
-        hidden[places] = merged.to(hidden.dtype)
-        return Merge(keep_of(view, torch.cat([kept, places])), hidden)
+        features = torch.cat([hidden[kept], merged.to(hidden.dtype)])
+        return Keep(torch.cat([kept, recycled[centres]]), features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +125,9 @@ class SparseVLMPlus(_RatedByText):
     about: ClassVar[About] = About(
         paper="SparseVLM+ (SparseVLM 2.0), 2025, arXiv 2410.04417",
         reads_text=True,
-        budget="the published counts 300, 200, 118 for 192 of 576 tokens, in proportion: after "
-        "the three stages 1.563, 1.042 and 0.615 of retain_ratio stay (1/3 is that table; 1 prunes "
-        "nothing)",
+        budget_note="the published counts 300, 200, 118 for 192 of 576 tokens, in proportion: "
+        "after the three stages 1.563, 1.042 and 0.615 of retain_ratio stay (1/3 is that table; 1 "
+        "prunes nothing)",
         count="own",
         deviations=(
             "Other published budgets (128, 96, 64) have tables that are not in proportion to each "
@@ -148,20 +139,15 @@ class SparseVLMPlus(_RatedByText):
     )
     published_counts: ClassVar[tuple[int, ...]] = (300, 200, 118)
 
-    num_heads: int = 14
-    """Heads that rate, at least 1; all heads if the model has fewer."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_int("num_heads", self.num_heads, 1)
+    num_heads: int = option(14, "Heads that rate; all heads if the model has fewer.", low=1)
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the best patch tokens by corrected attention."""
         patches, rows = view.patches, raters(view)
         attention = view.attention(rows)[:, :, patches]  # (H, R, P)
-        weights = rope_weights(len(view.prompt_kinds), view.rope_frequencies)
-        distance = view.positions[rows][:, None] - view.positions[patches]  # (R, P)
+        weights = rope_weights(len(view.prompt.kinds), view.decoder.rope_frequencies)
+        positions = view.prompt.positions
+        distance = positions[rows][:, None] - positions[patches]  # (R, P)
         attention = attention / weights.to(attention)[distance.abs()]
         heads = top(attention.sum(dim=(1, 2)), self.num_heads)
         return patches[top(attention[heads].mean(dim=(0, 1)), count)]
@@ -174,14 +160,14 @@ def raters(view: LayerView) -> Tensor:
     dot products of their input embeddings. Where all match alike, the last token rates. With
     several images, text between them rates only those before it, because attention is causal.
     """
-    text = (view.prompt_kinds == TokenType.TEXT).nonzero()[:, 0]
-    embeds = view.prompt_embeds().float()
-    patches = embeds[view.prompt_kinds == TokenType.VISUAL]  # (P, D)
+    text = (view.prompt.kinds == TokenType.TEXT).nonzero()[:, 0]
+    embeds = view.prompt.embeds().float()
+    patches = embeds[view.prompt.kinds == TokenType.VISUAL]  # (P, D)
     votes = (patches @ embeds[text].T).softmax(dim=1)  # (P, T)
     view.tally.product(*patches.shape, len(text))
     match = votes.mean(dim=0)
-    rows = torch.isin(view.positions, text[match > match.mean()]).nonzero()[:, 0]
-    return rows if len(rows) else last_row(view)
+    rows = torch.isin(view.prompt.positions, text[match > match.mean()]).nonzero()[:, 0]
+    return rows if len(rows) else view.last_row
 
 
 def rope_weights(num_distances: int, frequencies: Tensor) -> Tensor:

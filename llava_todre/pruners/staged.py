@@ -6,14 +6,13 @@ Symbols: N tokens now present, L decoder layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import LayerView, Merge, Pruner, require_choice, round_half_up
-from llava_todre.spans import TokenType
+from llava_todre.pruners.base import Keep, LayerView, Pruner, round_half_up
+from llava_todre.pruners.options import option
 
 BudgetRule = Literal["count", "mean"]
 
@@ -25,16 +24,12 @@ class StagedPruner(Pruner):
     All images of a prompt form one pool.
     """
 
-    selects: ClassVar[bool] = False
-
-    budget_rule: BudgetRule = "count"
-    """What ``retain_ratio`` is a share of: ``count``, the patch tokens behind the last stage;
-    ``mean``, the mean over all decoder layers, each charged with what it processes."""
-
-    def __post_init__(self) -> None:
-        """Check the knobs."""
-        super().__post_init__()
-        require_choice("budget_rule", self.budget_rule, get_args(BudgetRule))
+    budget_rule: BudgetRule = option(
+        "count",
+        "What `retain_ratio` is a share of: `count`, the patch tokens behind the last stage; "
+        "`mean`, the mean over all decoder layers, each charged with what it processes.",
+        choices=get_args(BudgetRule),
+    )
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
         """Return, by layer, the share of the patch tokens that layer 0 read to keep behind it.
@@ -44,10 +39,10 @@ class StagedPruner(Pruner):
         """
         raise NotImplementedError
 
-    def choose(self, view: LayerView, count: int) -> Tensor | Merge:
-        """Return the positions of the ``count`` patch tokens that stay, in any order.
+    def choose(self, view: LayerView, count: int) -> Keep | Tensor:
+        """Return which ``count`` patch tokens stay; called only to drop some.
 
-        A method that merges returns its whole decision instead. Asked only to drop some.
+        A method that merges may keep others besides.
         """
         raise NotImplementedError
 
@@ -64,10 +59,10 @@ class StagedPruner(Pruner):
             sorted(layer for layer in self.stages(1.0, num_layers) if layer < num_layers - 1)
         )
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         """Drop what the stage behind this layer drops."""
         total = sum(view.visual_counts)
-        wanted = sum(self.budget(num_patches) for num_patches in view.visual_counts)
+        wanted = sum(self.num_keep(num_patches) for num_patches in view.visual_counts)
         if wanted == total:
             return None
         ratio = wanted / total
@@ -77,8 +72,7 @@ class StagedPruner(Pruner):
         count = max(1, round_half_up(share * total))
         if count >= len(view.patches):
             return None
-        chosen = self.choose(view, count)
-        return chosen if isinstance(chosen, Merge) else keep_of(view, chosen)
+        return self.choose(view, count)
 
     def mean_share(self, ratio: float, num_layers: int) -> float:
         """Return the mean share of the patch tokens that the decoder layers process."""
@@ -116,15 +110,3 @@ class StagedPruner(Pruner):
             else:
                 high = middle
         return high
-
-
-def keep_of(view: LayerView, chosen: Tensor) -> Tensor:
-    """Return (N,) bool: of the patch tokens only those at the positions ``chosen``."""
-    keep = view.kinds != TokenType.VISUAL
-    keep[chosen] = True
-    return keep
-
-
-def last_row(view: LayerView) -> Tensor:
-    """Return (1,) the position of the last token."""
-    return torch.tensor([len(view.kinds) - 1], device=view.kinds.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -15,14 +15,9 @@ from llava_todre.pruners.base import (
     LayerView,
     Need,
     Pruner,
-    Selection,
-    layers_at,
     random_generator,
-    require,
-    require_choice,
-    require_depths,
-    require_int,
 )
+from llava_todre.pruners.options import option
 from llava_todre.selection import Objective, greedy_diverse_batch, unit_rows
 from llava_todre.spans import TokenType, VisualTokens
 
@@ -47,7 +42,8 @@ class Todre(Pruner):
     about: ClassVar[About] = About(
         paper="ToDRE v2, arXiv 2505.18757v2",
         reads_text=True,
-        budget="k = share of the patch tokens of an image, thumbnail and crops together",
+        budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
+        "published: 25 and 10 %",
         deviations=(
             "No code is public; every choice the paper leaves open is an option.",
             "Eq. 3 knows no heads: read literally, queries and keys of all heads are one, divided "
@@ -57,48 +53,55 @@ class Todre(Pruner):
         ),
     )
 
-    objective: Objective = "max_sum"
-    """Greedy rule of Stage 1: ``max_sum`` (v2) or ``max_min`` (k-center, v1)."""
-    pivot: Pivot = "cls"
-    """First token: the one [CLS] attends to most, ``random`` (the paper's choice for encoders
-    without [CLS]), or the one ``nearest`` to or ``farthest`` from the mean direction of all (the
-    paper's ablation)."""
-    similarity: Similarity = "raw"
-    """Cosine of the features as they are, or ``centred``: after their mean is taken away, which
-    spreads a cloud that lies on one side of the origin."""
-    cls_layer: int = -1
-    """Vision layer of the [CLS] attention: -1 is the last (paper), -2 is what LLaVA reads its
-    features from."""
-    cls_heads: ClsHeads = "mean"
-    """How the heads of that attention make one number: the ``mean`` of their softmaxes, or
-    ``unsplit``, one softmax over all of them taken as one head (Eq. 3 to the letter)."""
-    probe_depths: tuple[float, ...] = (7 / 8,)
-    """Depths in (0, 1] at which Stage 2 measures; () switches Stage 2 off."""
-    tau: float = 0.10
-    """Threshold on both attention shares of Eq. 8."""
-    text_set: TextSet = "after_image"
-    """The set T of Eq. 8: text after the first visual token, or ``all`` text including the system
-    prompt."""
-    seed: int = 0
-    """For ``pivot = "random"``."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require_choice("objective", self.objective, get_args(Objective))
-        require_choice("pivot", self.pivot, get_args(Pivot))
-        require_choice("cls_heads", self.cls_heads, get_args(ClsHeads))
-        require_choice("similarity", self.similarity, get_args(Similarity))
-        require_choice("text_set", self.text_set, get_args(TextSet))
-        require_depths("probe_depths", self.probe_depths)
-        require("tau", self.tau, 0.0, 1.0)
-        require_int("cls_layer", self.cls_layer)
-        require_int("seed", self.seed)
+    objective: Objective = option(
+        "max_sum",
+        "Greedy rule of Stage 1: `max_sum` (v2) or `max_min` (k-center, v1).",
+        choices=get_args(Objective),
+    )
+    pivot: Pivot = option(
+        "cls",
+        "First token: the one [CLS] attends to most, `random` (the paper's choice for encoders "
+        "without [CLS]), or the one `nearest` to or `farthest` from the mean direction of all "
+        "(the paper's ablation).",
+        choices=get_args(Pivot),
+    )
+    similarity: Similarity = option(
+        "raw",
+        "Cosine of the features as they are, or `centred`: after their mean is taken away, which "
+        "spreads a cloud that lies on one side of the origin.",
+        choices=get_args(Similarity),
+    )
+    cls_layer: int = option(
+        -1,
+        "Vision layer of the [CLS] attention: -1 is the last (paper), -2 is what LLaVA reads its "
+        "features from.",
+    )
+    cls_heads: ClsHeads = option(
+        "mean",
+        "How the heads of that attention make one number: the `mean` of their softmaxes, or "
+        "`unsplit`, one softmax over all of them taken as one head (Eq. 3 to the letter).",
+        choices=get_args(ClsHeads),
+    )
+    probe_depths: tuple[float, ...] = option(
+        (7 / 8,),
+        "Depths at which Stage 2 measures, after the layers floor(depth * layers); an empty list "
+        "switches it off.",
+        above=0,
+        high=1,
+    )
+    tau: float = option(0.10, "Threshold on both attention shares of Eq. 8.", low=0, high=1)
+    text_set: TextSet = option(
+        "after_image",
+        "The set T of Eq. 8: text after the first visual token, or `all` text including the "
+        "system prompt.",
+        choices=get_args(TextSet),
+    )
+    seed: int = option(0, "For pivot = random.")
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention, when it chooses the pivot."""
-        return frozenset({self._cls_need} if self.pivot == "cls" else ())
+        return {self._cls_need} if self.pivot == "cls" else set()
 
     @property
     def _cls_need(self) -> tuple[str, int]:
@@ -110,18 +113,19 @@ class Todre(Pruner):
         """Unless the system prompt counts as text."""
         return self.text_set == "after_image"
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Stage 1: grow a diverse set from the pivot."""
-        return self.select_all([tokens], [budget])[0]
+        return self.select_all([tokens], [num_keep])[0]
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Tensor]:
         """Stage 1 of several images, at the same time on a GPU."""
         features = [tokens.features for tokens in images]
         if self.similarity == "centred":
             features = [rows.float() - rows.float().mean(dim=0) for rows in features]
         pivots = [self.pivot_index(tokens) for tokens in images]
-        picked = greedy_diverse_batch(features, budgets, pivots, self.objective)
-        return [Selection(order.sort().values) for order in picked]
+        return greedy_diverse_batch(features, num_keeps, pivots, self.objective)
 
     def pivot_index(self, tokens: VisualTokens) -> int:
         """Return the best token of the thumbnail (AnyRes), of the image, or of all frames."""
@@ -131,7 +135,7 @@ class Todre(Pruner):
                 torch.randint(len(tokens), (), generator=random_generator(self.seed, device))
             )
         if self.pivot == "cls":
-            score = tokens.vision[self._cls_need]
+            score = tokens[self._cls_need]
         else:
             rows = unit_rows(tokens.features)
             closeness = rows @ torch.nn.functional.normalize(rows.mean(dim=0), dim=0)
@@ -140,17 +144,13 @@ class Todre(Pruner):
             score = score.masked_fill(tokens.view != 0, -torch.inf)
         return int(score.argmax())
 
-    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return the layers at ``probe_depths``."""
-        return layers_at(self.probe_depths, num_layers)
-
     def at_layer(self, view: LayerView) -> Tensor | None:
         """Stage 2: withdraw all visual tokens when neither side attends to the other."""
         visual = view.visual
         if not bool(visual.any()) or bool(visual[-1]):
             return None  # a prompt that ends with an image: its last token predicts the answer
         text = ~visual if self.text_set == "all" else view.kinds == TokenType.TEXT
-        return ~visual if max(view.attention_ratios(text)) < self.tau else None
+        return view.patches[:0] if max(view.attention_ratios(text)) < self.tau else None
 
 
 @dataclass(frozen=True, kw_only=True)

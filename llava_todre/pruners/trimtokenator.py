@@ -5,6 +5,7 @@ Symbols: N tokens of all views or frames, M tokens of text, D width of the decod
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,11 +16,10 @@ from llava_todre.pruners.base import (
     About,
     Need,
     Pruner,
-    Selection,
-    require,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.selection import check_finite, greedy_diverse, unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -42,7 +42,8 @@ class TrimTokenator(Pruner):
     about: ClassVar[About] = About(
         paper="TrimTokenator, arXiv 2509.00320",
         reads_text=True,
-        budget="k = share of the patch tokens of an image, thumbnail and crops together",
+        budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
+        "published: 192, 128 and 64 of 576",
         deviations=(
             "No official code is public; the 80 % of Stage 1 and the first token of Stage 2 come "
             "from a third party's implementation, which rounds them down (460 of 576); here half "
@@ -51,31 +52,32 @@ class TrimTokenator(Pruner):
             "Where the budget is more than those 80 %, Stage 1 keeps as many as the budget.",
         ),
     )
-    needs = frozenset[Need]({"text_embeds"})
 
-    align_ratio: float = 0.8
-    """Share of all tokens that Stage 1 keeps, in [0, 1]; at 0 the alignment alone decides, at 1 the
-    diversity alone."""
+    @property
+    def needs(self) -> Set[Need]:
+        """The text after the image."""
+        return {"text_embeds"}
 
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("align_ratio", self.align_ratio, 0.0, 1.0)
+    align_ratio: float = option(
+        0.8,
+        "Share of all tokens that Stage 1 keeps; at 0 the alignment alone decides, at 1 the "
+        "diversity alone.",
+        low=0,
+        high=1,
+    )
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the aligned tokens, then the diverse ones of these."""
-        text = tokens.text_embeds
-        assert text is not None
-        features = tokens.features
+        features, text = tokens.features, tokens["text_embeds"]
         check_finite(features)
         aligned = torch.arange(len(features), device=features.device)
         if len(text):
-            count = max(budget, round_half_up(self.align_ratio * len(features)))
+            count = max(num_keep, round_half_up(self.align_ratio * len(features)))
             aligned = top(alignment(features, text), count).sort().values
         rows = unit_rows(features[aligned])
         first = int((rows @ rows.mean(dim=0)).argmin())
-        picked = greedy_diverse(features[aligned], budget, first, "max_sum")
-        return Selection(aligned[picked].sort().values)
+        picked = greedy_diverse(features[aligned], num_keep, first, "max_sum")
+        return aligned[picked]
 
 
 def alignment(features: Tensor, text: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from llava_todre.pruners.base import About, Pruner, Selection
+from llava_todre.pruners.base import About, Pruner
 from llava_todre.pruners.grid import cut
 from llava_todre.spans import VisualTokens
 
@@ -21,10 +22,10 @@ class Uniform(Pruner):
 
     about: ClassVar[About] = About(
         paper="control",
-        budget="k = share of the patch tokens of an image, shared among its views by their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size",
     )
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the token nearest to the centre of each cell."""
-        kept = [middle for _, _, middle in cut(tokens, budget)]
-        return Selection(torch.cat(kept).sort().values)
+        kept = [middle for _, _, middle in cut(tokens, num_keep)]
+        return torch.cat(kept)

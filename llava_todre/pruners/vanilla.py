@@ -7,15 +7,16 @@ from typing import ClassVar
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import About, Pruner
+from llava_todre.pruners.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vanilla(Pruner):
     """Keep every visual token in every layer."""
 
-    about: ClassVar[About] = About(paper="no pruning", budget="none: every token stays")
+    about: ClassVar[About] = About(paper="no pruning", budget_note="none: every token stays")
 
-    retain_ratio: float = 1.0
+    retain_ratio: float = option(1.0, "Fixed: every token stays.", low=1, high=1)
 
     def __post_init__(self) -> None:
         """Refuse a budget, which would silently be ignored."""

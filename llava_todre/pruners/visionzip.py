@@ -6,6 +6,7 @@ Symbols: N tokens, n tokens of one view, T tokens it keeps, m not dominant, c co
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,15 +15,13 @@ from torch.nn.functional import one_hot
 
 from llava_todre.pruners.base import (
     About,
+    Keep,
     Need,
     Pruner,
-    Selection,
-    require,
-    require_flag,
-    require_int,
     round_half_up,
     top,
 )
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -39,7 +38,7 @@ class VisionZip(Pruner):
 
     about: ClassVar[About] = About(
         paper="VisionZip, CVPR 2025, arXiv 2412.04467",
-        budget="per view T = its share; 27/32 of them dominant, [CLS] included, the rest "
+        budget_note="per view T = its share; 27/32 of them dominant, [CLS] included, the rest "
         "contextual (published: 162 + 30, 108 + 20, 54 + 10)",
         deviations=(
             "The release sends [CLS], then patches, then contextual tokens, and with crops the "
@@ -51,38 +50,37 @@ class VisionZip(Pruner):
         ),
     )
 
-    dominant_ratio: float = 27 / 32
-    """Share of the kept tokens that are dominant, [CLS] included; at least one is."""
-    keep_cls: bool = True
-    """Whether [CLS] is one of the dominant tokens; otherwise a patch takes its turn."""
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention and of the keys: -2 is what LLaVA reads its features
-    from."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("dominant_ratio", self.dominant_ratio, 0.0, 1.0)
-        require_int("cls_layer", self.cls_layer)
-        require_flag("keep_cls", self.keep_cls)
+    dominant_ratio: float = option(
+        27 / 32,
+        "Share of the kept tokens that are dominant, [CLS] included; at least one is.",
+        low=0,
+        high=1,
+    )
+    keep_cls: bool = option(
+        True, "Whether [CLS] is one of the dominant tokens; otherwise a patch takes its turn."
+    )
+    cls_layer: int = option(
+        -2,
+        "Vision layer of the [CLS] attention and of the keys: -2 is what LLaVA reads its features "
+        "from.",
+    )
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention, keys, and what the projector is given."""
         attention, keys = ("cls_attention", self.cls_layer), ("keys", self.cls_layer)
-        return frozenset({attention, keys, "vision_features"})
+        return {attention, keys, "vision_features"}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Merge view by view, then project what stays."""
-        states, cls_states = tokens.vision_features, tokens.cls_features
-        assert states is not None and cls_states is not None and tokens.project is not None
+        states, cls_states = tokens["vision_features"], tokens["cls_features"]
         check_finite(states)
-        attention = tokens.vision["cls_attention", self.cls_layer].float()
-        keys = unit_rows(tokens.vision["keys", self.cls_layer].float().mean(dim=1))
+        attention = tokens["cls_attention", self.cls_layer].float()
+        keys = unit_rows(tokens["keys", self.cls_layer].float().mean(dim=1))
 
         merged = states.clone()  # (N, W)
         kept = []
-        for group, share in by_view(tokens, budget):
+        for group, share in by_view(tokens, num_keep):
             num_dominant = max(1, round_half_up(share * self.dominant_ratio))
             num_contextual = share - num_dominant
             is_left = torch.ones_like(group, dtype=torch.bool)
@@ -105,5 +103,5 @@ class VisionZip(Pruner):
             if self.keep_cls:
                 merged[others[0]] = cls_states[tokens.view[group[0]]]
                 kept.append(others[:1])
-        keep_idx = torch.cat(kept).sort().values
-        return Selection(keep_idx, tokens.project(merged[keep_idx]))
+        indices = torch.cat(kept).sort().values
+        return Keep(indices, tokens["project"](merged[indices]))

@@ -5,13 +5,15 @@ Symbols: n tokens of one view, R of them still in question, W width of the visio
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, Selection, require, require_int, top
+from llava_todre.pruners.base import About, Need, Pruner, top
+from llava_todre.pruners.options import option
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -29,7 +31,8 @@ class VisPruner(Pruner):
 
     about: ClassVar[About] = About(
         paper="VisPruner, ICCV 2025, arXiv 2412.01818v2",
-        budget="k tokens of the image, shared among its views in proportion to their size",
+        budget_note="k tokens of the image, shared among its views in proportion to their size; "
+        "published: 192, 128 and 64 of 576",
         deviations=(
             "The released code never unpads and gives every view the same number.",
             "It stops with an error at most odd numbers of residual tokens, and where a round "
@@ -41,34 +44,32 @@ class VisPruner(Pruner):
         ),
     )
 
-    important_ratio: float = 0.5
-    """Share of the kept tokens chosen by [CLS] attention, in [0, 1]; the rest are distinct ones."""
-    cls_layer: int = -2
-    """Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("important_ratio", self.important_ratio, 0.0, 1.0)
-        require_int("cls_layer", self.cls_layer)
+    important_ratio: float = option(
+        0.5,
+        "Share of the kept tokens chosen by [CLS] attention; the rest are distinct ones.",
+        low=0,
+        high=1,
+    )
+    cls_layer: int = option(
+        -2, "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."
+    )
 
     @property
-    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+    def needs(self) -> Set[Need]:
         """[CLS] attention, and the features before the projector."""
-        return frozenset({("cls_attention", self.cls_layer), "vision_features"})
+        return {("cls_attention", self.cls_layer), "vision_features"}
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the important and the distinct tokens of each view."""
-        assert tokens.vision_features is not None
-        attention = tokens.vision["cls_attention", self.cls_layer]
-        rows = unit_rows(tokens.vision_features)  # (N, W)
+        attention = tokens["cls_attention", self.cls_layer]
+        rows = unit_rows(tokens["vision_features"])  # (N, W)
         kept = []
-        for group, share in by_view(tokens, budget):
+        for group, share in by_view(tokens, num_keep):
             order = group[top(attention[group], len(group))]
             num_important = int(share * self.important_ratio)
             important, residual = order[:num_important], order[num_important:]
             kept += [important, residual[_distinct(rows[residual], share - num_important)]]
-        return Selection(torch.cat(kept).sort().values)
+        return torch.cat(kept)
 
 
 def _distinct(rows: Tensor, count: int) -> Tensor:

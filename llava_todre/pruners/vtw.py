@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import About, LayerView, Pruner, require, require_int, round_half_up
+from llava_todre.pruners.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class VTW(Pruner):
 
     about: ClassVar[About] = About(
         paper="VTW, AAAI 2025, arXiv 2405.05803",
-        budget="share of the decoder layers that see the visual tokens, all of them; this is "
+        budget_note="share of the decoder layers that see the visual tokens, all of them; this is "
         "their mean share over the layers",
         count="own",
         deviations=(
@@ -30,12 +31,18 @@ class VTW(Pruner):
             "depths.",
         ),
     )
-    selects: ClassVar[bool] = False
-
-    retain_ratio: float = 0.5
-    layer: int | None = None
-    """K: the first layer, counted from 0, without visual tokens, at least 1; null takes
-    ``retain_ratio`` of all layers."""
+    retain_ratio: float = option(
+        0.5, "Share of the decoder layers that see the visual tokens.", above=0, high=1
+    )
+    retain_tokens: int | None = option(
+        None, "Not for this method, which withdraws all visual tokens.", low=1
+    )
+    layer: int | None = option(
+        None,
+        "K: the first layer, counted from 0, without visual tokens; null takes retain_ratio of "
+        "all layers.",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         """Check the knobs."""
@@ -45,8 +52,6 @@ class VTW(Pruner):
                 f"retain_tokens {self.retain_tokens} cannot be kept by vtw, which withdraws all "
                 "visual tokens; allowed: null, with retain_ratio or layer instead."
             )
-        if self.layer is not None:
-            require_int("layer", self.layer, 1)
 
     @property
     def withdraws_all(self) -> bool:
@@ -63,9 +68,9 @@ class VTW(Pruner):
             )
         return (first - 1,) if first < num_layers else ()
 
-    def at_layer(self, view: LayerView) -> Tensor | None:
+    def at_layer(self, view: LayerView) -> Tensor:
         """Withdraw all visual tokens."""
-        return ~view.visual
+        return view.patches[:0]
 
 
 def search_layer(

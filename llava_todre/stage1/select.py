@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners import Need, Pruner, Selection
+from llava_todre.pruners import Keep, Need, Pruner
 from llava_todre.spans import VisualTokens
 from llava_todre.stage1.layout import Layout
 from llava_todre.stats import ImageStats
@@ -64,9 +64,9 @@ class ImageFeatures:
             clip_similarity=None if clip_similarity is None else clip_similarity.to(device),
         )
 
-    def keep(self, selection: Selection, pruner: Pruner) -> PrunedImage:
+    def keep(self, selection: Keep, pruner: Pruner) -> PrunedImage:
         """Return what is left: the selected tokens and the newlines that stay with them."""
-        kept = selection.keep_idx.cpu()
+        kept = selection.indices
         stays = self.layout.keep(kept, pruner.newlines)
         embeds = selection.features
         if embeds is None:
@@ -154,12 +154,11 @@ def _pruned(
                 f"images were encoded without {sorted(map(str, missing))} that "
                 f"{type(pruner).__name__} needs; set the pruner first, then encode."
             )
-    selections = [Selection(torch.arange(image.layout.num_tokens)) for image in images]
     texts, similarities = (each or [None] * len(images) for each in (texts, similarities))
     with torch.no_grad():  # what is selected has no gradient; neither have merged features
         tokens = [images[index].tokens(texts[index], similarities[index]) for index in above]
-        budgets = [pruner.budget(len(each)) for each in tokens]
-        selected = pruner.select_all(tokens, budgets) if tokens else []
-    for index, selection in zip(above, selected, strict=True):
-        selections[index] = selection
-    return [image.keep(each, pruner) for image, each in zip(images, selections, strict=True)]
+        selected = dict(zip(above, pruner.keep(tokens), strict=True))
+    return [
+        image.keep(selected.get(index) or Keep(torch.arange(image.layout.num_tokens)), pruner)
+        for index, image in enumerate(images)
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners import LayerView, Tally
+from llava_todre.pruners import DecoderView, LayerView, PromptView, Tally
 from llava_todre.relevance import attention_rows
 from llava_todre.stage2.segment import KeyStore, LayerInputs, Segment
 
@@ -86,13 +86,17 @@ class LayerProbe:
             queries=self._queries,
             keys=functools.cache(self._keys),
             scaling=self._module.self_attn.scaling,
-            positions=positions - in_prompt[0] if prompt.ragged else positions,
-            prompt_kinds=kinds[in_prompt] if prompt.ragged else kinds,
-            prompt_embeds=lambda: self._whole(embeds[sample]).to(self._device)[in_prompt],
             visual_counts=visual_counts,
-            next_layer_attention=self._next_layer_attention,
-            rope_frequencies=self._decoder.rotary_emb.inv_freq,
-            final_norm=lambda states: self._decoder.norm(states).to(self._device),
+            prompt=PromptView(
+                kinds=kinds[in_prompt] if prompt.ragged else kinds,
+                positions=positions - in_prompt[0] if prompt.ragged else positions,
+                embeds=lambda: self._whole(embeds[sample]).to(self._device)[in_prompt],
+            ),
+            decoder=DecoderView(
+                next_layer_attention=self._next_layer_attention,
+                rope_frequencies=self._decoder.rotary_emb.inv_freq,
+                final_norm=lambda states: self._decoder.norm(states).to(self._device),
+            ),
         )
 
     def _queries(self, rows: Tensor) -> Tensor:

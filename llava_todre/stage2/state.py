@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners import Merge, Pruner
+from llava_todre.pruners import Keep, Pruner
 from llava_todre.spans import Spans, TokenType, is_visual, with_newlines
 from llava_todre.stage2.masks import causal, gather, hide
 from llava_todre.stage2.probe import LayerProbe
@@ -201,10 +201,12 @@ class DecoderPruning:
             dropped = 0
             ends_with_image = bool(view.visual[-1])  # and its last token predicts the answer
             if decision is not None and layer + 1 < self.num_layers and not ends_with_image:
-                if isinstance(decision, Merge):
-                    merged[sample] = present, decision.hidden_states
-                    decision = decision.keep
-                stays = self._with_newlines(segment, sample, present, decision.to(keep.device))
+                kept = Keep.checked(decision, f"{method}.at_layer", len(present))
+                if kept.features is not None:
+                    merged[sample] = present[kept.indices], kept.features
+                stays = segment.kinds[sample, present] != TokenType.VISUAL
+                stays[kept.indices] = True
+                stays = self._with_newlines(segment, sample, present, stays)
                 keep[sample, present] = stays
                 dropped = len(present) - int(stays.sum())
             _require_finite(layer, view.measured)

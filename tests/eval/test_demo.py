@@ -176,7 +176,7 @@ def test_all_stands_for_every_method_once() -> None:
         assert named == [
             *(name for name in PRUNERS for _ in range(RANDOM_DRAWS if name == "random" else 1))
         ][1:] + ["todre+todre_v1"]
-    assert all(run.pruner(3).budget(1000) == 1000 * run.retain_ratio for run in runs)
+    assert all(run.pruner(3).num_keep(1000) == 1000 * run.retain_ratio for run in runs)
     assert len({run.name for run in runs}) == len(runs)
     assert all(re.fullmatch(r"[\w.-]+", run.name) for run in runs), "fit for a file"
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from eval.figures import decoding, framework, kept, layers, scenes, video
-from eval.figures.attention import Observer, ratios, received
+from eval.figures.attention import ratios, received
 from eval.figures.files import as_json, stored
 from eval.figures.pictures import counts, frame_of, simplified, views_of
 from eval.figures.registry import FIGURES
 from eval.figures.sources import Sources
 from eval.mini import held_out
-from llava_todre.pruners import LayerView
+from llava_todre.pruners import LayerView, Observed
 from llava_todre.spans import TokenType, is_visual
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "figures"
@@ -39,7 +39,7 @@ def test_observed_attention_is_that_of_the_eager_model(tiny_llava: Callable[...,
     def look(view: LayerView) -> None:
         seen.append((ratios(view), received(view, 2), view.kinds))
 
-    model.set_pruner(Observer(look=look))
+    model.set_pruner(Observed(look=look))
     given = {"images": [pixels], "image_sizes": [(112, 112)]}
     model(input_ids=ids, **given)
     model.set_pruner("vanilla")

@@ -123,12 +123,12 @@ def test_table_4_rows_switch_the_stages() -> None:
     assert len(found) == 11
     for version, layers in (("todre_v1", (16, 20, 24, 28)), ("todre", (28,))):
         only_second = found[f"{version} stage 2"]
-        assert only_second.budget(2880) == 2880 and only_second.probe_layers(32) == layers
+        assert only_second.num_keep(2880) == 2880 and only_second.probe_layers(32) == layers
         for share, kept in ((25, 720), (10, 288)):
             only_first = found[f"{version} {share}%, stage 1"]
-            assert only_first.budget(2880) == kept and only_first.probe_layers(32) == ()
+            assert only_first.num_keep(2880) == kept and only_first.probe_layers(32) == ()
             both = found[f"{version} {share}%, stage 1+2"]
-            assert both.budget(2880) == kept and both.probe_layers(32) == layers
+            assert both.num_keep(2880) == kept and both.probe_layers(32) == layers
 
 
 def test_tables_5_and_6_run_stage_2_alone() -> None:

@@ -33,7 +33,7 @@ def names(**changes: Any) -> set[str]:
         ({"method": None}, "key 'method' is missing"),
         ({"method": ["todre"]}, "method ['todre'] is not a name"),
         ({"options": {"retain": 0.1}}, "'retain' is unknown. Did you mean 'retain_ratio'?"),
-        ({"options": {"retain_ratio": 1.5}}, "retain_ratio 1.5 is out of range"),
+        ({"options": {"retain_ratio": 1.5}}, "0 < retain_ratio <= 1, got 1.5"),
         ({"options": {"seed": 3}}, "'seed' is the key 'seed' of the run"),
         ({"options": [0.1]}, "options [0.1] is not a mapping"),
         ({"suite": "imagge"}, "suite 'imagge' is unknown. Did you mean 'image'?"),

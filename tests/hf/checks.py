@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
 from llava_todre import hf
-from llava_todre.pruners import LayerView, Pruner, Selection
+from llava_todre.pruners import LayerView, Pruner
 from llava_todre.spans import TokenType, VisualTokens
 from llava_todre.stats import PruneStats
 
@@ -40,9 +40,9 @@ class Watch(Pruner):
     def needs(self) -> frozenset[Any]:
         return frozenset({(self.quantity, self.layer)})
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         self.seen.append(tokens)
-        return Selection(torch.arange(budget))
+        return torch.arange(num_keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ class Strides(Pruner):
     """(text tokens behind the first image or ANY, layer, stride): of the visual tokens still
     there, every stride-th stays; 0 is none."""
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         draw = torch.Generator().manual_seed(len(tokens))
-        return Selection(torch.randperm(len(tokens), generator=draw)[:budget].sort().values)
+        return torch.randperm(len(tokens), generator=draw)[:num_keep]
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         return tuple(sorted({layer for _, layer, _ in self.plan}))
@@ -65,10 +65,8 @@ class Strides(Pruner):
         strides = {layer: stride for layer, stride in self.steps(num_text)}
         if view.layer not in strides:
             return None
-        keep = view.kinds != TokenType.VISUAL
-        if strides[view.layer]:
-            keep[(~keep).nonzero()[:: strides[view.layer], 0]] = True
-        return keep
+        stride = strides[view.layer]
+        return view.patches[::stride] if stride else view.patches[:0]
 
     def stages(self, stats: PruneStats, num_text: int) -> list[Stage]:
         """Return what a sample must have gone through."""

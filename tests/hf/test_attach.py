@@ -27,7 +27,7 @@ import llava_todre.hf.attachment
 from llava_todre import hf
 from llava_todre.errors import TodreError
 from llava_todre.hf.families import family_of
-from llava_todre.pruners import LayerView, Merge, create_pruner
+from llava_todre.pruners import Keep, LayerView, create_pruner
 
 METHOD = Strides(retain_ratio=0.25, plan=((9, 3, 0), (8, 5, 2)))
 
@@ -127,7 +127,7 @@ def test_nothing_is_left_after_detach(model, inputs, method):
 class Raising(Strides):
     """Fails inside the decoder."""
 
-    def at_layer(self, view: LayerView) -> Tensor | Merge | None:
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         raise KeyError(view.layer)
 
 
@@ -323,7 +323,7 @@ def test_statistics_are_those_of_the_last_call(model, inputs):
     ("call", "message"),
     [
         (lambda model: hf.attach(model, "todr"), "todre"),
-        (lambda model: hf.attach(model, METHOD, retain_ratio=0.1), "beside a method object"),
+        (lambda model: hf.attach(model, METHOD, tau=0.1), "option of method .*'tau' is unknown"),
         (lambda model: hf.attach(model, "downsample"), "needs resized, which models of the family"),
         (lambda model: hf.attach(None), "model NoneType is not supported; allowed: Llava"),
         (lambda model: hf.attach(model, None), "method None is neither a name nor a method object"),

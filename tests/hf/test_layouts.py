@@ -25,7 +25,7 @@ from llava_todre.errors import TodreError
 from llava_todre.hf.families import FAMILIES, family_of
 from llava_todre.hf.llava import anyres_layout
 from llava_todre.hf.onevision import anyres_max_layout
-from llava_todre.pruners import LayerView, Selection, create_pruner
+from llava_todre.pruners import LayerView, create_pruner
 from llava_todre.pruners.uniform import Uniform
 from llava_todre.spans import VisualTokens
 
@@ -137,9 +137,9 @@ class Looking(Uniform):
     needs = frozenset({("cls_attention", -1), "text_embeds"})
     seen: list[VisualTokens] = []
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         self.seen.append(tokens)
-        return super().select(tokens, budget)
+        return super().select(tokens, num_keep)
 
 
 class LookingCloser(Looking):

@@ -10,7 +10,7 @@ import torch
 from checks import assert_follows, planned, run
 from tiny import BATCH, TWO_IMAGES, VIDEO_BATCH, inputs_for, model_of
 
-from llava_todre.pruners import Selection
+from llava_todre.pruners import Keep
 from llava_todre.pruners.todre import Todre
 from llava_todre.spans import VisualTokens
 
@@ -45,9 +45,11 @@ class Counting(Todre):
 
     calls: list[int] = field(default_factory=list, compare=False)
 
-    def select_all(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Keep | Tensor]:
         self.calls.append(len(images))
-        each = zip(images, budgets, strict=True)
+        each = zip(images, num_keeps, strict=True)
         return [super(Counting, self).select_all([tokens], [k])[0] for tokens, k in each]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from llava_todre.mini.heldout import held_out
 
 from llava_todre.cli import main
 from llava_todre.generate import Memory, Request
 from llava_todre.hf.load import load_stock_model
 from llava_todre.hf.stock import StockModel
-from llava_todre.mini.heldout import held_out
 
 MINI = Path(__file__).parents[2] / "checkpoints" / "mini"
 METHODS = {

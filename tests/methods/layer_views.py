@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import LayerView, Merge, Pruner
+from llava_todre.pruners.base import DecoderView, Keep, LayerView, PromptView, Pruner
 from llava_todre.relevance import attention_rows
 from llava_todre.spans import TokenType
 
@@ -106,9 +106,14 @@ def make_case(
         "final_norm": final_norm,
         "rope_frequencies": rope_frequencies(head_width, rope_theta),
     }
+    options |= given
+    named = {key: options.pop(key) for key in ("prompt_kinds", "positions", "prompt_embeds")}
+    prompt = PromptView(*named.values())
+    names = ("next_layer_attention", "rope_frequencies", "final_norm")
+    decoder = DecoderView(*(options.pop(name) for name in names))
     arrays = (queries, keys, ahead_queries, ahead_keys, states, embeds)
     return Case(
-        LayerView(**(options | given)),
+        LayerView(prompt=prompt, decoder=decoder, **options),
         *(tensor.double().numpy() for tensor in arrays),
         kinds=[kinds[i] for i in left.tolist()],
         positions=left.tolist(),
@@ -136,11 +141,10 @@ def best(scores: np.ndarray, positions: list[int], count: int) -> set[int]:
 
 
 def kept_patches(case: Case, decision: Any) -> set[int]:
-    """Return the positions of the patches that stay; every other kind of token has to."""
-    keep = decision.keep if isinstance(decision, Merge) else decision
-    assert keep.dtype == torch.bool and keep.shape == (len(case.kinds),)
-    assert all(keep[i] for i, kind in enumerate(case.kinds) if kind != VISUAL)
-    return {i for i in case.where(VISUAL) if keep[i]}
+    """Return the positions of the patches that stay; no other token is named."""
+    kept = Keep.checked(decision, "at_layer", len(case.kinds)).indices.tolist()
+    assert set(kept) <= set(case.where(VISUAL))
+    return set(kept)
 
 
 def patches_per_layer(pruner: Pruner, kinds: list[int], num_layers: int, **options: Any) -> list:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
+from slow import slow_shares
 from torch import Tensor
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.cdpruner import CDPruner, greedy_map
 from llava_todre.spans import VisualTokens
 
@@ -36,15 +36,6 @@ def slow_relevance(tokens: VisualTokens, source: str) -> Tensor:
         ]
     low, high = min(raw), max(raw)
     return torch.tensor([(value - low + 1e-6) / (high - low) for value in raw], dtype=torch.float64)
-
-
-def slow_shares(total: int, sizes: list[int]) -> list[int]:
-    """Largest remainder, in whole numbers."""
-    whole = [total * size // sum(sizes) for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % sum(sizes)), i))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
 
 
 def worst_gap(tokens: VisualTokens, kept: list[int], source: str) -> float:
@@ -73,7 +64,7 @@ def worst_gap(tokens: VisualTokens, kept: list[int], source: str) -> float:
 
 
 def select(tokens: VisualTokens, budget: int, **knobs: Any) -> list[int]:
-    kept = CDPruner(**knobs).select(tokens, budget).keep_idx
+    kept = selected(CDPruner(**knobs), tokens, budget).indices
     assert kept.dtype == torch.int64
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert len(kept) == budget
@@ -254,25 +245,7 @@ def test_one_token_and_all_but_one_are_possible_budgets():
     assert len(select(tokens, len(tokens) - 1)) == 179
 
 
-def test_half_precision_is_compared_in_float32():
-    tokens = visual_tokens(width=192, dtype=torch.bfloat16)
-    assert worst_gap(tokens, select(tokens, 58), "text_embeds") < 1e-5
-
-
 def test_needs_what_the_relevance_is_read_from():
     assert CDPruner().needs == {"text_embeds"}
     assert CDPruner(relevance="clip").needs == {"clip_similarity"}
     assert CDPruner(relevance="none").needs == frozenset()
-
-
-def test_broken_features_are_an_error():
-    tokens = visual_tokens(side=4)
-    tokens.features[3, 5] = torch.nan
-    with pytest.raises(TodreError, match="1 of 16 visual tokens"):
-        CDPruner().select(tokens, 4)
-
-
-@pytest.mark.parametrize("relevance", ["clips", None, 1])
-def test_bad_knobs_are_refused(relevance):
-    with pytest.raises(TodreError, match="relevance"):
-        CDPruner(relevance=relevance)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 from torch import Tensor
 
 from llava_todre.pruners.downsample import Downsample
@@ -79,10 +79,10 @@ def recorded(tokens: VisualTokens) -> tuple[VisualTokens, list[tuple[int, int]]]
 @pytest.mark.parametrize("case", CASES)
 def test_matches_a_search_of_all_grids(case, ratio):
     tokens = visual_tokens(**CASES[case])
-    budget = Downsample(retain_ratio=ratio).budget(len(tokens))
-    selection = Downsample().select(tokens, budget)
+    budget = Downsample(retain_ratio=ratio).num_keep(len(tokens))
+    selection = selected(Downsample(), tokens, budget)
     places, features = reference(tokens, budget)
-    assert selection.keep_idx.tolist() == places
+    assert selection.indices.tolist() == places
     assert torch.equal(selection.features, torch.stack(features))
     assert 0 < len(places) <= budget
 
@@ -91,11 +91,11 @@ def test_matches_a_search_of_all_grids(case, ratio):
 def test_matches_the_search_at_every_budget(kwargs):
     tokens = visual_tokens(**kwargs)
     for budget in range(1, len(tokens), 3):
-        selection = Downsample().select(tokens, budget)
+        selection = selected(Downsample(), tokens, budget)
         places, features = reference(tokens, budget)
-        assert selection.keep_idx.tolist() == places
+        assert selection.indices.tolist() == places
         assert torch.equal(selection.features, torch.stack(features))
-        assert bool((selection.keep_idx.diff() > 0).all())
+        assert bool((selection.indices.diff() > 0).all())
 
 
 @pytest.mark.parametrize(
@@ -111,15 +111,15 @@ def test_matches_the_search_at_every_budget(kwargs):
 )
 def test_a_small_image_shrinks_to_the_largest_grid_that_fits(budget, grid, kept):
     tokens, asked = recorded(visual_tokens(side=4))
-    selection = Downsample().select(tokens, budget)
+    selection = selected(Downsample(), tokens, budget)
     assert asked == [grid]
-    assert selection.keep_idx.tolist() == kept
+    assert selection.indices.tolist() == kept
     assert torch.equal(selection.features, tokens.resized(*grid)[0])
 
 
 def test_10_percent_of_llava_1_5_is_a_grid_of_7_by_8():
     tokens, asked = recorded(visual_tokens())
-    assert len(Downsample().select(tokens, 58).keep_idx) == 56
+    assert len(selected(Downsample(), tokens, 58).indices) == 56
     assert asked == [(7, 8)]
 
 
@@ -128,9 +128,9 @@ def test_of_a_grid_and_its_transpose_the_one_with_more_tokens_outside_padding_wi
     whole = visual_tokens(grid=(1, 1), side=4)
     there = ((whole.view == 0) | (whole.row == 2)).nonzero()[:, 0]
     tokens, asked = recorded(only(whole, there))
-    selection = Downsample().select(tokens, 3)
+    selection = selected(Downsample(), tokens, 3)
     assert asked == [(2, 1)]
-    assert tokens.view[selection.keep_idx].tolist() == [0, 0, 1]
+    assert tokens.view[selection.indices].tolist() == [0, 0, 1]
     expected = tokens.resized(2, 1)
     assert torch.equal(selection.features, torch.stack([*expected[0], expected[1, 1]]))
 
@@ -140,14 +140,14 @@ def test_the_largest_grid_wins_even_if_a_smaller_one_has_more_tokens_outside_pad
     whole = visual_tokens(grid=(2, 1), side=4)
     there = ((whole.view == 0) | (whole.row == 2)).nonzero()[:, 0]
     tokens, asked = recorded(only(whole, there))
-    assert len(Downsample().select(tokens, 8).keep_idx) == 6
+    assert len(selected(Downsample(), tokens, 8).indices) == 6
     assert asked == [(3, 2)]
 
 
 def test_with_less_than_one_token_per_view_the_first_views_keep_theirs():
     tokens = visual_tokens(grid=(2, 2), side=6)
-    selection = Downsample().select(tokens, 3)
-    assert sorted(tokens.view[selection.keep_idx].tolist()) == [0, 1, 2]
+    selection = selected(Downsample(), tokens, 3)
+    assert sorted(tokens.view[selection.indices].tolist()) == [0, 1, 2]
     assert torch.equal(selection.features, tokens.resized(1, 1)[:3, 0])
 
 
@@ -155,10 +155,10 @@ def test_views_of_which_padding_leaves_nothing_are_left_out():
     whole = visual_tokens(grid=(2, 2), side=6)
     for gone in (1, 4):
         tokens = only(whole, (whole.view != gone).nonzero()[:, 0])
-        selection = Downsample().select(tokens, 16)
+        selection = selected(Downsample(), tokens, 16)
         features = whole.resized(2, 2)
         views = [view for view in range(5) if view != gone]
-        by_view = tokens.view[selection.keep_idx].argsort(stable=True)
+        by_view = tokens.view[selection.indices].argsort(stable=True)
         assert torch.equal(selection.features[by_view], features[views].flatten(0, 1))
 
 
@@ -173,7 +173,7 @@ def only(tokens: VisualTokens, kept: Tensor) -> VisualTokens:
 def test_features_come_in_the_dtype_of_the_tokens():
     tokens = visual_tokens(side=6, dtype=torch.bfloat16)
     tokens = dataclasses.replace(tokens, resized=lambda r, c: torch.ones(1, r * c, 64))
-    assert Downsample().select(tokens, 9).features.dtype == torch.bfloat16
+    assert selected(Downsample(), tokens, 9).features.dtype == torch.bfloat16
 
 
 def test_asks_for_smaller_pixels_and_promises_at_most_the_budget():

@@ -46,4 +46,4 @@ def test_every_budget_is_met(method: str, mode: str, monkeypatch: pytest.MonkeyP
         for given in answer(model, tokenizer, requests, max_new_tokens=1):
             (shown,) = given.stats.images
             if pruner.selects and method != "downsample":  # a grid has not every size
-                assert len(shown.keep_idx) == pruner.budget(shown.num_tokens)
+                assert len(shown.keep_idx) == pruner.num_keep(shown.num_tokens)

@@ -7,29 +7,20 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
+from slow import slow_shares
 from torch import Tensor
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.fastervlm import FasterVLM
 from llava_todre.spans import VisualTokens
 
 SHAPES = [
     {},
-    {"grid": (2, 2)},
-    {"grid": (2, 2), "padding": 5},
+    {"grid": (2, 2), "side": 12},
+    {"grid": (2, 2), "side": 12, "padding": 3},
     {"frames": 5, "side": 12},
     {"dtype": torch.bfloat16},
 ]
-
-
-def slow_shares(total: int, sizes: list[int]) -> list[int]:
-    """Largest remainder, in whole numbers."""
-    whole = [total * size // sum(sizes) for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % sum(sizes)), i))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
 
 
 def slow_select(tokens: VisualTokens, budget: int, attention: Tensor) -> list[int]:
@@ -49,28 +40,17 @@ def slow_select(tokens: VisualTokens, budget: int, attention: Tensor) -> list[in
 def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float) -> None:
     tokens = visual_tokens(**shape)
     method = FasterVLM(retain_ratio=ratio)
-    budget = method.budget(len(tokens))
-    kept = method.select(tokens, budget).keep_idx
+    budget = method.num_keep(len(tokens))
+    kept = selected(method, tokens, budget).indices
     assert kept.tolist() == slow_select(tokens, budget, tokens.vision["cls_attention", -2])
     assert kept.dtype == torch.int64
-
-
-@pytest.mark.parametrize("budget", [1, 2, 433, 719])
-def test_any_budget_is_met_exactly(budget: int) -> None:
-    tokens = visual_tokens(grid=(2, 2), side=12)
-    selection = FasterVLM().select(tokens, budget)
-    assert selection.keep_idx.tolist() == slow_select(
-        tokens, budget, tokens.vision["cls_attention", -2]
-    )
-    assert len(selection.keep_idx) == budget
-    assert selection.features is None
 
 
 def test_a_view_keeps_its_share_however_little_attention_its_tokens_get() -> None:
     tokens = visual_tokens(grid=(2, 1), side=2)
     scores = torch.where(tokens.view == 0, 0.001, 0.1) + 0.0001 * torch.arange(12)
     tokens = dataclasses.replace(tokens, vision={("cls_attention", -2): scores})
-    kept = FasterVLM().select(tokens, 3).keep_idx
+    kept = selected(FasterVLM(), tokens, 3).indices
     assert Counter(tokens.view[kept].tolist()) == {0: 1, 1: 1, 2: 1}
     # The crops, side by side, are read row by row: the last row ends with 8, 9 and then 10, 11.
     assert kept.tolist() == [3, 9, 11]
@@ -79,7 +59,7 @@ def test_a_view_keeps_its_share_however_little_attention_its_tokens_get() -> Non
 def test_ties_go_to_the_first_tokens() -> None:
     tokens = visual_tokens(side=3)
     tokens = dataclasses.replace(tokens, vision={("cls_attention", -2): torch.full((9,), 0.1)})
-    assert FasterVLM().select(tokens, 4).keep_idx.tolist() == [0, 1, 2, 3]
+    assert selected(FasterVLM(), tokens, 4).indices.tolist() == [0, 1, 2, 3]
 
 
 def test_the_layer_is_the_one_that_llava_reads_unless_another_is_asked_for() -> None:
@@ -87,11 +67,5 @@ def test_the_layer_is_the_one_that_llava_reads_unless_another_is_asked_for() -> 
     assert FasterVLM().needs == {("cls_attention", -2)}
     last = FasterVLM(cls_layer=-1)
     assert last.needs == {("cls_attention", -1)}
-    kept = last.select(tokens, 58).keep_idx.tolist()
+    kept = selected(last, tokens, 58).indices.tolist()
     assert kept == slow_select(tokens, 58, tokens.vision["cls_attention", -1])
-
-
-@pytest.mark.parametrize("layer", [-2.0, "last", None, True])
-def test_a_bad_layer_is_refused(layer: object) -> None:
-    with pytest.raises(TodreError, match="cls_layer"):
-        FasterVLM(cls_layer=layer)  # type: ignore[arg-type]

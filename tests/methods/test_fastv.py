@@ -33,7 +33,7 @@ def reference(case, count):
 def test_it_keeps_what_the_last_token_attends_to_most(prompt, ratio):
     case = make_case(PROMPTS[prompt], ENTERED[prompt])
     pruner = FastV(retain_ratio=ratio)
-    count = sum(pruner.budget(n) for n in ENTERED[prompt])
+    count = sum(pruner.num_keep(n) for n in ENTERED[prompt])
     kept = kept_patches(case, pruner.at_layer(case.view))
     assert len(kept) == count
     assert kept == reference(case, count)
@@ -70,17 +70,6 @@ def test_extreme_budgets(count):
     assert kept == reference(case, count)
 
 
-def test_half_precision_gives_a_valid_choice():
-    case = make_case(PROMPTS["LLaVA-1.5"])
-    view = case.view
-    half = make_case(
-        PROMPTS["LLaVA-1.5"],
-        queries=lambda rows: view.queries(rows).bfloat16(),
-        keys=lambda: view.keys().bfloat16(),
-    )
-    assert len(kept_patches(half, FastV().at_layer(half.view))) == 58
-
-
 @pytest.mark.parametrize(("layer", "probes"), [(2, (1,)), (3, (2,)), (1, (0,)), (31, (30,))])
 def test_layer_k_is_the_first_to_work_on_fewer_tokens(layer, probes):
     pruner = FastV(layer=layer)
@@ -92,12 +81,6 @@ def test_a_layer_the_decoder_does_not_have_is_refused():
     with pytest.raises(TodreError, match="layer 32 is out of range .* 32 layers; allowed: 1 to 31"):
         FastV(layer=32).probe_layers(32)
     assert FastV(layer=32, retain_ratio=1.0).probe_layers(32) == ()
-
-
-@pytest.mark.parametrize("layer", [0, -1, 2.0, "2", True])
-def test_a_bad_layer_is_refused(layer):
-    with pytest.raises(TodreError, match=f"layer {layer!r} is .*allowed"):
-        FastV(layer=layer)
 
 
 def test_its_authors_prune_at_layer_2():

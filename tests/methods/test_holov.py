@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
 from torch import Tensor
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.holov import HoloV
 from llava_todre.spans import VisualTokens
 
@@ -65,8 +63,8 @@ def slow_select(
 
 SHAPES = [
     {},
-    {"grid": (2, 2)},
-    {"grid": (2, 2), "padding": 5},
+    {"grid": (2, 2), "side": 12},
+    {"grid": (2, 2), "side": 12, "padding": 3},
     {"frames": 5, "side": 12},
     {"dtype": torch.bfloat16},
 ]
@@ -77,24 +75,16 @@ SHAPES = [
 def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float) -> None:
     tokens = visual_tokens(**shape)
     method = HoloV(retain_ratio=ratio)
-    budget = method.budget(len(tokens))
-    kept = method.select(tokens, budget).keep_idx
+    budget = method.num_keep(len(tokens))
+    kept = selected(method, tokens, budget).indices
     assert kept.tolist() == slow_select(tokens, budget)
     assert kept.dtype == torch.int64
-
-
-@pytest.mark.parametrize("budget", [1, 2, 15, 17, 100, 128, 143])
-def test_any_budget_is_met_exactly(budget: int) -> None:
-    tokens = visual_tokens(side=12)
-    kept = HoloV().select(tokens, budget).keep_idx.tolist()
-    assert kept == slow_select(tokens, budget)
-    assert len(set(kept)) == budget
 
 
 @pytest.mark.parametrize(("side", "budget"), [(3, 1), (3, 8), (4, 5), (5, 24), (5, 7)])
 def test_runs_may_have_one_token_or_none(side: int, budget: int) -> None:
     tokens = visual_tokens(side=side)
-    kept = HoloV().select(tokens, budget).keep_idx.tolist()
+    kept = selected(HoloV(), tokens, budget).indices.tolist()
     assert kept == slow_select(tokens, budget)
     assert len(set(kept)) == budget
 
@@ -102,7 +92,7 @@ def test_runs_may_have_one_token_or_none(side: int, budget: int) -> None:
 @pytest.mark.parametrize("num_runs", [1, 5, 144, 1000])
 def test_the_number_of_runs_is_a_knob(num_runs: int) -> None:
     tokens = visual_tokens(side=12)
-    kept = HoloV(num_runs=num_runs).select(tokens, 36).keep_idx.tolist()
+    kept = selected(HoloV(num_runs=num_runs), tokens, 36).indices.tolist()
     assert kept == slow_select(tokens, 36, num_runs)
 
 
@@ -121,7 +111,7 @@ def planted(attention: list[float], features: Tensor | None = None) -> VisualTok
 def test_runs_are_contiguous_and_the_first_ones_longer() -> None:
     """Two runs of 5 tokens are 0 1 2 and 3 4; one token each, as the runs weigh the same."""
     tokens = planted([0.1, 0.2, 0.3, 0.19, 0.21])
-    assert HoloV(num_runs=2).select(tokens, 2).keep_idx.tolist() == [2, 4]
+    assert selected(HoloV(num_runs=2), tokens, 2).indices.tolist() == [2, 4]
 
 
 def test_what_is_left_after_rounding_goes_to_the_heaviest_runs() -> None:
@@ -130,13 +120,13 @@ def test_what_is_left_after_rounding_goes_to_the_heaviest_runs() -> None:
     The largest remainder would have given it to run 2.
     """
     tokens = planted([0.1] * 5 + [0.06] * 5 + [0.04] * 5)
-    assert HoloV(num_runs=3).select(tokens, 4).keep_idx.tolist() == [0, 1, 2, 5]
+    assert selected(HoloV(num_runs=3), tokens, 4).indices.tolist() == [0, 1, 2, 5]
 
 
 def test_what_a_full_run_cannot_take_goes_to_the_others_by_weight() -> None:
     """Of 5, run 0 asks for nearly all and has room for 2; 3 more go 2 : 1 to the other two."""
     tokens = planted([0.4, 0.4, 0.04, 0.04, 0.02, 0.02])
-    assert HoloV(num_runs=3).select(tokens, 5).keep_idx.tolist() == [0, 1, 2, 3, 4]
+    assert selected(HoloV(num_runs=3), tokens, 5).indices.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_run_of_orthogonal_tokens_lacks_nine_percent() -> None:
@@ -145,9 +135,9 @@ def test_a_run_of_orthogonal_tokens_lacks_nine_percent() -> None:
     alike = torch.ones(2, 4)
     attention = [0.105, 0.105, 0.1, 0.1]
     varied = planted(attention, torch.cat([orthogonal[:2], alike]))
-    assert HoloV(num_runs=2).select(varied, 1).keep_idx.tolist() == [2]
+    assert selected(HoloV(num_runs=2), varied, 1).indices.tolist() == [2]
     uniform = planted(attention, orthogonal)
-    assert HoloV(num_runs=2).select(uniform, 1).keep_idx.tolist() == [0]
+    assert selected(HoloV(num_runs=2), uniform, 1).indices.tolist() == [0]
 
 
 def test_a_run_of_nearly_orthogonal_tokens_gains_less() -> None:
@@ -158,11 +148,11 @@ def test_a_run_of_nearly_orthogonal_tokens_gains_less() -> None:
     nearly = torch.tensor([[1.0, 0.0], [0.001, 1.0]])
     for other, kept in (0.103, 0), (0.106, 2):
         tokens = planted([0.1, 0.1, other, other], torch.cat([nearly, torch.eye(2)]))
-        assert HoloV(num_runs=2).select(tokens, 1).keep_idx.tolist() == [kept]
+        assert selected(HoloV(num_runs=2), tokens, 1).indices.tolist() == [kept]
 
 
 def test_runs_without_any_attention_still_meet_the_budget() -> None:
-    assert HoloV(num_runs=3).select(planted([0.0] * 6), 4).keep_idx.tolist() == [0, 1, 2, 4]
+    assert selected(HoloV(num_runs=3), planted([0.0] * 6), 4).indices.tolist() == [0, 1, 2, 4]
 
 
 def test_the_layer_is_the_one_that_llava_reads_unless_another_is_asked_for() -> None:
@@ -170,22 +160,4 @@ def test_the_layer_is_the_one_that_llava_reads_unless_another_is_asked_for() -> 
     assert HoloV().needs == {("cls_attention", -2)}
     last = HoloV(cls_layer=-1)
     assert last.needs == {("cls_attention", -1)}
-    assert last.select(tokens, 58).keep_idx.tolist() == slow_select(tokens, 58, layer=-1)
-
-
-def test_features_that_are_not_finite_are_refused() -> None:
-    tokens = visual_tokens(side=12)
-    features = tokens.features.clone()
-    features[7, 3] = torch.inf
-    with pytest.raises(TodreError, match="Inf"):
-        HoloV().select(dataclasses.replace(tokens, features=features), 36)
-
-
-@pytest.mark.parametrize(
-    "knob",
-    [{"num_runs": 0}, {"num_runs": 16.0}, {"num_runs": None}, {"cls_layer": "last"}],
-    ids=str,
-)
-def test_a_bad_knob_is_refused(knob: dict) -> None:
-    with pytest.raises(TodreError, match=next(iter(knob))):
-        HoloV(**knob)
+    assert selected(last, tokens, 58).indices.tolist() == slow_select(tokens, 58, layer=-1)

@@ -11,21 +11,12 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import visual_tokens
+from conftest import selected, visual_tokens
+from slow import slow_shares
 from torch import Tensor
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.vispruner import VisPruner
 from llava_todre.spans import VisualTokens
-
-
-def slow_shares(total: int, sizes: list[int]) -> list[int]:
-    """Largest remainder, in whole numbers."""
-    whole = [total * size // sum(sizes) for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % sum(sizes)), i))
-    for i in by_remainder[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
 
 
 def slow_distinct(residual: list[int], count: int, cosine: list[list[float]]) -> list[int]:
@@ -85,8 +76,8 @@ def exact_tokens(**shape: object) -> VisualTokens:
 def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float) -> None:
     tokens = exact_tokens(**shape)
     method = VisPruner(retain_ratio=ratio)
-    budget = method.budget(len(tokens))
-    kept = method.select(tokens, budget).keep_idx
+    budget = method.num_keep(len(tokens))
+    kept = selected(method, tokens, budget).indices
     assert kept.tolist() == slow_select(tokens, budget, torch.float64)
     assert kept.dtype == torch.int64
 
@@ -95,7 +86,7 @@ def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float) -> No
 def test_so_it_does_on_ordinary_features_in_the_same_precision(ratio: float) -> None:
     tokens = visual_tokens(grid=(2, 2), padding=5)
     budget = round(ratio * len(tokens))
-    kept = VisPruner().select(tokens, budget).keep_idx.tolist()
+    kept = selected(VisPruner(), tokens, budget).indices.tolist()
     assert kept == slow_select(tokens, budget, torch.float32)
 
 
@@ -103,7 +94,7 @@ def test_so_it_does_on_ordinary_features_in_the_same_precision(ratio: float) -> 
 def test_the_share_of_important_tokens_is_a_knob(important_ratio: float) -> None:
     tokens = exact_tokens(side=12)
     method = VisPruner(important_ratio=important_ratio)
-    kept = method.select(tokens, 58).keep_idx.tolist()
+    kept = selected(method, tokens, 58).indices.tolist()
     assert kept == slow_select(tokens, 58, torch.float64, important_ratio)
     ranked = tokens.vision["cls_attention", -2].argsort(descending=True).tolist()
     assert set(ranked[: int(58 * important_ratio)]) <= set(kept)
@@ -112,7 +103,7 @@ def test_the_share_of_important_tokens_is_a_knob(important_ratio: float) -> None
 @pytest.mark.parametrize("budget", [1, 2, 3, 4, 8, 15, 16, 17, 58, 142, 143])
 def test_budgets_that_stop_the_released_code_are_met_exactly(budget: int) -> None:
     tokens = exact_tokens(side=12)
-    kept = VisPruner().select(tokens, budget).keep_idx.tolist()
+    kept = selected(VisPruner(), tokens, budget).indices.tolist()
     assert kept == slow_select(tokens, budget, torch.float64)
     assert len(set(kept)) == budget
 
@@ -144,14 +135,14 @@ def test_one_round_by_hand() -> None:
     """
     features = on_a_circle([20.0 * i for i in range(9)])
     tokens = planted(features, [8, 0, 1, 2, 3, 4, 5, 6, 7])
-    assert VisPruner().select(tokens, 5).keep_idx.tolist() == [0, 2, 4, 6, 8]
+    assert selected(VisPruner(), tokens, 5).indices.tolist() == [0, 2, 4, 6, 8]
 
 
 def test_the_closest_of_the_even_places_go() -> None:
     """Ranked 5 0 3 1 4 2, two must go: 5 3 4 are 40, 1 and 20 degrees from one of 0 1 2."""
     features = on_a_circle([0.0, 60.0, 120.0, 59.0, 140.0, 320.0])
     tokens = planted(features, [5, 0, 3, 1, 4, 2])
-    assert VisPruner(important_ratio=0.0).select(tokens, 4).keep_idx.tolist() == [0, 1, 2, 5]
+    assert selected(VisPruner(important_ratio=0.0), tokens, 4).indices.tolist() == [0, 1, 2, 5]
 
 
 def test_rounds_of_eight_at_most() -> None:
@@ -160,7 +151,7 @@ def test_rounds_of_eight_at_most() -> None:
     Round 2 removes the even places 1 5 9 of these.
     """
     tokens = planted(on_a_circle([7.0 * i for i in range(13)]), list(range(13)))
-    assert VisPruner(important_ratio=0.0).select(tokens, 3).keep_idx.tolist() == [3, 7, 11]
+    assert selected(VisPruner(important_ratio=0.0), tokens, 3).indices.tolist() == [3, 7, 11]
 
 
 def test_the_list_of_the_next_round_starts_with_the_survivors_closest_first() -> None:
@@ -178,7 +169,7 @@ def test_the_list_of_the_next_round_starts_with_the_survivors_closest_first() ->
         features[2 * pair, 2 * pair + 1] = angle.cos()
         features[2 * pair + 1, 2 * pair + 1] = 1
     tokens = planted(features, list(range(20)))
-    kept = VisPruner(important_ratio=0.0).select(tokens, 9).keep_idx.tolist()
+    kept = selected(VisPruner(important_ratio=0.0), tokens, 9).indices.tolist()
     assert kept == [2, 3, 7, 9, 11, 13, 15, 17, 19]
 
 
@@ -190,32 +181,10 @@ def test_similarity_is_that_before_the_projector_and_ignores_length() -> None:
         features=tokens.features.flip(0),
         vision_features=tokens.vision_features * lengths,
     )
-    kept = VisPruner().select(tokens, 36).keep_idx
-    assert torch.equal(VisPruner().select(changed, 36).keep_idx, kept)
+    kept = selected(VisPruner(), tokens, 36).indices
+    assert torch.equal(selected(VisPruner(), changed, 36).indices, kept)
 
 
 def test_it_asks_for_the_layer_that_llava_reads_and_for_its_features() -> None:
     assert VisPruner().needs == {("cls_attention", -2), "vision_features"}
     assert VisPruner(cls_layer=-1).needs == {("cls_attention", -1), "vision_features"}
-
-
-def test_features_that_are_not_finite_are_refused() -> None:
-    tokens = visual_tokens(side=12)
-    assert tokens.vision_features is not None
-    tokens.vision_features[7, 3] = torch.nan
-    with pytest.raises(TodreError, match="NaN"):
-        VisPruner().select(tokens, 36)
-
-
-def test_half_precision_is_compared_in_float32() -> None:
-    tokens = visual_tokens(side=12, dtype=torch.bfloat16)
-    kept = VisPruner().select(tokens, 36).keep_idx.tolist()
-    assert kept == slow_select(tokens, 36, torch.float32)
-
-
-@pytest.mark.parametrize(
-    "knob", [{"important_ratio": -0.1}, {"important_ratio": 1.5}, {"cls_layer": 1.0}], ids=str
-)
-def test_a_bad_knob_is_refused(knob: dict) -> None:
-    with pytest.raises(TodreError, match=next(iter(knob))):
-        VisPruner(**knob)

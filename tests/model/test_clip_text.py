@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VISION, randomise
+from conftest import VISION, randomise, selected
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from llava_todre.errors import TodreError
@@ -84,7 +84,7 @@ def test_the_question_chooses_the_tokens(
         similarity = model.clip_text.similarity(features, question)
         tokens = encoded[0].tokens()
         tokens = type(tokens)(**{**vars(tokens), "clip_similarity": similarity})
-        assert pruner.select(tokens, len(kept[-1])).keep_idx.tolist() == kept[-1]
+        assert selected(pruner, tokens, len(kept[-1])).indices.tolist() == kept[-1]
     assert kept[0] == kept[2] != kept[1]
 
 

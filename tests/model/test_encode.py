@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, Random, Selection
+from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, Random
 from llava_todre.spans import VisualTokens
 
 EVERYTHING = frozenset({*NEEDS - {"clip_similarity"}, *((name, -2) for name in VISION_NEEDS)})
@@ -24,9 +24,9 @@ class Recorder(Pruner):
     given: list[VisualTokens] = dataclasses.field(default_factory=list, hash=False)
     needs = EVERYTHING
 
-    def select(self, tokens: VisualTokens, budget: int) -> Selection:
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         self.given.append(tokens)
-        return Random().select(tokens, budget)
+        return Random().select(tokens, num_keep)
 
 
 class Modest(Recorder):

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from llava_todre.errors import TodreError
 from llava_todre.model.llava import LlavaLlamaForCausalLM
-from llava_todre.pruners import Random, Selection
+from llava_todre.pruners import Random
 from llava_todre.spans import VisualTokens
 from llava_todre.stage1.anyres import anyres_grid_shape
 
@@ -214,7 +214,7 @@ def test_pruned_prompts_hold_the_selected_tokens_in_reading_order(tiny_llava, me
     ids = [1, 5, IMAGE, 7, 8]
     embeds = prepare(model, torch.tensor([ids]), [pixels], [size])
     (encoded,) = model.encode_images([pixels], [size])
-    expected = pruner.select(encoded.tokens(), pruner.budget(len(encoded.features))).keep_idx
+    expected = pruner.keep([encoded.tokens()])[0].indices
     stats = model.last_stats[0]
     assert stats.images[0].keep_idx.tolist() == expected.tolist()
     assert stats.kept_tokens == len(expected) == int(0.25 * stats.visual_tokens + 0.5)
@@ -258,9 +258,9 @@ def test_one_encoded_image_is_selected_from_once_per_method(tiny_llava):
 
     @dataclass(frozen=True, kw_only=True)
     class Recorder(Random):
-        def select(self, tokens: VisualTokens, budget: int) -> Selection:
-            asked.append(budget)
-            return super().select(tokens, budget)
+        def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
+            asked.append(num_keep)
+            return super().select(tokens, num_keep)
 
     class Reader(Recorder):
         needs = frozenset({"text_embeds"})

@@ -40,7 +40,7 @@ class Look(Pruner):
         rows = torch.tensor([0, len(view.kinds) - 1])
         self.shown["queries"] = view.queries(rows).clone()
         self.shown["keys"] = view.keys().clone()
-        self.shown["attention ahead"] = view.next_layer_attention(rows).clone()
+        self.shown["attention ahead"] = view.decoder.next_layer_attention(rows).clone()
 
 
 def observe(checkpoint: str, **arguments: Any) -> dict[str, Any]:
