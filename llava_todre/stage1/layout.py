@@ -122,9 +122,10 @@ class Layout:
 
     def gather(self, values: Tensor) -> Tensor:
         """Return (N, ...) for (patches of the tower, ...): the mean over the patches of a token."""
-        under = values[self.sources.to(values.device)]  # (N, C, ...)
-        if self.sources.shape[1] == 1:
-            return under[:, 0]
+        sources = self.sources.to(values.device)
+        if sources.shape[1] == 1:
+            return values[sources[:, 0]]
+        under = values[sources]  # (N, C, ...)
         if self.weights is None:
             return under.mean(dim=1)
         return torch.einsum("nc,nc...->n...", self.weights.to(under), under)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llava_todre.errors import TodreError
-from llava_todre.pruners import Need, Pruner, Selection
+from llava_todre.errors import TodreError, unknown
+from llava_todre.pruners import NEEDS, VISION_NEEDS, Need, Pruner, Selection
 from llava_todre.spans import VisualTokens
 from llava_todre.stage1.layout import Layout
 from llava_todre.stats import ImageStats
@@ -101,11 +101,14 @@ def require_needs(pruner: Pruner, given: Collection[str], models: str) -> None:
         given: names of what they compute, whatever the layer.
         models: what the message calls them.
     """
+    method = type(pruner).__name__
     for need in pruner.needs:
-        name = need if isinstance(need, str) else need[0]
+        name, known = (need[0], VISION_NEEDS) if isinstance(need, tuple) else (need, NEEDS)
+        if name not in known:
+            raise unknown(f"needs of {method}:", name, known)
         if name not in given:
             raise TodreError(
-                f"{type(pruner).__name__} needs {name}, which {models} do not give; "
+                f"{method} needs {name}, which {models} do not give; "
                 f"allowed needs: {', '.join(sorted(given))}."
             )
 
