@@ -147,15 +147,13 @@ def cache_internals(text: str) -> list[str]:
     return found
 
 
-OUTSIDE_STAGE_2 = [
-    *(path for path in MODULES.values() if "stage2" not in path.parts),
-    *sorted((ROOT / "eval").rglob("*.py")),
-]
-
-
-@pytest.mark.parametrize("path", OUTSIDE_STAGE_2, ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_kv_cache_is_the_affair_of_stage_2(path):
-    assert cache_internals(path.read_text()) == []
+def test_the_kv_cache_is_the_affair_of_stage_2():
+    outside = [path for path in MODULES.values() if "stage2" not in path.parts]
+    found = {
+        str(path.relative_to(ROOT)): cache_internals(path.read_text())
+        for path in [*outside, *(ROOT / "eval").rglob("*.py")]
+    }
+    assert len(found) > 100 and not {path: parts for path, parts in found.items() if parts}
 
 
 @pytest.mark.parametrize(

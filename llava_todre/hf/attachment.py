@@ -134,6 +134,8 @@ class Attachment:
             signature.bind_partial(inputs, *args, **kwargs)  # raises where one is given twice
             given = signature.bind_partial(inputs, *args).arguments
             kwargs |= {key: value for key, value in given.items() if key != "inputs"}
+        if prefixes is not None and encoded is None:
+            raise TodreError("prefixes is given without encoded; give both or none of them.")
         with turn(self.model), finite_prefill(self.model):
             self._last.put(())
             kwargs = checked(self.model, kwargs)

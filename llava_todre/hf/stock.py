@@ -156,11 +156,7 @@ class StockModel:
         names = tuple(map(_lasting_identity, request.images))
         key = (request.is_video, tuple(request.seconds), names)
         known: Any = memory.find(key, self.pruner)
-        tokens = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
-        placeholders = torch.tensor(
-            [self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
-        )
-        ids = self._tokens(request)
+        ids, placeholders = self._tokens(request), self._placeholders()
         row = None if known is None else known.row(ids, placeholders)
         if row is None:
             processed = self._processed([request])
@@ -170,6 +166,12 @@ class StockModel:
                 known = shown_by(processed, images, ids, placeholders)
                 memory.add(key, self.pruner, request.images, known)
         return row, known
+
+    def _placeholders(self) -> torch.Tensor:
+        """Return the ids that stand for an image or a video in a prompt."""
+        tokens = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
+        known = [self.processor.tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
+        return torch.tensor([token for token in known if isinstance(token, int)])
 
     def _tokens(self, request: Request) -> torch.Tensor:
         """Return (T,) ids of a prompt with one placeholder per image or video."""

@@ -246,6 +246,8 @@ def test_what_fresh_calls_refuse_is_refused():
     requests, memory = [Request("What is this?", pictures(1))], Memory()
     with pytest.raises(TodreError, match="prompt_lookup_num_tokens is not supported"):
         model.answer(requests, memory=memory, prompt_lookup_num_tokens=2)
+    with pytest.raises(TodreError, match="prefixes is given without encoded"):
+        model.model.generate(torch.tensor([[1, 5]]), prefixes=memory.prefixes)
     with pytest.raises(TodreError, match="memory must be a Memory, got dict"):
         model.answer(requests, memory={})
 
