@@ -45,9 +45,7 @@ class Counting(Todre):
 
     calls: list[int] = field(default_factory=list, compare=False)
 
-    def select_all(
-        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
-    ) -> Sequence[Keep | Tensor]:
+    def select_all(self, images: Sequence[VisualTokens], num_keeps: Sequence[int]) -> list[Keep]:
         self.calls.append(len(images))
         each = zip(images, num_keeps, strict=True)
         return [super(Counting, self).select_all([tokens], [k])[0] for tokens, k in each]
