@@ -26,17 +26,19 @@ from tqdm import tqdm
 
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
-from llava_todre.generate import Answer, Request, answer
 from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
 from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
 from llava_todre.mini.heldout import check_num_images
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
+from llava_todre.request import Answer, Request
 from llava_todre.source import digests, what_changed
 from llava_todre.table import as_markdown
 from llava_todre.viz import contact_sheet, kept_picture
+from llava_todre.vlm import answer
 from llava_todre.work import prefill_work
 
 RANDOM_DRAWS = 3
@@ -77,14 +79,6 @@ class Run:
         key = "before.seed" if "+" in self.method else "seed"
         knobs = {key: 10_000 * self.draw + image_index} if self.is_random else {}
         return create_pruner(self.method, retain_ratio=self.retain_ratio, **knobs)
-
-
-def bundled_checkpoint() -> Path:
-    """Return the checkpoint that comes with a checkout."""
-    path = Path(__file__).resolve().parents[1] / "checkpoints" / "mini"
-    if not path.is_dir():
-        raise TodreError(f"model {str(path)!r} is missing; run from a checkout or give --model.")
-    return path
 
 
 def plan(methods: Sequence[str], ratios: Sequence[float]) -> list[Run]:

@@ -31,11 +31,11 @@ from eval.figures.style import (
     new_figure,
     some,
 )
-from llava_todre.generate import Request, answer
 from llava_todre.mini import TEST_SEED, held_out
 from llava_todre.pruners import Combined, LayerView, create_pruner
 from llava_todre.pruners.todre import Todre
 from llava_todre.spans import TokenType
+from llava_todre.vlm import Request, answer
 
 RATIO = 0.10
 PICTURE, TASK = 0, "read"

@@ -19,10 +19,10 @@ from eval.figures.style import (
     new_figure,
     some,
 )
-from llava_todre.generate import Request, answer
 from llava_todre.mini import held_out
 from llava_todre.pruners import Combined, LayerView, Pruner, create_pruner
 from llava_todre.pruners.todre import Todre
+from llava_todre.vlm import Request, answer
 
 PICTURES = 12
 RATIO = 0.10

@@ -11,9 +11,9 @@ from typing import Any
 from eval import ROOT
 from eval.results.measured import checked_bench, checked_demo
 from eval.results.schema import read_json
-from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.mini import TEST_SEED
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 

@@ -17,10 +17,10 @@ from eval.figures.pictures import (
 )
 from eval.figures.sources import Data, Sources, opened
 from eval.figures.style import BLACK, PAGE, SMALL, TEXT, new_figure
-from llava_todre.generate import Request, answer
 from llava_todre.mini import TEST_SEED
 from llava_todre.mini.render import Renderer
 from llava_todre.mini.scenes import TILE_SIDE, Scene, SceneObject, SeedFamily, Sign, stream
+from llava_todre.vlm import Request, answer
 
 METHODS = ("fastervlm", "divprune", "todre")
 RATIO = 0.10

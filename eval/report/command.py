@@ -9,9 +9,9 @@ from typing import Any
 from eval.report import charts, demo, runs
 from eval.results.measured import checked_demo
 from eval.results.schema import read_json
-from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model
 
 NAME = "report.html"

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.files import JSON_BYTES, read_text
 from llava_todre.mini import TEST_SEED, held_out
 from llava_todre.model.chat_template import find_template
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.images import load_image, process_images
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.prompt import AUTO, build_prompt, tokenizer_image_token

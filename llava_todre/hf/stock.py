@@ -1,4 +1,4 @@
-"""Questions to a stock model of transformers, asked as :mod:`llava_todre.generate` asks ours."""
+"""Questions to a stock model of transformers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from llava_todre.errors import TodreError
-from llava_todre.flops import DecoderShape
-from llava_todre.generate import Answer, Request, call_settings
 from llava_todre.hf import attach, detach, last_stats
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
 from llava_todre.hf.video_metadata import metadata_of
+from llava_todre.image_cache import ImageCache
 from llava_todre.locking import turn
 from llava_todre.model.adapters import unwrapped
 from llava_todre.model.bounded import within
@@ -26,10 +25,14 @@ from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import check_elongation, open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.request import VLM, Answer, Request, call_settings
+from llava_todre.stats import PruneStats
 
 
-class StockModel:
+class StockModel(VLM):
     """A model of transformers with its processor and one method."""
+
+    template = "that of the processor"
 
     def __init__(self, model: Any, processor: Any) -> None:
         """Attach a method that prunes nothing.
@@ -39,23 +42,28 @@ class StockModel:
         """
         model = unwrapped(model)
         family_of(model)
-        self.model, self.processor = model, processor
+        self.model, self._processor = model, processor
         self.pruner = attach(model, "vanilla")
 
     @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return torch.device(self.model.device)
+    def tokenizer(self) -> Any:
+        """The processor's."""
+        return self.processor.tokenizer
 
     @property
-    def config(self) -> Any:
-        """The model's."""
-        return self.model.config
+    def processor(self) -> Any:
+        """The model's own."""
+        return self._processor
 
     @property
-    def decoder_shape(self) -> DecoderShape:
-        """The decoder's dimensions, for counting FLOPs."""
-        return DecoderShape.of(decoder_of(self.model).config)
+    def decoder(self) -> Any:
+        """The decoder."""
+        return decoder_of(self.model)
+
+    @property
+    def last_stats(self) -> Sequence[PruneStats]:
+        """What happened to the tokens of each sample of the latest call."""
+        return last_stats(self.model)
 
     def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
@@ -70,16 +78,20 @@ class StockModel:
 
     @torch.no_grad()  # quanto's 4-bit weights do not run in inference mode
     def answer(
-        self, requests: Sequence[Request], *, max_new_tokens: int = 64, **generate_kwargs: Any
+        self,
+        requests: Sequence[Request],
+        *,
+        max_new_tokens: int = 64,
+        timed: bool = False,
+        image_cache: ImageCache | None = None,
+        **generate_kwargs: Any,
     ) -> list[Answer]:
         """Answer a batch of questions in the words of the processor's own chat template.
 
-        Args:
-            requests: the batch; a video is given as its frames, for Qwen2.5-VL and Qwen3-VL with
-                their seconds.
-            max_new_tokens: longest answer.
-            generate_kwargs: passed to ``generate``; greedy unless given otherwise.
+        A video is given as its frames, for Qwen2.5-VL and Qwen3-VL with their seconds. Stages are
+        not measured, and every image is read anew.
         """
+        del timed, image_cache
         settings = call_settings(self.model, requests, max_new_tokens, generate_kwargs)
         if not requests:
             return []

@@ -33,6 +33,14 @@ _WEIGHT_FILES = (
 )
 
 
+def bundled_checkpoint() -> Path:
+    """Return the checkpoint that comes with a checkout."""
+    path = Path(__file__).resolve().parents[2] / "checkpoints" / "mini"
+    if not path.is_dir():
+        raise TodreError(f"model {str(path)!r} is missing; run from a checkout or give --model.")
+    return path
+
+
 def find_checkpoint(key: str, path: str, revision: str | None = None, weights: bool = True) -> Path:
     """Return the local folder of a checkpoint; download it when ``path`` is a hub id.
 

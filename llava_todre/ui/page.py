@@ -12,8 +12,8 @@ from threading import Event
 from typing import Any
 
 from llava_todre.catalogue import COMBINATION
-from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.ui import summary as facts
 from llava_todre.ui.drawing import preview
 from llava_todre.ui.handler import RESULTS, SIDES, Settings, part, reason, visit

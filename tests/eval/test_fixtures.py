@@ -21,7 +21,7 @@ import pytest
 
 from eval.mini.fixtures import HF_HOME, NUM_SCENES, make_fixtures
 from eval.run.suites import ROOT, load_suite, scores
-from llava_todre.demo import bundled_checkpoint
+from llava_todre.model.checkpoint import bundled_checkpoint
 
 for package in ("lmms_eval", "datasets", "av", "cv2", "pandas", "openpyxl"):
     pytest.importorskip(package)

@@ -20,7 +20,6 @@ import torch
 
 from llava_todre.cli import main
 from llava_todre.errors import TodreError
-from llava_todre.generate import Request, answer
 from llava_todre.hf.stock import StockModel
 from llava_todre.lmms_plugin import NAME
 from llava_todre.lmms_plugin.answer_log import AnswerLog, read_answers
@@ -32,6 +31,7 @@ from llava_todre.mini import held_out
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, create_pruner
 from llava_todre.video import read_clip
+from llava_todre.vlm import Request, answer
 from tests.conftest import visual_tokens
 
 pytest.importorskip("accelerate")

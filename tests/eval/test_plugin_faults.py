@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llava_todre.errors import TodreError
-from llava_todre.generate import answer
 from llava_todre.lmms_plugin.answer_log import read_answers
 from llava_todre.lmms_plugin.arguments import build_pruner, item_counts
+from llava_todre.vlm import answer
 from tests.eval.test_lmms_plugin import (  # noqa: F401 (fixtures)
     MINI,
     backend,

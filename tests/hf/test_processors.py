@@ -16,6 +16,7 @@ import numpy as np
 import parts
 import pytest
 import torch
+from llava_todre.lmms_plugin.backend import StockBackend, load_backend
 from PIL import Image
 from tiny import FAMILIES, QWEN
 
@@ -25,7 +26,6 @@ from llava_todre.cli import main
 from llava_todre.hf.load import load_stock_model, runs_as_stock
 from llava_todre.hf.stock import StockModel
 from llava_todre.hf.video_metadata import TIMED, metadata_of
-from llava_todre.lmms_plugin.backend import StockBackend, load_backend
 from llava_todre.lmms_plugin.requests import shown_of
 from llava_todre.model.placement import target_device
 

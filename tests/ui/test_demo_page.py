@@ -14,7 +14,7 @@ from browser import chromium, complaints, need, picture_of_all, requests, screen
 from PIL import Image
 from visitor import Visitor
 
-from llava_todre.demo import bundled_checkpoint
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.ui.serve import open_page
 from llava_todre.ui.session import Studio
 

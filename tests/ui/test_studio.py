@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava_todre import TodreError, ask
 from llava_todre.cli import main
-from llava_todre.demo import bundled_checkpoint
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.stats import ImageStats
 from llava_todre.ui.drawing import frame_stats, kept_picture
 from llava_todre.ui.handler import Settings, visit
