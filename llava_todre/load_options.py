@@ -42,7 +42,7 @@ class LoadOptions:
         None, "auto: split every layer over the processes of torchrun", own=True, shell=False
     )
     protocol: str = _option("native", "native, or paper (2x2 grid, no unpadding, 2880)", own=True)
-    template: str = _option("auto", "conversation template; auto: the model's own", own=True)
+    template: Any = _option("auto", "conversation template; auto: the model's own", own=True)
     clip_text: str | None = _option(
         None, "CLIP checkpoint, for methods that read the question", own=True
     )

@@ -62,7 +62,7 @@ def load(
         TodreError: one line saying which option or what about the checkpoint is wrong.
     """
     chosen = LoadOptions.of(options, changes)
-    if chosen.template not in TEMPLATES:
+    if not isinstance(chosen.template, Template) and chosen.template not in TEMPLATES:
         raise unknown("template", chosen.template, TEMPLATES)
     if runs_stock(path, chosen):
         chosen.refuse_own(path, own_only)

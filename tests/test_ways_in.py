@@ -64,7 +64,7 @@ def stock(converted: Path) -> StockModel:
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     model, tokenizer = ours()
     loaded = (tokenizer, model, None, None)
-    monkeypatch.setattr("llava_todre.model.load.load_pretrained_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("llava_todre.vlm.load_pretrained_model", lambda *_, **__: loaded)
 
     def run(*options: str) -> dict[str, Any]:
         capsys.readouterr()

@@ -1,8 +1,10 @@
-"""Questions in, answers out: batches, several images, video frames, shared encodings."""
+"""Loading by one function; questions in, answers out: batches, images, videos, shared encodings."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_todre import ImageCache, Request, TodreError, answer, ask, load_pretrained_model, prepare
+import llava_todre
+from llava_todre import (
+    ImageCache,
+    LoadOptions,
+    Request,
+    TodreError,
+    answer,
+    ask,
+    load,
+    load_pretrained_model,
+    prepare,
+)
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.prompt import conv_templates
 
@@ -347,3 +360,81 @@ def test_a_question_without_images_fits_beside_others(
     singly = [answer(model, tokenizer, [one], max_new_tokens=5)[0] for one in requests]
     assert [a.text for a in together] == [a.text for a in singly]
     assert together[0].stats.visual_tokens == 0 and together[0].stats.withdrawn_from is None
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def test_a_loaded_model_answers_as_model_and_tokenizer_do(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    vlm = load(str(GOLDEN / "llava-v1.6-tiny"), LoadOptions(dtype="float32"), template="plain")
+    assert type(vlm.model) is type(model) and vlm.template == "plain"
+    for each in (vlm, model):
+        each.set_pruner("todre", retain_ratio=0.25)
+    given = vlm.ask(images, QUESTIONS[0], max_new_tokens=5)
+    expected = ask(model, tokenizer, images, QUESTIONS[0], max_new_tokens=5, template="plain")
+    assert given.text == expected.text
+    assert vlm.last_stats[0].as_dict() == given.stats.as_dict() == expected.stats.as_dict()
+    assert vlm.decoder_shape == model.decoder_shape
+
+
+OWN_ONLY = {"tp_plan": "auto", "protocol": "paper", "template": "plain", "clip_text": "x"}
+
+
+def test_the_options_of_our_class_are_all_tried_below() -> None:
+    own = [each.name for each in dataclasses.fields(LoadOptions) if each.metadata["own"]]
+    assert own == list(OWN_ONLY)
+
+
+@pytest.mark.parametrize("key", OWN_ONLY)
+def test_options_of_our_class_are_refused_where_it_does_not_run(key: str) -> None:
+    path = str(GOLDEN / "llava-v1.6-tiny")
+    expected = f"{key} '{OWN_ONLY[key]}' is for our own class, which is not used for '{path}'"
+    for changes in ({key: OWN_ONLY[key]}, {"own_only": {key: OWN_ONLY[key]}}):
+        with pytest.raises(TodreError) as caught:
+            load(path, backend="transformers", **changes)
+        assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtyp": "auto"}, "loading option 'dtyp' is unknown. Did you mean 'dtype'"),
+        ({"backend": "lava"}, "backend 'lava' is unknown. Did you mean 'llava'"),
+        ({"template": "none"}, "template 'none' is unknown"),
+    ],
+)
+def test_unknown_options_of_loading_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TodreError, match=message):
+        load("no/such/model", **options)
+
+
+# ---------------------------------------------------------------------- old names
+
+
+def test_old_names_work_and_warn(loaded: tuple[Any, Any], images: list[Image.Image]) -> None:
+    tokenizer, model = loaded
+    old = importlib.import_module("llava_todre.generate")
+    cache = ImageCache()
+    calls: list[tuple[Callable[[], Any], str, Any]] = [
+        (lambda: llava_todre.Memory, "use llava_todre.ImageCache", ImageCache),
+        (lambda: old.Memory, "use llava_todre.vlm.ImageCache", ImageCache),
+        (lambda: old.answer, "use llava_todre.vlm.answer", answer),
+        (lambda: old.Views, "use llava_todre.vlm.Views", None),
+    ]
+    for call, message, expected in calls:
+        with pytest.warns(DeprecationWarning, match=message) as caught:
+            assert call() is expected or expected is None
+        assert caught[0].filename == __file__
+    for run in (
+        lambda: ask(model, tokenizer, images[0], "what", memory=cache, max_new_tokens=1),
+        lambda: answer(model, tokenizer, [], memory=cache),
+    ):
+        with pytest.warns(DeprecationWarning, match="memory= is deprecated; use image_cache=") as w:
+            run()
+        assert w[0].filename == __file__
+    assert cache._images, "the old keyword does what the new one does"
+    with pytest.raises(AttributeError):
+        old.nothing  # noqa: B018
