@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
-from llava_todre.settings import setting
-
-_REFUSED = (
-    "assistant_model",
-    "assistant_early_exit",
-    "prompt_lookup_num_tokens",
-    "use_mtp",
-    "prefill_chunk_size",
-    "past_key_values",
-    "custom_generate",
-    "position_ids",
-)
-
-
-def refuse(model: Any, keys: Iterable[str], kwargs: Mapping[str, Any]) -> None:
-    """Raise a TodreError if one of these arguments is given, or set by a configuration."""
-    for key in keys:
-        given = setting(model, key, kwargs)
-        if given is not None and given is not False:
-            raise TodreError(f"{key} is not supported together with pruning; leave it out.")
+from llava_todre.settings import REFUSED_WITH_PRUNING, refuse, setting
 
 
 def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> None:
@@ -41,7 +22,7 @@ def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> 
     """
     if model.training:
         raise TodreError("a model in training mode is not pruned; call model.eval() first.")
-    refuse(model, _REFUSED, kwargs)
+    refuse(model, REFUSED_WITH_PRUNING, kwargs)
     cache = setting(model, "cache_implementation", kwargs)
     if inside and cache not in (None, "dynamic"):
         raise TodreError(

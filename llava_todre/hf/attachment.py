@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from llava_todre.errors import TodreError
 from llava_todre.finite import finite_prefill, require_finite_pixels
-from llava_todre.hf.arguments import check, refuse
+from llava_todre.hf.arguments import check
 from llava_todre.hf.capture import DecoderInputs, Need, capture, decoder_of
 from llava_todre.hf.deepstack import adding
 from llava_todre.hf.families import family_of
@@ -32,7 +32,7 @@ from llava_todre.hf.prompts import (
 from llava_todre.locking import Latest, turn, uncompiled
 from llava_todre.model.checkpoint import first_line
 from llava_todre.pruners import Pruner
-from llava_todre.settings import checked, pad_id, real_tokens, setting, shorter_lengths
+from llava_todre.settings import checked, pad_id, real_tokens, refuse, setting, shorter_lengths
 from llava_todre.spans import is_visual
 from llava_todre.stage2 import DecoderPruning
 from llava_todre.stage2.hooks import require_readable, withdrawing

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
@@ -30,7 +29,15 @@ from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Combined, Pruner, check_knobs, create_pruner
 from llava_todre.pruners.base import plain
-from llava_todre.settings import checked, real_tokens, setting, shorter_lengths, stated_tokens
+from llava_todre.settings import (
+    REFUSED_WITH_IMAGES,
+    checked,
+    real_tokens,
+    refuse,
+    setting,
+    shorter_lengths,
+    stated_tokens,
+)
 from llava_todre.spans import Spans
 from llava_todre.stage1.pack import SplicedPrompt, pad_prompts, question_rows, splice
 from llava_todre.stage1.select import ImageFeatures, prune, prune_ahead
@@ -43,11 +50,6 @@ Prepared = tuple[
     Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None
 ]
 
-# Before 5.23 transformers rolled rejected candidates back by the length of the first layer.
-ROLLS_BACK_BY_LAYER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-_NOT_WITH_IMAGES = ("assistant_model", "prefill_chunk_size") + (
-    () if ROLLS_BACK_BY_LAYER else ("prompt_lookup_num_tokens",)
-)
 # Settings of `generate` under which every row of the cache stays with its question.
 _GENERATION_DEFAULTS = {
     "num_beams": 1,
@@ -481,9 +483,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return what ``transformers``' ``generate`` is given in place of ids and images."""
-        for option in _NOT_WITH_IMAGES:
-            if setting(self, option, kwargs) is not None:
-                raise TodreError(f"{option} is not supported together with images; leave it out.")
+        refuse(self, REFUSED_WITH_IMAGES, kwargs, "images")
         past_key_values = kwargs.get("past_key_values")
         if prefixes is not None and past_key_values is None and self._may_share(prompts, kwargs):
             embeds, spans, past_key_values = self._behind_prefixes(prompts, prefixes)
