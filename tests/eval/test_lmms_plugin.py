@@ -290,7 +290,7 @@ def test_a_picture_asked_about_once_is_answered_in_the_usual_way(table, monkeypa
     calls = Calls(monkeypatch)
     lm, requests = ask_table(table.select(range(4)), batch_size=4)
     lm.generate_until(requests)
-    assert len(calls.questions) == 1 and calls.settings[0]["memory"] is None
+    assert len(calls.questions) == 1 and calls.settings[0]["image_cache"] is None
 
 
 def test_how_an_answer_is_computed_does_not_depend_on_limit_or_share(table, monkeypatch):
