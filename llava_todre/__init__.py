@@ -13,21 +13,27 @@ from llava_todre.version import __version__
 
 if TYPE_CHECKING:
     from llava_todre.errors import TodreError
-    from llava_todre.generate import Answer, Memory, Request, answer, ask, prepare
     from llava_todre.hf import attach, detach, last_stats, prune
+    from llava_todre.image_cache import ImageCache
+    from llava_todre.load_options import LoadOptions
     from llava_todre.model.images import load_image
     from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import PRUNERS, Pruner, create_pruner
+    from llava_todre.request import VLM, Answer, Request
     from llava_todre.stats import PruneStats
+    from llava_todre.vlm import answer, ask, load, prepare
 
 _HOMES = {
     "TodreError": "errors",
-    "Answer": "generate",
-    "Memory": "generate",
-    "Request": "generate",
-    "answer": "generate",
-    "ask": "generate",
-    "prepare": "generate",
+    "ImageCache": "image_cache",
+    "LoadOptions": "load_options",
+    "Answer": "request",
+    "Request": "request",
+    "VLM": "request",
+    "answer": "vlm",
+    "ask": "vlm",
+    "load": "vlm",
+    "prepare": "vlm",
     "attach": "hf",
     "detach": "hf",
     "last_stats": "hf",
@@ -39,11 +45,15 @@ _HOMES = {
     "create_pruner": "pruners",
     "PruneStats": "stats",
 }
+_RENAMED = {"Memory": "ImageCache"}
+"""Old names, for one more release."""
 
 __all__ = [
     "PRUNERS",
+    "VLM",
     "Answer",
-    "Memory",
+    "ImageCache",
+    "LoadOptions",
     "PruneStats",
     "Pruner",
     "Request",
@@ -55,6 +65,7 @@ __all__ = [
     "create_pruner",
     "detach",
     "last_stats",
+    "load",
     "load_image",
     "load_pretrained_model",
     "prepare",
@@ -64,6 +75,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module on first use."""
+    if name in _RENAMED:
+        from llava_todre.renamed import renamed
+
+        return renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

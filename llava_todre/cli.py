@@ -1,4 +1,4 @@
-"""The ``todre`` command: ``todre generate``, ``convert``, ``demo`` and ``list``."""
+"""The ``todre`` command: ``todre generate``, ``convert``, ``ui``, ``demo`` and ``list``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
 from llava_todre.command import run_command
 from llava_todre.errors import TodreError
 from llava_todre.files import configs, parse_yaml, read_mapping
+from llava_todre.load_options import LoadOptions
 from llava_todre.version import __version__
+
+if TYPE_CHECKING:
+    from llava_todre.request import VLM, Answer
 
 # Commands import what they use when they run: `todre --help` should not wait for torch.
 
@@ -67,6 +72,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
     commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
     commands.add_subcommand("convert", _convert_parser(), help="save in the layout of llava-hf")
+    commands.add_subcommand("ui", _ui_parser(), help="open a page on which to ask")
     commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
     listing = _Parser()
     listing.add_argument("method", nargs="?", help="show its options, as a method file has them")
@@ -79,10 +85,7 @@ def _generate_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", required=True, help="checkpoint: a folder or a hub id, original or llava-hf")
-    add("--revision", type=str | None, help="revision of a hub id")
-    add("--model-base", type=str | None, help="what a LoRA or projector-only --model is laid over")
-    add("--load-8bit", action="store_true", help="quantise the decoder (bitsandbytes, LLM.int8)")
-    add("--load-4bit", action="store_true", help="quantise the decoder (bitsandbytes, NF4)")
+    _add_loading(parser)
     images = "image files or data URIs, in order; with --video also one video file"
     add("--image", nargs="+", required=True, metavar="FILE", help=images)
     add("--allow-urls", action="store_true", help="fetch images given as http(s) URLs")
@@ -94,17 +97,30 @@ def _generate_parser() -> ArgumentParser:
     add("--retain-ratio", type=float | None, help="share of visual tokens kept, in (0, 1]")
     add("--retain-tokens", type=int | None, help="number kept per image, instead of the ratio")
     add("--option", nargs="+", default=[], metavar="KEY=VALUE", help="other options of the method")
-    add("--clip-text", type=str | None, help="CLIP checkpoint, for methods that read the question")
-    add("--backend", default="auto", help="llava: our class; transformers: its own; auto: by model")
-    add("--protocol", default="native", help="native, or paper (2x2 grid, no unpadding, 2880)")
-    add("--template", default="auto", help="conversation template, of our class; auto: its own")
     add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
-    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    add("--device-map", type=str | None, help="e.g. auto, cpu, cuda:0 (default: GPU if any)")
-    add("--attn-implementation", default="sdpa", help="eager, sdpa or flash_attention_2")
     add("--picture", type=str | None, metavar="PNG", help="draw the kept tokens here")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser
+
+
+def _loading_fields() -> list[Field[Any]]:
+    """Return the options of loading that a command line can give."""
+    return [each for each in fields(LoadOptions) if each.metadata["shell"]]
+
+
+def _add_loading(parser: ArgumentParser) -> None:
+    for each in _loading_fields():
+        name, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
+        text += "; of our class" if each.metadata["own"] else ""
+        if each.default is False:
+            parser.add_argument(name, action="store_true", help=text)
+        else:
+            kind = str if each.default else str | None
+            parser.add_argument(name, type=kind, default=each.default, help=text)
+
+
+def _loading(options: Namespace) -> dict[str, Any]:
+    return {each.name: options[each.name] for each in _loading_fields()}
 
 
 def _convert_parser() -> ArgumentParser:
@@ -115,6 +131,17 @@ def _convert_parser() -> ArgumentParser:
     add("--out", required=True, help="a new or empty folder")
     add("--template", default="auto", help="conversation template, for the processor")
     add("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    return parser
+
+
+def _ui_parser() -> ArgumentParser:
+    parser = _Parser(description="Open a page: one question, two methods side by side.")
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file with any of these options")
+    add("--model", type=str | None, help="checkpoint (default: the bundled one)")
+    _add_loading(parser)
+    add("--host", default="127.0.0.1", help="the address to listen on")
+    add("--port", type=int, default=7860, help="TCP port")
     return parser
 
 
@@ -130,7 +157,7 @@ def _demo_parser() -> ArgumentParser:
     add("--num-images", type=int, default=12, help=pictures)
     add("--out", default="outputs/demo", help="folder for results, table and pictures")
     add("--fresh", action="store_true", help="forget finished runs in that folder")
-    add("--ui", action="store_true", help="open a page on which to ask, instead; any checkpoint")
+    add("--ui", action="store_true", help="deprecated: todre ui")
     add("--host", default="127.0.0.1", help="of the page: the address to listen on")
     add("--port", type=int, default=7860, help="of the page")
     add("--backend", default="auto", help="of the page: llava, transformers, or auto: by model")
@@ -151,16 +178,14 @@ def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
     for key in ("retain_ratio", "retain_tokens"):
         if options[key] is not None:
             knobs[key] = options[key]
-    return method, {k: tuple(v) if isinstance(v, list) else v for k, v in knobs.items()}
+    return method, knobs
 
 
 def _generate(options: Namespace) -> None:
-    from llava_todre.generate import Request, answer
-    from llava_todre.hf.load import load_stock_model, uses_stock
-    from llava_todre.model.load import load_pretrained_model
     from llava_todre.pruners import create_pruner
+    from llava_todre.request import Request
     from llava_todre.viz import picture_of
-    from llava_todre.work import prefill_work
+    from llava_todre.vlm import load
 
     if options.picture and options.video:
         raise TodreError("picture is drawn for images only; leave out --picture or --video.")
@@ -169,51 +194,29 @@ def _generate(options: Namespace) -> None:
     method, knobs = method_options(options)
     pruner = create_pruner(method, **knobs)
     images, seconds = _pictures(options)
-    loading = {
-        "revision": options.revision,
-        "model_base": options.model_base,
-        "load_8bit": options.load_8bit,
-        "load_4bit": options.load_4bit,
-        "dtype": options.dtype,
-        "device_map": options.device_map,
-        "attn_implementation": options.attn_implementation,
-    }
     request = Request(options.question, images, options.video, seconds)
-    model: Any
-    if uses_stock(options.backend, options.model, options.revision, options.model_base):
-        for key, usual in _OUR_CLASS_ONLY.items():
-            if options[key] != usual:
-                raise TodreError(
-                    f"{key} {options[key]!r} is for our own class, which is not used here; leave "
-                    "it out."
-                )
-        model = load_stock_model(options.model, **loading)
-        model.set_pruner(pruner)
-        (result,) = model.answer([request], max_new_tokens=options.max_new_tokens)
-    else:
-        tokenizer, model, _, _ = load_pretrained_model(
-            options.model, protocol=options.protocol, **loading
-        )
-        if options.clip_text:
-            model.load_clip_text(options.clip_text)
-        model.set_pruner(pruner)
-        (result,) = answer(
-            model,
-            tokenizer,
-            [request],
-            template=options.template,
-            max_new_tokens=options.max_new_tokens,
-            timed=True,
-        )
+    vlm = load(options.model, own_only={"picture": options.picture}, **_loading(options))
+    vlm.set_pruner(pruner)
+    (result,) = vlm.answer([request], max_new_tokens=options.max_new_tokens, timed=True)
     if options.picture:
-        _save(picture_of(images, result.stats, model), options.picture)
-    report = {"answer": result.text, "method": method, **result.stats.as_dict()}
-    work = prefill_work(model, result.stats)
-    report["prefill_flops"] = work and work.flops
-    report["probe_flops"] = work and work.probe_flops
-    report["prefill_flops_unpruned"] = work and work.unpruned_flops
-    report["stages_ms"] = {stage: round(ms, 2) for stage, ms in result.stages_ms.items()}
+        _save(picture_of(images, result.stats, vlm.model), options.picture)
+    report = _report(vlm, method, result)
     print(json.dumps(report) if options.json else _as_text(report))
+
+
+def _report(vlm: VLM, method: str, result: Answer) -> dict[str, Any]:
+    from llava_todre.work import prefill_work
+
+    work = prefill_work(vlm, result.stats)
+    return {
+        "answer": result.text,
+        "method": method,
+        **result.stats.as_dict(),
+        "prefill_flops": work and work.flops,
+        "probe_flops": work and work.probe_flops,
+        "prefill_flops_unpruned": work and work.unpruned_flops,
+        "stages_ms": {stage: round(ms, 2) for stage, ms in result.stages_ms.items()},
+    }
 
 
 def _pictures(options: Namespace) -> tuple[Sequence[Any], Sequence[float]]:
@@ -296,6 +299,12 @@ def _prefill(report: dict[str, Any]) -> str:
     )
 
 
+def _ui(options: Namespace) -> None:
+    from llava_todre.ui.serve import serve
+
+    serve(options.model, host=options.host, port=options.port, **_loading(options))
+
+
 def _demo(options: Namespace) -> None:
     usual = _demo_parser().get_defaults()
     for key in _COMPARISON_ONLY if options.ui else _PAGE_ONLY:
@@ -305,8 +314,13 @@ def _demo(options: Namespace) -> None:
     if options.ui:
         from llava_todre.ui.serve import serve
 
+        print("todre: demo --ui is deprecated; use todre ui.", file=sys.stderr)
         serve(
-            options.model, options.backend, options.template, host=options.host, port=options.port
+            options.model,
+            host=options.host,
+            port=options.port,
+            backend=options.backend,
+            template=options.template,
         )
         return
     _comparison()(
@@ -353,15 +367,15 @@ def _list(options: Namespace) -> None:
     print(f"\nmethod files: {configs('methods')}\ntask files for lmms-eval: {configs('tasks')}")
 
 
-_OUR_CLASS_ONLY = {
-    "picture": None,
-    "clip_text": None,
-    "protocol": "native",
-    "template": "auto",
-}
 _COMPARISON_ONLY = ("methods", "ratios", "num_images", "out", "fresh")
 _PAGE_ONLY = ("host", "port", "backend", "template")
-_COMMANDS = {"generate": _generate, "convert": _convert, "demo": _demo, "list": _list}
+_COMMANDS = {
+    "generate": _generate,
+    "convert": _convert,
+    "ui": _ui,
+    "demo": _demo,
+    "list": _list,
+}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
@@ -41,6 +42,21 @@ _REAL = {
     "repetition_penalty": (0.0, _LARGEST),
     "length_penalty": (-_LARGEST, _LARGEST),
 }
+# Before 5.23 transformers rolled rejected candidates back by the length of the first layer.
+ROLLS_BACK_BY_LAYER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+# Arguments under which answers would be wrong. Our class answers without images as Llama does.
+REFUSED_WITH_IMAGES = ("assistant_model", "prefill_chunk_size") + (
+    () if ROLLS_BACK_BY_LAYER else ("prompt_lookup_num_tokens",)
+)
+REFUSED_WITH_PRUNING = (
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "use_mtp",
+    "prefill_chunk_size",
+    "custom_generate",
+    "position_ids",
+)
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FLAGS = ("do_sample", "use_cache")
 
@@ -82,6 +98,23 @@ def checked(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         if kwargs.get(key) is not None:
             found[key] = value
     return found
+
+
+def refuse(
+    model: Any, keys: Iterable[str], kwargs: Mapping[str, Any], together: str = "pruning"
+) -> None:
+    """Raise a TodreError if one of these arguments is given, or set by a configuration.
+
+    Args:
+        model: whose ``generation_config`` counts where an argument is left out.
+        keys: such as :data:`REFUSED_WITH_PRUNING`.
+        kwargs: arguments of ``generate``.
+        together: what they cannot be combined with.
+    """
+    for key in keys:
+        given = setting(model, key, kwargs)
+        if given is not None and given is not False:
+            raise TodreError(f"{key} is not supported together with {together}; leave it out.")
 
 
 def _ids(key: str, value: Any) -> int | list[int]:

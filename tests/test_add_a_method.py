@@ -19,8 +19,8 @@ import yaml
 from llava_todre import load_pretrained_model
 from llava_todre.catalogue import where
 from llava_todre.cli import main
-from llava_todre.generate import Request, answer
 from llava_todre.pruners import PRUNERS, create_pruner
+from llava_todre.vlm import Request, answer
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "add_a_method.md"

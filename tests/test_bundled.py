@@ -9,7 +9,7 @@ import pytest
 
 from eval.mini import TEST_SEED
 from eval.mini.heldout import held_out
-from llava_todre import Answer, Memory, Request, answer, load_pretrained_model
+from llava_todre import Answer, ImageCache, Request, answer, load_pretrained_model
 from llava_todre.cli import main
 
 MINI = Path(__file__).parents[1] / "checkpoints" / "mini"
@@ -48,22 +48,22 @@ def test_answers_do_not_depend_on_batch_or_stored_prefix(
     model.set_pruner(method, **knobs)
     texts: dict[str, list[str]] = {"fresh": [], "batched": [], "one by one": [], "shared": []}
     withdrawn = set()
-    memory = Memory()
+    cache = ImageCache()
     for sample in held_out(scenes):
         requests = [Request(question.text, [sample.image]) for question in sample.questions]
 
-        def given(some: list[Request], memory: Memory | None = None) -> list[Answer]:
-            return answer(model, tokenizer, some, max_new_tokens=8, memory=memory)
+        def given(some: list[Request], cache: ImageCache | None = None) -> list[Answer]:
+            return answer(model, tokenizer, some, max_new_tokens=8, image_cache=cache)
 
         texts["fresh"] += [given([one])[0].text for one in requests]
         texts["batched"] += [each.text for each in given(requests)]
-        shared = given(requests, memory)
+        shared = given(requests, cache)
         texts["shared"] += [each.text for each in shared]
-        texts["one by one"] += [given([one], memory)[0].text for one in requests]
+        texts["one by one"] += [given([one], cache)[0].text for one in requests]
         withdrawn |= {each.stats.withdrawn_from for each in shared}
     assert texts["batched"] == texts["shared"] == texts["one by one"] == texts["fresh"]
     assert len(texts["fresh"]) == 9 * scenes
-    assert memory.prefixes.hits == scenes * 17, "all but the first question about each image"
+    assert cache.prefixes.hits == scenes * 17, "all but the first question about each image"
     assert len(withdrawn) == (2 if method == "todre" else 1), "some withdrew, others did not"
 
 

@@ -199,7 +199,7 @@ def test_debug_shows_where_it_happened() -> None:
 def test_what_nobody_foresaw_is_one_line_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llava_todre.generate.answer", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("llava_todre.vlm.OwnModel.answer", lambda *a, **k: 1 / 0)
     assert generate() == 1
     assert "ZeroDivisionError: division by zero (--debug shows where)" in capsys.readouterr().err
 

@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_todre"
 FLOORS = [
-    ["errors", "version", "selection_triton"],
-    ["files", "command"],
+    ["errors", "version", "selection_triton", "renamed"],
+    ["files", "command", "load_options"],
     [
         "selection",
         "relevance",
@@ -34,8 +34,10 @@ FLOORS = [
     ["pruners", "work"],
     ["catalogue", "settings", "stage1", "stage2"],
     ["model"],
-    ["generate"],
+    ["image_cache"],
+    ["request"],
     ["hf", "viz"],
+    ["vlm", "generate"],
     ["lmms_plugin"],
     ["ui"],
     ["cli"],

@@ -17,11 +17,11 @@ from eval.mini import TASKS, held_out
 from eval.pages import methods as docs
 from eval.pages import performance
 from llava_todre import load_pretrained_model
-from llava_todre.generate import Request, answer
 from llava_todre.intervals import difference
 from llava_todre.pruners import PRUNERS, Pruner
 from llava_todre.spans import VisualTokens
 from llava_todre.viz import token_boxes
+from llava_todre.vlm import Request, answer
 
 ROOT = Path(__file__).parents[1]
 

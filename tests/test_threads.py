@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor, TextIteratorStreamer
 
-from llava_todre import Memory, Request, TodreError, answer, ask, load_pretrained_model, prepare
+from llava_todre import ImageCache, Request, TodreError, answer, ask, load_pretrained_model, prepare
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.prompt import build_prompt, tokenizer_image_token
 from llava_todre.stats import PruneStats
@@ -120,10 +120,10 @@ def test_threads_share_a_memory(
 ) -> None:
     tokenizer, model = loaded
     model.set_pruner("todre", retain_ratio=0.25)
-    memory = Memory(max_images=2)
+    cache = ImageCache(max_images=2)
 
     def call(number: int) -> Told:
-        given = answer(model, tokenizer, [requests[number]], memory=memory, **FEW)
+        given = answer(model, tokenizer, [requests[number]], image_cache=cache, **FEW)
         return told(given[0].text, given[0].stats)
 
     alone = [call(number) for number in range(THREADS)]

@@ -18,9 +18,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_todre import PRUNERS, Request, TodreError, answer, ask, load_pretrained_model
+from llava_todre import (
+    PRUNERS,
+    ImageCache,
+    Request,
+    TodreError,
+    answer,
+    ask,
+    load_pretrained_model,
+    prepare,
+)
 from llava_todre.cli import main
-from llava_todre.generate import Memory, prepare
 from llava_todre.hf.load import load_stock_model
 from llava_todre.hf.stock import StockModel
 from llava_todre.model.images import load_image
@@ -56,7 +64,7 @@ def stock(converted: Path) -> StockModel:
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     model, tokenizer = ours()
     loaded = (tokenizer, model, None, None)
-    monkeypatch.setattr("llava_todre.model.load.load_pretrained_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("llava_todre.vlm.load_pretrained_model", lambda *_, **__: loaded)
 
     def run(*options: str) -> dict[str, Any]:
         capsys.readouterr()
@@ -101,7 +109,7 @@ def test_the_answer_is_right_whichever_way_a_picture_comes_in(
         "path": ask(model, tokenizer, path, QUESTION).text,
         "data URI": ask(model, tokenizer, uri, QUESTION).text,
         "PIL": ask(model, tokenizer, opened(), QUESTION).text,
-        "remembered": answers(opened(), memory=Memory()),
+        "remembered": answers(opened(), image_cache=ImageCache()),
         "prepared": answers(prepare(model, Request("", [opened()])).images[0]),
         "page": answers(read_upload(path, 1).images[0]),
         "command line": command("--image", str(path))["answer"],

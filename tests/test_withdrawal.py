@@ -27,8 +27,9 @@ from transformers import (
 from transformers.masking_utils import flash_attention_mask
 
 from llava_todre.errors import TodreError
-from llava_todre.model.llava import ROLLS_BACK_BY_LAYER, LlavaLlamaForCausalLM
+from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import LayerView, Pruner
+from llava_todre.settings import ROLLS_BACK_BY_LAYER
 from llava_todre.spans import TokenType
 from llava_todre.stage1.layout import Layout
 from llava_todre.stage1.select import ImageFeatures

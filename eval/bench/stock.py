@@ -26,9 +26,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from eval.bench.answers import SYSTEM_TOKENS, picture
 from eval.bench.throughput import NEW_TOKENS, PER_PICTURE, RETAIN_RATIO, lengths_of
 from eval.bench.timing import in_turns, percentiles, ratios, say, seconds
-from llava_todre.generate import Memory, Request
 from llava_todre.hf.stock import StockModel
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.vlm import ImageCache, Request
 
 _TEMPLATE = (
     "{% for message in messages %}"
@@ -121,5 +121,5 @@ def _ask(model: StockModel, shown: Image.Image, method: str, count: int) -> floa
         words = torch.randint(3, model.config.text_config.vocab_size - 1, (length,), generator=draw)
         requests.append(Request(" ".join(f"w{word}" for word in words.tolist()), [shown]))
     settings: dict[str, Any] = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
-    memory = Memory() if count > 1 else None
-    return count / seconds(lambda: model.answer(requests, memory=memory, **settings))
+    memory = ImageCache() if count > 1 else None
+    return count / seconds(lambda: model.answer(requests, image_cache=memory, **settings))

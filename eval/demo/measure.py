@@ -8,8 +8,8 @@ from typing import Any
 
 from eval.demo.plan import Run
 from eval.mini import TASKS, Sample
-from llava_todre.generate import Answer
 from llava_todre.model.llava import LlavaLlamaForCausalLM
+from llava_todre.vlm import Answer
 from llava_todre.work import prefill_work
 
 TIMED_PROMPTS = 24

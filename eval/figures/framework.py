@@ -32,10 +32,10 @@ from eval.figures.style import (
     some,
 )
 from eval.mini import TEST_SEED, held_out
-from llava_todre.generate import Request, answer
 from llava_todre.pruners import Combined, LayerView, Observed, create_pruner
 from llava_todre.pruners.todre import Todre
 from llava_todre.spans import TokenType
+from llava_todre.vlm import Request, answer
 
 RATIO = 0.10
 PICTURE, TASK = 0, "read"

@@ -20,9 +20,9 @@ from eval.figures.style import (
     some,
 )
 from eval.mini import held_out
-from llava_todre.generate import Request, answer
 from llava_todre.pruners import Combined, LayerView, Observed, Pruner, create_pruner
 from llava_todre.pruners.todre import Todre
+from llava_todre.vlm import Request, answer
 
 PICTURES = 12
 RATIO = 0.10

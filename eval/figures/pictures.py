@@ -17,11 +17,11 @@ from PIL import Image, ImageFilter
 from eval.demo.plan import Run
 from eval.figures.sources import Data
 from eval.figures.style import GREEN, VERMILION, few_colours
-from llava_todre.generate import Answer
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import Pruner
 from llava_todre.stats import ImageStats
 from llava_todre.viz import draw_kept, token_boxes
+from llava_todre.vlm import Answer
 
 MAX_NEW_TOKENS = 8
 _COLOURS = 24

@@ -17,7 +17,7 @@ from eval.figures.pictures import (
 from eval.figures.sources import Data, Sources, opened
 from eval.figures.style import BLACK, PAGE, SMALL, TEXT, new_figure
 from eval.mini import TEST_SEED, held_out
-from llava_todre.generate import Request, answer
+from llava_todre.vlm import Request, answer
 
 METHODS = ("fastervlm", "todre")
 ROWS = {"fastervlm": "[CLS] attention\n(fastervlm)", "todre": "diversity\n(todre)"}

@@ -20,7 +20,7 @@ from eval.figures.style import BLACK, PAGE, SMALL, TEXT, new_figure
 from eval.mini import TEST_SEED
 from eval.mini.render import Renderer
 from eval.mini.scenes import TILE_SIDE, Scene, SceneObject, SeedFamily, Sign, stream
-from llava_todre.generate import Request, answer
+from llava_todre.vlm import Request, answer
 
 METHODS = ("fastervlm", "divprune", "todre")
 RATIO = 0.10

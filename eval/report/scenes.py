@@ -13,9 +13,9 @@ from PIL import Image
 from eval.mini import Sample
 from eval.report.answers import Asked
 from eval.report.page import Html, grid, heading, mark, paragraph, picture, table, text
-from llava_todre.generate import Request, answer
 from llava_todre.pruners import Pruner
 from llava_todre.viz import kept_picture
+from llava_todre.vlm import Request, answer
 
 NUM_SCENES = 3
 _WIDTH = 320

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llava_todre.errors import TodreError
-from llava_todre.settings import setting
+from llava_todre.settings import REFUSED_WITH_PRUNING, refuse, setting
 from llava_todre.stage2.cache import CACHE_ARGUMENT, has_sliding_window
 
-_REFUSED = (
-    "assistant_model",
-    "assistant_early_exit",
-    "prompt_lookup_num_tokens",
-    "use_mtp",
-    "prefill_chunk_size",
-    CACHE_ARGUMENT,
-    "custom_generate",
-    "position_ids",
-)
-
-
-def refuse(model: Any, keys: Iterable[str], kwargs: Mapping[str, Any]) -> None:
-    """Raise a TodreError if one of these arguments is given, or set by a configuration."""
-    for key in keys:
-        given = setting(model, key, kwargs)
-        if given is not None and given is not False:
-            raise TodreError(f"{key} is not supported together with pruning; leave it out.")
+_REFUSED = (*REFUSED_WITH_PRUNING, CACHE_ARGUMENT)
 
 
 def any_refused(model: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from llava_todre.errors import TodreError
 from llava_todre.finite import finite_prefill, require_finite_pixels
-from llava_todre.hf.arguments import check, refuse
+from llava_todre.hf.arguments import check
 from llava_todre.hf.capture import DecoderInputs, Need, capture, decoder_of
 from llava_todre.hf.deepstack import adding
 from llava_todre.hf.encoded import (
@@ -38,6 +38,7 @@ from llava_todre.settings import (
     keeps_cache_rows,
     pad_id,
     real_tokens,
+    refuse,
     setting,
     shorter_lengths,
 )

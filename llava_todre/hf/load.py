@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from llava_todre.errors import TodreError, unknown
 from llava_todre.hf.families import FAMILIES, family_named
 from llava_todre.hf.stock import StockModel
+from llava_todre.load_options import LoadOptions
 from llava_todre.model.adapters import check_parts, merged
 from llava_todre.model.bounded import check_tokenizer
 from llava_todre.model.checkpoint import (
@@ -58,45 +59,31 @@ _LOADING_ERRORS = (
 )
 
 
-def load_stock_model(
-    path: str,
-    *,
-    model_base: str | None = None,
-    load_8bit: bool = False,
-    load_4bit: bool = False,
-    quantization_config: Any = None,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: Any = "auto",
-    device_map: Any = None,
-    attn_implementation: str = "sdpa",
-) -> StockModel:
+def load_stock_model(path: str, options: LoadOptions | None = None, **changes: Any) -> StockModel:
     """Load a model and its processor through transformers.
 
     Args:
         path: a folder or a hub id, such as ``llava-hf/llava-v1.6-mistral-7b-hf``; also of weights
             that were quantised before they were saved.
-        model_base: the model that an adapter of peft, in ``path``, was trained on; it is merged.
-        load_8bit: see :func:`llava_todre.model.load.load_pretrained_model`.
-        load_4bit: see there.
-        quantization_config: see there.
-        revision: branch, tag or commit on the hub.
-        dtype: float32, float16, bfloat16, or auto: the checkpoint's own on a GPU, float32 on a CPU.
-        device: where the model goes; auto is the GPU if there is one.
-        device_map: instead of ``device``, to spread one model.
-        attn_implementation: eager, sdpa or flash_attention_2.
+        options: how; ``model_base`` is the model that an adapter of peft, in ``path``, was trained
+            on, into which it is merged. dtype auto is the checkpoint's own on a GPU, float32 on a
+            CPU.
+        changes: fields of ``options`` by name.
 
     Raises:
         TodreError: one line saying what about the arguments or the checkpoint is wrong.
     """
+    how = LoadOptions.of(options, changes)
+    how.refuse_own(path)
+    revision, device_map = how.revision, how.device_map
     path = os.path.expanduser(path)
-    model_base = None if model_base is None else os.path.expanduser(model_base)
+    model_base = None if how.model_base is None else os.path.expanduser(how.model_base)
     check_shard_names(Path(model_base or path))
-    target = target_device(device, device_map)
-    check_attention(attn_implementation, target)
-    wanted = parse_dtype(dtype) or (torch.float32 if target.type == "cpu" else "auto")
+    target = target_device(how.device, device_map)
+    check_attention(how.attn_implementation, target)
+    wanted = parse_dtype(how.dtype) or (torch.float32 if target.type == "cpu" else "auto")
     running = wanted if isinstance(wanted, torch.dtype) else None
-    quantised = quantisation(load_8bit, load_4bit, quantization_config, running)
+    quantised = quantisation(how.load_8bit, how.load_4bit, how.quantization_config, running)
     part = _part(path, revision, model_base, quantised)
     base, of_base = (path, revision) if model_base is None else (model_base, None)
     try:
@@ -113,7 +100,7 @@ def load_stock_model(
             revision=of_base,
             dtype=wanted,
             device_map=spread,
-            attn_implementation=attn_implementation,
+            attn_implementation=how.attn_implementation,
             output_loading_info=True,
             # None would hide what the checkpoint says.
             **({} if quantised is None else {"quantization_config": quantised}),

@@ -1,4 +1,4 @@
-"""Questions to a stock model of transformers, asked as :mod:`llava_todre.generate` asks ours."""
+"""Questions to a stock model of transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from llava_todre.errors import TodreError
-from llava_todre.flops import DecoderShape
-from llava_todre.generate import Answer, Memory, Request, _lasting_identity, call_settings
 from llava_todre.hf import attach, detach, encode, last_stats
 from llava_todre.hf.arguments import any_refused
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
 from llava_todre.hf.shared_inputs import Shown, by_token, joined, shown_by
 from llava_todre.hf.video_metadata import metadata_of
+from llava_todre.image_cache import ImageCache, lasting_identity
 from llava_todre.locking import turn
 from llava_todre.model.adapters import unwrapped
 from llava_todre.model.bounded import within
@@ -28,10 +27,14 @@ from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import check_elongation, open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.request import VLM, Answer, Request, call_settings
+from llava_todre.stats import PruneStats
 
 
-class StockModel:
+class StockModel(VLM):
     """A model of transformers with its processor and one method."""
+
+    template = "that of the processor"
 
     def __init__(self, model: Any, processor: Any) -> None:
         """Attach a method that prunes nothing.
@@ -41,23 +44,28 @@ class StockModel:
         """
         model = unwrapped(model)
         family_of(model)
-        self.model, self.processor = model, processor
+        self.model, self._processor = model, processor
         self.pruner = attach(model, "vanilla")
 
     @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return torch.device(self.model.device)
+    def tokenizer(self) -> Any:
+        """The processor's."""
+        return self.processor.tokenizer
 
     @property
-    def config(self) -> Any:
-        """The model's."""
-        return self.model.config
+    def processor(self) -> Any:
+        """The model's own."""
+        return self._processor
 
     @property
-    def decoder_shape(self) -> DecoderShape:
-        """The decoder's dimensions, for counting FLOPs."""
-        return DecoderShape.of(decoder_of(self.model).config)
+    def decoder(self) -> Any:
+        """The decoder."""
+        return decoder_of(self.model)
+
+    @property
+    def last_stats(self) -> Sequence[PruneStats]:
+        """What happened to the tokens of each sample of the latest call."""
+        return last_stats(self.model)
 
     def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
@@ -76,32 +84,29 @@ class StockModel:
         requests: Sequence[Request],
         *,
         max_new_tokens: int = 64,
-        memory: Memory | None = None,
+        timed: bool = False,
+        image_cache: ImageCache | None = None,
         **generate_kwargs: Any,
     ) -> list[Answer]:
         """Answer a batch of questions in the words of the processor's own chat template.
 
-        Args:
-            requests: the batch; a video is given as its frames, for Qwen2.5-VL and Qwen3-VL with
-                their seconds.
-            max_new_tokens: longest answer.
-            memory: what earlier calls of this model computed about the same images; answers are
-                those of calls without it.
-            generate_kwargs: passed to ``generate``; greedy unless given otherwise.
+        A video is given as its frames, for Qwen2.5-VL and Qwen3-VL with their seconds. Stages are
+        not measured.
         """
+        del timed
         settings = call_settings(self.model, requests, max_new_tokens, generate_kwargs)
         if not requests:
             return []
         with turn(self.model):
-            return self._answer(requests, settings, memory)
+            return self._answer(requests, settings, image_cache)
 
     def _answer(
-        self, requests: Sequence[Request], settings: dict[str, Any], memory: Memory | None
+        self, requests: Sequence[Request], settings: dict[str, Any], image_cache: ImageCache | None
     ) -> list[Answer]:
-        if memory is None or any_refused(self.model, settings):
+        if image_cache is None or any_refused(self.model, settings):
             inputs = self._processed(requests)
         else:
-            inputs = self._shared(requests, memory)
+            inputs = self._shared(requests, image_cache)
         if settings.get("stop_strings") is not None:
             settings = {"tokenizer": self.processor.tokenizer, **settings}
         try:
@@ -136,26 +141,30 @@ class StockModel:
                 inputs[key] = value.to(self.model.dtype)
         return inputs
 
-    def _shared(self, requests: Sequence[Request], memory: Memory) -> dict[str, Any]:
+    def _shared(self, requests: Sequence[Request], image_cache: ImageCache) -> dict[str, Any]:
         """Return the inputs of a call that reads only what is new."""
-        if not isinstance(memory, Memory):
-            raise TodreError(f"memory must be a Memory, got {type(memory).__name__}.")
-        memory.prefixes.claim(self.model)
+        if not isinstance(image_cache, ImageCache):
+            raise TodreError(
+                f"image_cache must be an ImageCache, got {type(image_cache).__name__}."
+            )
+        image_cache.prefixes.claim(self.model)
         try:
-            prompts = [self._known(request, memory) for request in requests]
+            prompts = [self._known(request, image_cache) for request in requests]
         finally:
-            memory.trim()
+            image_cache.trim()
         inputs = joined(prompts, self.processor.tokenizer.pad_token_id or 0)
         for key, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 inputs[key] = value.to(self.device)
-        return inputs | {"prefixes": memory.prefixes}
+        return inputs | {"prefixes": image_cache.prefixes}
 
-    def _known(self, request: Request, memory: Memory) -> tuple[dict[str, torch.Tensor], Shown]:
+    def _known(
+        self, request: Request, image_cache: ImageCache
+    ) -> tuple[dict[str, torch.Tensor], Shown]:
         """Return the ids of a request and what it shows, which is read where it is new."""
-        names = tuple(map(_lasting_identity, request.images))
+        names = tuple(map(lasting_identity, request.images))
         key = (request.is_video, tuple(request.seconds), names)
-        known: Any = memory.find(key, self.pruner)
+        known: Any = image_cache.find(key, self.pruner)
         ids, placeholders = self._tokens(request), self._placeholders()
         row = None if known is None else known.row(ids, placeholders)
         if row is None:
@@ -164,7 +173,7 @@ class StockModel:
             if known is None:
                 images = encode(self.model, **processed) if request.images else []
                 known = shown_by(processed, images, ids, placeholders)
-                memory.add(key, self.pruner, request.images, known)
+                image_cache.add(key, self.pruner, request.images, known)
         return row, known
 
     def _placeholders(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from transformers.video_utils import VideoMetadata
 
 from llava_todre.errors import TodreError
-from llava_todre.generate import Request
+from llava_todre.request import Request
 
 TIMED = ("qwen2_5_vl", "qwen3_vl")
 """Types of models for which it matters."""

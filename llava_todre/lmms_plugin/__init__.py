@@ -6,11 +6,11 @@ installed. Every option of model and method is a model argument:
     python -m lmms_eval --model llava_todre --tasks pope --batch_size 4 \
         --model_args pretrained=checkpoints/mini,method=todre,retain_ratio=0.1,log_dir=outputs/log
 
-``model`` holds the class, ``arguments`` what stands behind ``--model_args``, ``backend`` the kinds
-of models, ``items`` what one call of lmms-eval asks for, ``grouping`` which documents show the same
-picture, ``ahead`` what is prepared meanwhile, ``video`` the frames of a clip, ``team`` several
-processes with one model, ``log`` the answers that are kept on disk, ``fingerprint`` what they
-depend on, and ``response_cache`` lmms-eval's own store of answers.
+``model`` holds the class, ``arguments`` reads ``--model_args``, ``requests`` what one call of
+lmms-eval asks for, ``image_keys`` which documents show the same image, ``prefetch`` what is
+prepared meanwhile, ``distributed`` several processes, ``tensor_parallel`` those that share one
+model, ``answer_log`` the answers that are kept on disk, ``fingerprint`` what they depend on, and
+``response_cache`` lmms-eval's own store of answers.
 """
 
 from __future__ import annotations

@@ -13,12 +13,15 @@ from typing import Any
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import parse_yaml
+from llava_todre.load_options import LoadOptions
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.pruners.base import require_int
 from llava_todre.pruners.method_file import named_or_from_file
 
 _STAGES = ("before.", "inside.")
 _LONGEST_SHOWN = 80
+LOADING = [each for each in dataclasses.fields(LoadOptions) if each.name != "quantization_config"]
+"""Options of loading that can be written as text."""
 
 
 def text(key: str, value: Any) -> str | None:
@@ -67,9 +70,18 @@ def option(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if ";" in value:
-        return tuple(option(part) for part in value.split(";") if part.strip())
-    parsed = parse_yaml(value, f"value {value[:_LONGEST_SHOWN]!r} of a model argument")
-    return tuple(parsed) if isinstance(parsed, list) else parsed
+        return [option(part) for part in value.split(";") if part.strip()]
+    return parse_yaml(value, f"value {value[:_LONGEST_SHOWN]!r} of a model argument")
+
+
+def take_loading(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of loading out of model arguments; returns those that were given."""
+    found: dict[str, Any] = {}
+    for each in LOADING:
+        if each.name in options:
+            read = flag if each.default is False else text
+            found[each.name] = read(each.name, options.pop(each.name))
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def build_pruner(

@@ -18,39 +18,36 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llava_todre.provenance import provenance
+from llava_todre.request import VLM
 from llava_todre.source import digests
 
 _CHUNK = 1 << 22
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fingerprint(
-    model: Any, tokenizer: Any, processor: Any, settings: Mapping[str, Any]
-) -> tuple[str, dict[str, Any]]:
+def fingerprint(vlm: VLM, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return a short name for a run, and what it stands for.
 
     Runs on processors of the same kind ("cpu", "cuda") share a name; their rounding may differ
     between two models of it.
 
     Args:
-        model: with its weights.
-        tokenizer: the model's.
-        processor: what makes pixels of its images.
+        vlm: model with its weights, tokenizer and processor.
         settings: all other choices that change answers.
     """
-    config = model.config.to_dict()
+    config = vlm.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)
     parts = {
         "settings": dict(settings),
-        "weights": weights_digest(model),
+        "weights": weights_digest(vlm.model),
         "config": _digest(json.dumps(config, sort_keys=True, default=str)),
-        "generation_config": _digest(str(model.generation_config)),
-        "image_processor": _digest(str(processor)),
-        "tokenizer": _digest(_words(tokenizer)),
+        "generation_config": _digest(str(vlm.model.generation_config)),
+        "image_processor": _digest(str(vlm.processor)),
+        "tokenizer": _digest(_words(vlm.tokenizer)),
         "source": digests("llava_todre.lmms_plugin.model"),
         "versions": _versions(),
-        "device": model.device.type,
+        "device": vlm.device.type,
     }
     return _digest(json.dumps(parts, sort_keys=True, default=str)), parts
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,20 +16,20 @@ import torch
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
-from llava_todre.errors import PromptTooLongError, TodreError, unknown
-from llava_todre.generate import Answer, Memory, Picture, Request, Views
+from llava_todre.errors import PromptTooLongError, TodreError
+from llava_todre.image_cache import ImageCache
 from llava_todre.lmms_plugin.answer_log import AnswerLog, Line
 from llava_todre.lmms_plugin.arguments import (
+    LOADING,
     build_pruner,
     draws,
-    flag,
     item_counts,
     item_seed,
+    take_loading,
     text,
     whole,
     with_seed,
 )
-from llava_todre.lmms_plugin.backend import load_backend
 from llava_todre.lmms_plugin.distributed import (
     all_counts,
     join_processes,
@@ -52,9 +52,12 @@ from llava_todre.lmms_plugin.requests import (
 )
 from llava_todre.lmms_plugin.response_cache import tell_response_cache
 from llava_todre.lmms_plugin.tensor_parallel import Team
-from llava_todre.model.chat_template import TEMPLATES
+from llava_todre.load_options import LoadOptions
+from llava_todre.model.images import Picture
 from llava_todre.model.prompt import AUTO
+from llava_todre.request import Answer, Request, Views
 from llava_todre.stats import PruneStats
+from llava_todre.vlm import load, runs_stock
 from llava_todre.work import prefill_work
 
 logger = logging.getLogger(__name__)
@@ -68,20 +71,7 @@ class LlavaTodre(lmms):
     def __init__(
         self,
         pretrained: Any = None,
-        revision: Any = None,
-        model_base: Any = None,
-        load_8bit: Any = False,
-        load_4bit: Any = False,
-        dtype: str = "auto",
-        device: Any = None,
-        device_map: Any = None,
-        tp_plan: Any = None,
-        attn_implementation: str = "sdpa",
-        backend: str = "auto",
-        protocol: str = "native",
-        template: str = AUTO,
         method: str = "todre",
-        clip_text: Any = None,
         max_frames: Any = 5,
         batch_size: Any = 1,
         max_new_tokens: Any = 1024,
@@ -94,24 +84,7 @@ class LlavaTodre(lmms):
 
         Args:
             pretrained: a folder or hub id, in the original layout or that of llava-hf.
-            revision: branch, tag or commit on the hub.
-            model_base: what a checkpoint of a projector or a LoRA adapter only is laid over.
-            load_8bit: quantise the decoder by LLM.int8 of bitsandbytes.
-            load_4bit: quantise the decoder to NF4 of bitsandbytes.
-            dtype: auto, float32, float16 or bfloat16.
-            device: auto, cpu, cuda, cuda:1, ...; with several processes only its kind counts,
-                and each process takes the GPU of its local rank.
-            device_map: instead of ``device``; auto spreads one model over all GPUs.
-            tp_plan: instead of both; auto splits every layer of one model over the processes that
-                torchrun started (tensor parallelism). All of them work on every item.
-            attn_implementation: eager, sdpa or flash_attention_2.
-            backend: llava runs our class, transformers its own with the method attached; auto
-                takes ours for LLaVA-1.5 and LLaVA-NeXT on Llama or Mistral.
-            protocol: native, or paper; with our class.
-            template: conversation template; auto is the one the checkpoint was made for. With our
-                class, others have their processor's own.
             method: a name from ``todre list``, A+B, or a YAML file of ``configs/methods``.
-            clip_text: folder or hub id of the CLIP model, for methods that need its text tower.
             max_frames: frames of a video, evenly spaced over the clip.
             batch_size: items answered together; methods that draw at random answer one by one.
             max_new_tokens: longest answer where the task does not say.
@@ -121,7 +94,9 @@ class LlavaTodre(lmms):
                 draws for itself.
             num_items: ``task:96;other:3000``: how many items each task has; anything else is an
                 error before the first answer. None takes what there is.
-            options: options of the method.
+            options: fields of :class:`~llava_todre.load_options.LoadOptions`, and options of the
+                method. With several processes only the kind of ``device`` counts: each takes the
+                GPU of its local rank. With ``tp_plan`` all of them work on every item.
 
         Raises:
             TodreError: one line saying which argument is wrong, and what is allowed.
@@ -129,9 +104,9 @@ class LlavaTodre(lmms):
         super().__init__()
         if pretrained is None:
             raise TodreError("pretrained is missing; give a folder or a hub id.")
-        if template not in TEMPLATES:
-            raise unknown("template", template, TEMPLATES)
-        own = [key for key in inspect.signature(LlavaTodre).parameters if key != "options"]
+        loading = take_loading(options)
+        own = {*inspect.signature(LlavaTodre).parameters} - {"options"}
+        own |= {each.name for each in LOADING}
         name = text("method", method) or "todre"
         self.pruner, self.seed = build_pruner(name, options, seed, own, seed_of_lmms_eval())
         self.num_items = None if num_items is None else item_counts(num_items)
@@ -142,28 +117,18 @@ class LlavaTodre(lmms):
         self.accelerator = join_processes()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
-        places = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
-        chosen = {key: text(key, value) for key, value in places.items()}
-        self._team = Team(self._world_size if chosen["tp_plan"] else 1, self._rank)
+        places = [loading.pop(key, None) for key in ("device", "device_map", "tp_plan")]
+        self._team = Team(self._world_size if places[2] else 1, self._rank)
         with self._team.together():
-            self._backend = load_backend(
-                backend,
-                text("pretrained", pretrained) or "",
-                template=template,
-                protocol=protocol,
-                clip_text=text("clip_text", clip_text),
-                revision=text("revision", revision),
-                model_base=text("model_base", model_base),
-                load_8bit=flag("load_8bit", load_8bit),
-                load_4bit=flag("load_4bit", load_4bit),
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                **placement(self.accelerator, **chosen),
-            )
-            self.template = self._backend.template
-            self.model: Any = self._backend.model
-            self.model.set_pruner(self.pruner)
-        self._device = self.model.device
+            path = text("pretrained", pretrained) or ""
+            chosen = LoadOptions.of(None, {**loading, **placement(self.accelerator, *places)})
+            if runs_stock(path, chosen):  # runs name a template for every model
+                chosen = replace(chosen, template=AUTO)
+            self.vlm = load(path, chosen)
+            self.vlm.set_pruner(self.pruner)
+        self.model: Any = self.vlm.model
+        self.template = self.vlm.template
+        self._device = self.vlm.device
         self._log: AnswerLog | None = None
         self._views: dict[str, Sequence[Picture | Views]] = {}
         tell_response_cache(self._fingerprint)
@@ -206,13 +171,13 @@ class LlavaTodre(lmms):
             ) as progress,
             ahead(self._look_at, batches) as looked_at,
         ):
-            memory = Memory()
+            cache = ImageCache()
             for batch in batches:
                 start = Moment()
                 look = next(looked_at)
                 lines = self._team.agreed(look.finished)
                 if lines is None:
-                    lines = self._compute(batch, look, memory, start)
+                    lines = self._compute(batch, look, cache, start)
                 for item, line in zip(batch.items, lines, strict=True):
                     answers[item.key] = line["answer"]
                 progress.update(len(batch.items))
@@ -277,31 +242,31 @@ class LlavaTodre(lmms):
         for digest, group in zip(shown.digests, pictures, strict=True):
             known = self._views.pop(digest, None)
             if known is None:
-                known = self._backend.prepare(Request("", group, shown.is_video)).images
+                known = self.vlm.prepare(Request("", group, shown.is_video)).images
             self._views[digest] = known  # the latest is the last
             views += known
         while len(self._views) > max(len(pictures), self.batch_size):
             self._views.pop(next(iter(self._views)))
         return Request(item.prompt, views, shown.is_video, shown.seconds)
 
-    def _compute(self, batch: Batch, look: Look, memory: Memory, start: Moment) -> list[Line]:
+    def _compute(self, batch: Batch, look: Look, cache: ImageCache, start: Moment) -> list[Line]:
         """Return the lines of a batch and log them.
 
         Args:
             batch: the items.
             look: what they show.
-            memory: of the pictures before.
+            cache: of the pictures before.
             start: when the wait for this batch began.
         """
         settings, until = generation(batch.items[0].gen_kwargs, self.max_new_tokens)
         if draws(self.pruner):
             (item,) = batch.items
-            self.model.set_pruner(with_seed(self.pruner, item_seed(self.seed, item.doc_id)))
+            self.vlm.set_pruner(with_seed(self.pruner, item_seed(self.seed, item.doc_id)))
         if settings["do_sample"]:
             torch.manual_seed(item_seed(self.seed, look.name))
         with _named(batch):
-            remembered = memory if batch.asks_again else None
-            given = self._given(look.requests, remembered, settings)
+            shared = cache if batch.asks_again else None
+            given = self._given(look.requests, shared, settings)
         spent = {key: now / len(batch.items) for key, now in Moment().since(start).items()}
         lines = [
             {
@@ -324,23 +289,23 @@ class LlavaTodre(lmms):
         return lines
 
     def _given(
-        self, requests: Sequence[Request], memory: Memory | None, settings: Mapping[str, Any]
+        self, requests: Sequence[Request], cache: ImageCache | None, settings: Mapping[str, Any]
     ) -> list[Answer | str]:
         """Return the answers to a batch; for a prompt the model cannot read, why.
 
         Where one is too long, the others are asked one by one.
         """
         try:
-            return [*self._backend.answer(requests, memory, settings)]
+            return [*self.vlm.answer(requests, image_cache=cache, **settings)]
         except PromptTooLongError as error:
             if len(requests) == 1:
                 return [str(error)]
-        return [given for request in requests for given in self._given([request], memory, settings)]
+        return [given for request in requests for given in self._given([request], cache, settings)]
 
     def _told(self, result: Answer, until: tuple[str, ...]) -> Line:
         """Return the answer and what it took."""
         stats: PruneStats = result.stats
-        work = prefill_work(self.model, stats)
+        work = prefill_work(self.vlm, stats)
         return {
             "answer": cut(result.text, until),
             "visual_tokens": stats.visual_tokens,
@@ -359,9 +324,9 @@ class LlavaTodre(lmms):
             "template": self.template,
             "max_frames": self.max_frames,
             "max_new_tokens": self.max_new_tokens,
-            "attn_implementation": self.model.config._attn_implementation,
+            "attn_implementation": self.vlm.config._attn_implementation,
         }
-        return fingerprint(*self._backend.parts(), settings)
+        return fingerprint(self.vlm, settings)
 
     def _open_log(self) -> None:
         """Open the log afresh, so that it also holds what an earlier call wrote."""

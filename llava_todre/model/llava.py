@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
@@ -28,10 +27,11 @@ from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, create_pruner, resolve
 from llava_todre.settings import (
+    REFUSED_WITH_IMAGES,
     checked,
     keeps_cache_rows,
     real_tokens,
-    setting,
+    refuse,
     shorter_lengths,
     stated_tokens,
 )
@@ -49,11 +49,6 @@ Prepared = tuple[
     Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None
 ]
 
-# Before 5.23 transformers rolled rejected candidates back by the length of the first layer.
-ROLLS_BACK_BY_LAYER = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
-_NOT_WITH_IMAGES = ("assistant_model", "prefill_chunk_size") + (
-    () if ROLLS_BACK_BY_LAYER else ("prompt_lookup_num_tokens",)
-)
 
 _Record = tuple[list[tuple[ImageStats, ...]], DecoderPruning]
 """Stage 1 on the images of each sample, and the state of Stage 2."""
@@ -457,9 +452,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         kwargs: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return what ``transformers``' ``generate`` is given in place of ids and images."""
-        for option in _NOT_WITH_IMAGES:
-            if setting(self, option, kwargs) is not None:
-                raise TodreError(f"{option} is not supported together with images; leave it out.")
+        refuse(self, REFUSED_WITH_IMAGES, kwargs, "images")
         past_key_values = kwargs.get(CACHE_ARGUMENT)
         if prefixes is not None and past_key_values is None and self._may_share(prompts, kwargs):
             embeds, spans, past_key_values = self._after_prefixes(prompts, prefixes)

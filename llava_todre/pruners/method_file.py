@@ -31,12 +31,11 @@ def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
     name = content.pop("method", None)
     if not isinstance(name, str):
         raise TodreError(f"method file {method!r} has no key 'method'; allowed: a name.")
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
     try:
-        create_pruner(name, **{key: value for key, value in options.items() if key != "seed"})
+        create_pruner(name, **{key: value for key, value in content.items() if key != "seed"})
     except TodreError as error:
         raise TodreError(f"method file {method!r}: {error}") from None
-    return name, options
+    return name, content
 
 
 def method_yaml(name: str) -> str:

@@ -15,7 +15,7 @@ from llava_todre.viz import kept_picture as kept_of_image
 _FRAME_PIXELS = 224
 """Longest side of a small image, and of one frame, when drawn."""
 _COLUMNS = 4
-# A frame is resized and cropped to one view, as in llava_todre.generate.
+# A frame is resized and cropped to one view, as in llava_todre.vlm.
 _FRAME = SimpleNamespace(image_aspect_ratio="square")
 
 

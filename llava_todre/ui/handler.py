@@ -88,11 +88,11 @@ def _step(side: str, method: str, step: Step) -> News:
 
 
 def _outcome(studio: Studio, side: str, upload: Upload, outcome: Outcome) -> News:
-    drawn = studio.draws_pictures
+    vlm = studio.vlm
     shown = {
         "answer": outcome.text,
-        "kept": kept_picture(upload, outcome.stats, studio.model) if drawn else None,
-        "facts": facts.facts(outcome, studio.model),
+        "kept": kept_picture(upload, outcome.stats, vlm.model) if vlm.draws_tokens else None,
+        "facts": facts.facts(outcome, vlm),
         "chart": facts.chart(outcome, len(outcome.stats.prompt_tokens_per_layer)),
     }
     return {part(side, name): value for name, value in shown.items()}

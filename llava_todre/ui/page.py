@@ -53,125 +53,155 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
         name: how the page calls the model.
         note: what a visitor should know about it.
     """
-    examples = _examples()
-    first = next(iter(examples), None)
-    path, question = examples.get(first or "", (None, ""))
     with gr.Blocks(
         title="llava_todre",
         analytics_enabled=False,
         delete_cache=(_KEEP_UPLOADS_S // 4, _KEEP_UPLOADS_S),
-    ) as page:
+    ) as blocks:
         gr.Markdown(_INTRO.format(name=name, note=note))
-        chosen, stopper = gr.State(path), gr.State(None)
+        page = _Page(gr, studio)
+        page.connect()
+    return blocks
+
+
+class _Page:
+    """The parts of the page by name, and what happens when a visitor touches them."""
+
+    def __init__(self, gr: Any, studio: Studio) -> None:
+        """Place all parts, from top to bottom."""
+        self.gr, self.studio = gr, studio
+        self.examples = _examples()
+        label = next(iter(self.examples), None)
+        path, question = self.examples.get(label or "", (None, ""))
+        self.chosen, self.stopper = gr.State(path), gr.State(None)
         with gr.Row():
             with gr.Column(min_width=280):
-                file = gr.File(
-                    label="Upload an image or a short video",
-                    file_types=["image", "video"],
-                    elem_id="file",
-                    height=130,
-                )
-                example = gr.Radio(
-                    list(examples), value=first, label="Or pick an example", visible=bool(examples)
-                )
-                shown = gr.Image(
-                    preview(read_upload(path, 1)) if path else None,
-                    label="What the model is shown",
-                    show_label=False,  # it would lie on the picture
-                    alt_text="the picture, or the frames of the video, that was chosen",
-                    elem_id="shown",
-                    interactive=False,
-                    height=270,
-                    buttons=[],
-                )
+                self._place_picture(label, path)
             with gr.Column(min_width=280):
-                text = gr.Textbox(
-                    question, label="Question", lines=2, max_lines=6, elem_id="question"
-                )
-                wanted, methods = [], studio.methods()
-                for side, start in zip(SIDES, _START, strict=True):
-                    wanted += _choice(gr, methods, side, *start)
-                with gr.Accordion("More settings", open=False):
-                    most = gr.Slider(
-                        1, _MOST_TOKENS, _TOKENS, step=1, label="Longest answer, in tokens"
-                    )
-                    frames = gr.Slider(
-                        1, _MOST_FRAMES, _FRAMES, step=1, label="Frames taken of a video"
-                    )
-                    every = gr.Checkbox(
-                        True, label="Measure the attention of every layer (a pass of its own)"
-                    )
-                with gr.Row():
-                    ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
-        status = gr.HTML(elem_id="status")
+                self._place_question(question)
+        self.status = gr.HTML(elem_id="status")
+        self.parts = {"status": self.status}
         with gr.Row():
-            parts = {"status": status}
             for side in SIDES:
-                parts |= _results(gr, side)
+                self.parts |= _results(gr, side)
 
-        def look(sent: str | None, num_frames: int) -> dict[Any, Any]:
-            if sent is None:
-                return {chosen: None, shown: None, status: ""}
-            try:
-                picture = preview(read_upload(sent, int(num_frames)))
-            except Exception as error:
-                problem = facts.alert(reason(error))
-                return {chosen: None, shown: None, example: None, status: problem, file: None}
-            return {chosen: sent, shown: picture, example: None, status: ""}
-
-        def pick(label: str) -> dict[Any, Any]:
-            place, suggested = examples[label]
-            picture = preview(read_upload(place, 1))
-            return {chosen: place, shown: picture, text: suggested, status: "", file: None}
-
-        def budget(method: str | None) -> Any:
-            return gr.update(interactive=has_budget(method or ""))
-
-        def begin(earlier: Event | None) -> dict[Any, Any]:
-            if earlier is not None:
-                earlier.set()  # asked twice at once: the later one counts
-            return {
-                **dict.fromkeys(parts.values()),
-                status: facts.progress("Waits for its turn."),
-                stopper: Event(),
-                ask: gr.update(interactive=False),
-                stop: gr.update(interactive=True),
-            }
-
-        def run(event: Event, *given: Any) -> Iterator[dict[Any, Any]]:
-            sent, words, longest, num_frames, measured, *pairs = given
-            names = [method or "" for method in pairs[::2]]
-            chosen_methods = list(zip(names, pairs[1::2], strict=True))
-            settings = Settings(
-                sent, words, int(longest), int(num_frames), bool(measured), chosen_methods
-            )
-            for news in visit(studio, settings, event):
-                yield {parts[key]: value for key, value in news.items()}
-            yield {ask: gr.update(interactive=True), stop: gr.update(interactive=False)}
-
-        def end(event: Event | None) -> Any:
-            if event is not None:
-                event.set()
-            return gr.update(interactive=False)
-
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        for uploaded in (file.upload, file.clear):
-            uploaded(look, [file, frames], [chosen, shown, example, status, file], **quiet)
-        for method, share in zip(wanted[::2], wanted[1::2], strict=True):
-            method.change(budget, method, share, queue=False, **quiet)
-        example.input(pick, example, [chosen, shown, text, status, file], **quiet)
-        outputs = [*parts.values(), ask, stop]
-        asked = gr.on(
-            [ask.click, text.submit], begin, stopper, [stopper, *outputs], queue=False, **quiet
+    def _place_picture(self, label: str | None, path: str | None) -> None:
+        gr = self.gr
+        self.file = gr.File(
+            label="Upload an image or a short video",
+            file_types=["image", "video"],
+            elem_id="file",
+            height=130,
         )
-        inputs = [stopper, chosen, text, most, frames, every, *wanted]
-        asked.then(run, inputs, outputs, concurrency_limit=1, **quiet)  # one model, one question
-        stop.click(end, stopper, stop, queue=False, **quiet)
-    return page
+        self.example = gr.Radio(
+            list(self.examples), value=label, label="Or pick an example", visible=label is not None
+        )
+        self.shown = gr.Image(
+            preview(read_upload(path, 1)) if path else None,
+            label="What the model is shown",
+            show_label=False,  # it would lie on the picture
+            alt_text="the picture, or the frames of the video, that was chosen",
+            elem_id="shown",
+            interactive=False,
+            height=270,
+            buttons=[],
+        )
+
+    def _place_question(self, question: str) -> None:
+        gr, methods = self.gr, self.studio.methods()
+        self.text = gr.Textbox(question, label="Question", lines=2, max_lines=6, elem_id="question")
+        self.choices = [
+            _choice(gr, methods, side, *start) for side, start in zip(SIDES, _START, strict=True)
+        ]
+        with gr.Accordion("More settings", open=False):
+            self.most = gr.Slider(
+                1, _MOST_TOKENS, _TOKENS, step=1, label="Longest answer, in tokens"
+            )
+            self.frames = gr.Slider(
+                1, _MOST_FRAMES, _FRAMES, step=1, label="Frames taken of a video"
+            )
+            self.every = gr.Checkbox(
+                True, label="Measure the attention of every layer (a pass of its own)"
+            )
+        with gr.Row():
+            self.ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
+
+    def connect(self) -> None:
+        """Say what each part does."""
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        seen = [self.chosen, self.shown, self.example, self.status, self.file]
+        for uploaded in (self.file.upload, self.file.clear):
+            uploaded(self._look, [self.file, self.frames], seen, **quiet)
+        for method, share in self.choices:
+            method.change(self._budget, method, share, queue=False, **quiet)
+        seen = [self.chosen, self.shown, self.text, self.status, self.file]
+        self.example.input(self._pick, self.example, seen, **quiet)
+        outputs = [*self.parts.values(), self.ask, self.stop]
+        asked = self.gr.on(
+            [self.ask.click, self.text.submit],
+            *(self._begin, self.stopper, [self.stopper, *outputs]),
+            queue=False,
+            **quiet,
+        )
+        inputs = [self.stopper, self.chosen, self.text, self.most, self.frames, self.every]
+        inputs += [each for choice in self.choices for each in choice]
+        # One model, one question at a time.
+        asked.then(self._run, inputs, outputs, concurrency_limit=1, **quiet)
+        self.stop.click(self._end, self.stopper, self.stop, queue=False, **quiet)
+
+    def _look(self, sent: str | None, num_frames: int) -> dict[Any, Any]:
+        """Show what was uploaded."""
+        if sent is None:
+            return {self.chosen: None, self.shown: None, self.status: ""}
+        news: dict[Any, Any] = {self.chosen: sent, self.example: None, self.status: ""}
+        try:
+            return news | {self.shown: preview(read_upload(sent, int(num_frames)))}
+        except Exception as error:
+            problem = facts.alert(reason(error))
+            nothing = dict.fromkeys((self.chosen, self.shown, self.file))
+            return news | nothing | {self.status: problem}
+
+    def _pick(self, label: str) -> dict[Any, Any]:
+        """Show an example."""
+        path, question = self.examples[label]
+        picture = preview(read_upload(path, 1))
+        news = {self.chosen: path, self.shown: picture, self.text: question}
+        return news | {self.status: "", self.file: None}
+
+    def _budget(self, method: str | None) -> Any:
+        return self.gr.update(interactive=has_budget(method or ""))
+
+    def _begin(self, earlier: Event | None) -> dict[Any, Any]:
+        """Make way for a question."""
+        if earlier is not None:
+            earlier.set()  # asked twice at once: the later one counts
+        return {
+            **dict.fromkeys(self.parts.values()),
+            self.status: facts.progress("Waits for its turn."),
+            self.stopper: Event(),
+            self.ask: self.gr.update(interactive=False),
+            self.stop: self.gr.update(interactive=True),
+        }
+
+    def _run(self, event: Event, *given: Any) -> Iterator[dict[Any, Any]]:
+        """Show the answers as they come."""
+        sent, words, longest, num_frames, measured, *pairs = given
+        names = [method or "" for method in pairs[::2]]
+        wanted = list(zip(names, pairs[1::2], strict=True))
+        settings = Settings(sent, words, int(longest), int(num_frames), bool(measured), wanted)
+        for news in visit(self.studio, settings, event):
+            yield {self.parts[key]: value for key, value in news.items()}
+        done, off = self.gr.update(interactive=True), self.gr.update(interactive=False)
+        yield {self.ask: done, self.stop: off}
+
+    def _end(self, event: Event | None) -> Any:
+        if event is not None:
+            event.set()
+        return self.gr.update(interactive=False)
 
 
-def _choice(gr: Any, methods: list[str], side: str, method: str, ratio: float) -> list[Any]:
+def _choice(gr: Any, methods: list[str], side: str, method: str, ratio: float) -> tuple[Any, Any]:
     """Place method and share of tokens of one side."""
     with gr.Row():
         name = gr.Dropdown(
@@ -193,7 +223,7 @@ def _choice(gr: Any, methods: list[str], side: str, method: str, ratio: float) -
             min_width=160,
             elem_id=part(side, "ratio"),
         )
-    return [name, share]
+    return name, share
 
 
 def _results(gr: Any, side: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from typing import Any
 
 from llava_todre.errors import TodreError
 from llava_todre.model.checkpoint import bundled_checkpoint
-from llava_todre.model.prompt import AUTO
 from llava_todre.ui.gate import Gate, address_of, is_loopback
 from llava_todre.ui.page import CSS, build_page
 from llava_todre.ui.session import Studio
@@ -28,31 +27,23 @@ _BUNDLED_NOTE = """The bundled model has learnt drawn scenes like the examples, 
 shows how the methods work and is no evidence about larger models."""
 
 
-def serve(
-    model_path: str | None,
-    backend: str = "auto",
-    template: str = AUTO,
-    *,
-    host: str = LOCAL,
-    port: int = PORT,
-) -> None:
+def serve(model_path: str | None, *, host: str = LOCAL, port: int = PORT, **options: Any) -> None:
     """Load a model and show the page until interrupted.
 
     Args:
         model_path: folder or hub id; the bundled model when None.
-        backend: llava, transformers or auto, see :class:`~llava_todre.ui.session.Studio`.
-        template: conversation template, of our class; auto is the checkpoint's own.
         host: the address to listen on; only this machine can reach the default one.
         port: TCP port.
+        options: how the model is loaded, see :func:`llava_todre.load`.
 
     Raises:
         TodreError: gradio is missing, the checkpoint cannot be loaded, or the port is taken.
     """
     _check_address(host, port)  # all this before minutes of loading
     _gradio()
-    studio = Studio(model_path or str(bundled_checkpoint()), backend, template)
+    studio = Studio(model_path or str(bundled_checkpoint()), **options)
     note = _BUNDLED_NOTE if model_path is None else ""
-    if not studio.draws_pictures:
+    if not studio.vlm.draws_tokens:
         note += " What part of a picture each token sees is not known here, so nothing is drawn."
     local = is_loopback(host)
     reach = "this machine" if local else "whoever can reach this machine"

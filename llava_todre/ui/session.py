@@ -13,14 +13,12 @@ from PIL import Image
 from transformers import StoppingCriteriaList
 
 from llava_todre.errors import TodreError
-from llava_todre.generate import Answer, Request
-from llava_todre.hf.capture import decoder_of
-from llava_todre.lmms_plugin.backend import OurBackend, load_backend
-from llava_todre.model.prompt import AUTO
 from llava_todre.pruners import PRUNERS, Observed, Pruner, create_pruner
+from llava_todre.request import Answer, Request
 from llava_todre.stats import Probe, PruneStats
 from llava_todre.ui.progress import Stopped, Tell, Words, watching
 from llava_todre.ui.uploads import Upload
+from llava_todre.vlm import load
 
 _LOOK_S = 0.05
 """How often a visitor's screen is brought up to date, at most."""
@@ -67,34 +65,22 @@ class Outcome:
 class Studio:
     """A model that answers one question after the other, in a thread of its own."""
 
-    def __init__(self, path: str, backend: str = "auto", template: str = AUTO) -> None:
+    def __init__(self, path: str, **options: Any) -> None:
         """Load, and answer once, so that the first visitor does not measure the start-up.
 
         Args:
             path: folder or hub id.
-            backend: llava for our class, transformers for its own, auto for whichever fits.
-            template: conversation template, of our class; auto is the checkpoint's own.
+            options: see :func:`llava_todre.load`.
 
         Raises:
             TodreError: the checkpoint cannot be loaded.
         """
-        self.backend = load_backend(
-            backend, path, template=template, protocol="native", clip_text=None, revision=None
-        )
-        self.model: Any = self.backend.model
-        self.tokenizer = self.backend.parts()[1]
-        is_ours = isinstance(self.backend, OurBackend)
-        self.module = self.model.model  # of torch, in both cases: layers of tower and decoder
-        self.decoder_layers = (self.module if is_ours else decoder_of(self.module)).layers
-        self.draws_pictures = is_ours
-        """Whether it is known what part of an image each token sees."""
-        self._settings = {"timed": True} if is_ours else {}
+        self.vlm = load(path, **options)
         self._stop = Event()
         """Of the answer at work."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
-        self.model.set_pruner("uniform", retain_tokens=1)
-        blank = Request("What is this?", [Image.new("RGB", (64, 64), "white")])
-        self.backend.answer([blank], None, {"max_new_tokens": 1})
+        self.vlm.set_pruner("uniform", retain_tokens=1)
+        self.vlm.ask(Image.new("RGB", (64, 64), "white"), "What is this?", max_new_tokens=1)
 
     def methods(self) -> list[str]:
         """Return the names of the methods that this model can run with their defaults."""
@@ -102,7 +88,7 @@ class Studio:
 
     def _runs(self, name: str) -> bool:
         try:
-            self.model.set_pruner(create_pruner(name))
+            self.vlm.set_pruner(create_pruner(name))
         except TodreError:
             return False
         return True
@@ -206,18 +192,18 @@ class Studio:
         self._stop = stop
         if stop.is_set():
             raise Stopped
-        self.model.set_pruner(pruner)
+        self.vlm.set_pruner(pruner)
         upload = question.upload
         request = Request(question.text, upload.images, upload.is_video, upload.seconds)
-        words = Words(self.tokenizer, say, stop)
-        settings = {
-            **self._settings,
-            "max_new_tokens": max_new_tokens,
-            "streamer": words,
-            "stopping_criteria": StoppingCriteriaList([words]),
-        }
-        with watching(self.module, self.decoder_layers, words, tell, stop):
-            (given,) = self.backend.answer([request], None, settings)
+        words = Words(self.vlm.tokenizer, say, stop)
+        with watching(self.vlm.model, self.vlm.decoder.layers, words, tell, stop):
+            (given,) = self.vlm.answer(
+                [request],
+                max_new_tokens=max_new_tokens,
+                timed=True,
+                streamer=words,
+                stopping_criteria=StoppingCriteriaList([words]),
+            )
         return given, words
 
 

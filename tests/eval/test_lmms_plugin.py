@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from eval.mini import held_out
+from llava_todre import vlm
 from llava_todre.cli import main
 from llava_todre.errors import TodreError
-from llava_todre.generate import Request, answer
 from llava_todre.hf.stock import StockModel
 from llava_todre.lmms_plugin import NAME
 from llava_todre.lmms_plugin.answer_log import AnswerLog, read_answers
@@ -32,13 +32,14 @@ from llava_todre.lmms_plugin.requests import cut, generation, items_of, shown_of
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, create_pruner
 from llava_todre.video import read_clip
+from llava_todre.vlm import OwnModel, Request, answer
 from tests.conftest import visual_tokens
 
 pytest.importorskip("accelerate")
 av = pytest.importorskip("av")
 Instance = pytest.importorskip("lmms_eval.api.instance").Instance
 plugin = importlib.import_module("llava_todre.lmms_plugin.model")
-backend = importlib.import_module("llava_todre.lmms_plugin.backend")
+ANSWER = OwnModel.answer
 
 MINI = str(Path(__file__).parents[2] / "checkpoints" / "mini")
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
@@ -51,7 +52,7 @@ load_once = functools.cache(load_pretrained_model)
 @pytest.fixture(autouse=True)
 def shared_model(monkeypatch):
     """Load a checkpoint once for all tests, which leave it as it was but for its pruner."""
-    monkeypatch.setattr(backend, "load_pretrained_model", load_once)
+    monkeypatch.setattr(vlm, "load_pretrained_model", load_once)
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +124,14 @@ class Calls:
 
     def __init__(self, monkeypatch, fail_at=None, says=None):
         self.questions, self.settings, self.fail_at, self.says = [], [], fail_at, says
-        monkeypatch.setattr(backend, "answer", self)
+        monkeypatch.setattr(OwnModel, "answer", lambda *given, **more: self(*given, **more))
 
-    def __call__(self, model, tokenizer, requests, **settings):
+    def __call__(self, own, requests, **settings):
         if len(self.questions) == self.fail_at:
             raise RuntimeError("the lights went out")
         self.questions.append([request.question for request in requests])
         self.settings.append(settings)
-        given = answer(model, tokenizer, requests, **settings)
+        given = ANSWER(own, requests, **settings)
         if self.says is None:
             return given
         return [dataclasses.replace(one, text=self.says) for one in given]
@@ -176,7 +177,7 @@ def test_a_stock_model_answers_as_ours_and_goes_on_where_it_stopped(
         ours = build(documents, batch_size=batch_size)
         expected = ours.generate_until(requests_for(documents, pictures))
         theirs = build(documents, batch_size=batch_size, **stock)
-        assert isinstance(theirs.model, StockModel)
+        assert isinstance(theirs.vlm, StockModel)
         assert theirs.generate_until(requests_for(documents, pictures)) == expected
     monkeypatch.setattr(StockModel, "answer", lambda *_, **__: 1 / 0)
     assert theirs.generate_until(requests_for(documents, pictures)) == expected, "from the log"
@@ -186,8 +187,8 @@ def test_a_stock_model_answers_as_ours_and_goes_on_where_it_stopped(
     ("arguments", "message"),
     [
         ({"backend": "both"}, "backend 'both' is unknown"),
-        ({"backend": "transformers", "protocol": "paper"}, "protocol 'paper' is an option of our"),
-        ({"backend": "transformers", "clip_text": "x"}, "clip_text 'x' is an option of our own"),
+        ({"backend": "transformers", "protocol": "paper"}, "protocol 'paper' is for our own"),
+        ({"backend": "transformers", "clip_text": "x"}, "clip_text 'x' is for our own"),
         ({"backend": "transformers"}, "does not load"),
     ],
 )
@@ -210,7 +211,7 @@ def test_answers_are_those_of_the_library_in_the_order_of_the_requests(documents
             read_clip(clip, 4).frames if is_video else visuals,
             is_video,
         )
-        assert text == answer(lm.model, lm._backend.tokenizer, [asked], max_new_tokens=8)[0].text
+        assert text == answer(lm.model, lm.vlm.tokenizer, [asked], max_new_tokens=8)[0].text
 
 
 def test_a_batch_answers_like_single_items_and_keeps_to_equal_arguments(documents, monkeypatch):
@@ -275,8 +276,9 @@ def test_questions_about_one_picture_are_asked_together_and_it_is_read_once(
     order = [row + 4 * turn for row in range(4) for turn in range(3)]
     assert [q for batch in calls.questions for q in batch] == [table[i]["question"] for i in order]
     assert len(seen) == 4
-    (memory,) = {id(settings["memory"]): settings["memory"] for settings in calls.settings}.values()
-    assert memory.prefixes.hits == 8
+    caches = [settings["image_cache"] for settings in calls.settings]
+    (cache,) = {id(each): each for each in caches}.values()
+    assert cache.prefixes.hits == 8
     fresh, requests = ask_table(table.rename_column("image", "shown"), batch_size=3)
     for request in requests:
         request.arguments = (*request.args[:2], lambda row: [row["shown"]], *request.args[3:])
@@ -288,7 +290,7 @@ def test_a_picture_asked_about_once_is_answered_in_the_usual_way(table, monkeypa
     calls = Calls(monkeypatch)
     lm, requests = ask_table(table.select(range(4)), batch_size=4)
     lm.generate_until(requests)
-    assert len(calls.questions) == 1 and calls.settings[0]["memory"] is None
+    assert len(calls.questions) == 1 and calls.settings[0]["image_cache"] is None
 
 
 def test_how_an_answer_is_computed_does_not_depend_on_limit_or_share(table, monkeypatch):
@@ -296,7 +298,7 @@ def test_how_an_answer_is_computed_does_not_depend_on_limit_or_share(table, monk
     lm, requests = ask_table(table, batch_size=4)
     lm.generate_until(requests[:4])  # each picture once
     lm.generate_until(requests[::2])
-    assert [settings["memory"] is None for settings in calls.settings] == [False] * 3
+    assert [settings["image_cache"] is None for settings in calls.settings] == [False] * 3
 
 
 @pytest.mark.parametrize("fail_at", [2, 3, 5])
@@ -333,10 +335,10 @@ def test_the_next_pictures_are_prepared_while_the_model_answers(documents, monke
     def slow(*given, **settings):
         started.set()
         assert ready.wait(10), "the second document was not looked at meanwhile"
-        return answer(*given, **settings)
+        return ANSWER(*given, **settings)
 
     monkeypatch.setattr(lm, "_look_at", spy)
-    monkeypatch.setattr(backend, "answer", slow)
+    monkeypatch.setattr(OwnModel, "answer", slow)
     lm.generate_until(requests_for(documents, [0, 1]))
 
 
@@ -382,8 +384,8 @@ def test_end_strings_and_the_longest_answer_reach_the_model(documents, monkeypat
     lm = build(documents, max_new_tokens=5)
     assert lm.generate_until(requests_for(documents, [0], {"until": [" three"]})) == ["one two"]
     (settings,) = calls.settings
-    assert settings.pop("memory") is None
-    assert settings == {"template": "vicuna_v1", "max_new_tokens": 5, "do_sample": False}
+    assert settings.pop("image_cache") is None
+    assert settings == {"max_new_tokens": 5, "do_sample": False}
 
 
 def test_sampled_answers_repeat_with_the_seed(documents):
@@ -565,10 +567,10 @@ def test_an_answer_serves_only_for_what_was_asked(documents, samples, tmp_path, 
 
 
 def test_equal_models_share_a_fingerprint_and_any_change_ends_that(documents, monkeypatch):
-    monkeypatch.setattr(backend, "load_pretrained_model", load_pretrained_model)
+    monkeypatch.setattr(vlm, "load_pretrained_model", load_pretrained_model)
 
     def name(lm, settings=()):
-        return fingerprint(*lm._backend.parts(), dict(settings))[0]
+        return fingerprint(lm.vlm, dict(settings))[0]
 
     lm = build(documents)
     before = name(lm)
@@ -584,7 +586,7 @@ def test_equal_models_share_a_fingerprint_and_any_change_ends_that(documents, mo
         lambda lm: setattr(lm.model.config, "image_aspect_ratio", "pad"),
         lambda lm: setattr(lm.model.generation_config, "repetition_penalty", 1.5),
         lambda lm: setattr(lm.model.get_vision_tower().image_processor, "rescale_factor", 1.0),
-        lambda lm: lm._backend.tokenizer.add_tokens(["<new>"]),
+        lambda lm: lm.vlm.tokenizer.add_tokens(["<new>"]),
     ]
     for change in changes:
         other = build(documents)
@@ -603,7 +605,7 @@ def test_quantised_models_have_fingerprints(layout, monkeypatch):
         chosen = configuration(f"{layout}-{name or 'float8'}")
         return load_pretrained_model(MINI, quantization_config=chosen)[1]
 
-    monkeypatch.setattr(backend, "load_pretrained_model", load_pretrained_model)
+    monkeypatch.setattr(vlm, "load_pretrained_model", load_pretrained_model)
     first, again, other = (weights_digest(load(name)) for name in ("int8", "int8", ""))
     assert first == again != other
 
@@ -612,7 +614,7 @@ def test_a_line_tells_what_the_answer_took(documents, whole):
     line = whole[1][0]
     lm = build(documents)
     stats = answer(
-        lm.model, lm._backend.tokenizer, [Request(line["prompt"], documents[0]["visuals"]())]
+        lm.model, lm.vlm.tokenizer, [Request(line["prompt"], documents[0]["visuals"]())]
     )[0].stats
     assert line["prompt"] == documents[0]["question"]
     assert line["gen_kwargs"] == GREEDY
@@ -747,10 +749,10 @@ def test_model_args_reach_model_and_method_as_lmms_eval_parses_them(tmp_path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("[0.5,0.875]", (0.5, 0.875)),
-        ("0.5;0.875", (0.5, 0.875)),
-        ("0.5;", (0.5,)),
-        ("[]", ()),
+        ("[0.5,0.875]", [0.5, 0.875]),
+        ("0.5;0.875", [0.5, 0.875]),
+        ("0.5;", [0.5]),
+        ("[]", []),
         (-1.0, -1),
         (1.0, 1.0),
         ("null", None),
@@ -847,12 +849,12 @@ def test_random_keeps_other_tokens_of_every_document_and_the_same_in_every_batch
     documents = [{"visuals": lambda: [samples[0].image], "question": "What color is it?"}] * 3
     kept = []
 
-    def noting(model, *rest, **settings):
-        given = answer(model, *rest, **settings)
+    def noting(*given, **settings):
+        given = ANSWER(*given, **settings)
         kept[-1].extend(one.stats.images[0].keep_idx.tolist() for one in given)
         return given
 
-    monkeypatch.setattr(backend, "answer", noting)
+    monkeypatch.setattr(OwnModel, "answer", noting)
     for batch_size, seed in ((1, 0), (3, 0), (3, 1)):
         kept.append([])
         lm = build(documents, method="random", batch_size=batch_size, seed=seed)

@@ -21,9 +21,9 @@ from eval.mini import TASKS, TEST_SEED, held_out
 from eval.mini import data as mini_data
 from eval.run.suites import ROOT, load_suite, prepare, scores
 from llava_todre.errors import TodreError
-from llava_todre.generate import Request, answer
 from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model
+from llava_todre.vlm import Request, answer
 
 NUM_IMAGES = 3
 

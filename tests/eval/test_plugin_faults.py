@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from llava_todre.errors import TodreError
-from llava_todre.generate import answer
 from llava_todre.lmms_plugin.answer_log import read_answers
 from llava_todre.lmms_plugin.arguments import build_pruner, item_counts
+from llava_todre.vlm import OwnModel
 from tests.eval.test_lmms_plugin import (  # noqa: F401 (fixtures)
+    ANSWER,
     MINI,
-    backend,
     build,
     clip,
     documents,
@@ -32,12 +32,12 @@ response_cache = pytest.importorskip("lmms_eval.caching.response_cache")
 def test_the_seed_of_lmms_eval_reaches_methods_that_draw(documents, monkeypatch) -> None:  # noqa: F811
     kept: list[list[int]] = []
 
-    def noting(model: Any, *rest: Any, **settings: Any) -> Any:
-        given = answer(model, *rest, **settings)
+    def noting(*asked: Any, **settings: Any) -> Any:
+        given = ANSWER(*asked, **settings)
         kept.append(given[0].stats.images[0].keep_idx.tolist())
         return given
 
-    monkeypatch.setattr(backend, "answer", noting)
+    monkeypatch.setattr(OwnModel, "answer", noting)
     for seed in (7, 8, 7):
         torch.manual_seed(seed)  # as lmms-eval does before it makes the model
         lm = build(documents, method="random")
@@ -132,7 +132,7 @@ def test_a_prompt_the_model_cannot_read_fails_alone(documents, tmp_path, monkeyp
     assert "longer than the 500 the model can read" in lines[2]["failed"]
     assert lines[2]["kept_tokens"] == lines[2]["prefill_flops"] == 0
     assert lines[0]["kept_tokens"] > 0
-    monkeypatch.setattr(backend, "answer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(OwnModel, "answer", lambda *_, **__: 1 / 0)
     assert lm.generate_until(requests_for(documents, asked)) == [*expected[:2], ""], "from the log"
 
 
@@ -140,7 +140,7 @@ def test_other_errors_still_end_the_run(documents, monkeypatch) -> None:  # noqa
     def broken(*_: Any, **__: Any) -> Any:
         raise TodreError("something else")
 
-    monkeypatch.setattr(backend, "answer", broken)
+    monkeypatch.setattr(OwnModel, "answer", broken)
     with pytest.raises(TodreError, match="something else"):
         build(documents).generate_until(requests_for(documents, [0]))
 
@@ -154,7 +154,7 @@ def test_other_numbers_of_items_than_told_end_the_run_before_the_first_answer(
 ) -> None:
     twice = requests_for(documents, [0, 1]) * 2  # a task may ask several times about a document
     assert len(build(documents, num_items="shapes:2").generate_until(twice)) == 4
-    monkeypatch.setattr(backend, "answer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(OwnModel, "answer", lambda *_, **__: 1 / 0)
     for told, said in (
         ("shapes:3;", "task 'shapes' has 2 items here; the suite expects 3"),
         ("shapes:2;colours:9", "task 'colours' has 0 items here"),

@@ -19,9 +19,9 @@ from eval.report.answers import of_runs
 from eval.report.command import report
 from eval.report.runs import pruner_of
 from llava_todre.errors import TodreError
-from llava_todre.generate import Request, answer
 from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model
+from llava_todre.vlm import Request, answer
 
 
 class Reader(HTMLParser):

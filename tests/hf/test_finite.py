@@ -15,9 +15,9 @@ from torch import nn
 
 from llava_todre import finite, hf
 from llava_todre.errors import TodreError
-from llava_todre.generate import ask
 from llava_todre.hf.capture import decoder_of
 from llava_todre.model.load import load_pretrained_model
+from llava_todre.vlm import ask
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHORT = {"max_new_tokens": 4, "do_sample": False}

@@ -20,12 +20,11 @@ from PIL import Image
 from tiny import FAMILIES, QWEN
 
 from eval.pages.models import MATRIX, YES
-from llava_todre import Request, TodreError, hf
+from llava_todre import VLM, Request, TodreError, hf, vlm
 from llava_todre.cli import main
 from llava_todre.hf.load import load_stock_model, runs_as_stock
 from llava_todre.hf.stock import StockModel
 from llava_todre.hf.video_metadata import TIMED, metadata_of
-from llava_todre.lmms_plugin.backend import StockBackend, load_backend
 from llava_todre.lmms_plugin.requests import shown_of
 from llava_todre.model.placement import target_device
 
@@ -48,21 +47,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def backend_of(saved: Any) -> Any:
-    """Return family -> what the plug-in of lmms-eval asks."""
+    """Return family -> its model, loaded as every front end does."""
 
     @functools.cache
-    def load(family: str) -> StockBackend:
-        loaded = load_backend(
-            "transformers",
-            str(saved(family)),
-            template="vicuna_v1",
-            protocol="native",
-            clip_text=None,
-            revision=None,
-            device=target_device("cpu", None),
+    def load(family: str) -> VLM:
+        loaded = vlm.load(
+            str(saved(family)), backend="transformers", device=target_device("cpu", None)
         )
-        assert isinstance(loaded, StockBackend)
-        loaded.model.set_pruner("todre", retain_ratio=0.25, probe_depths=(0.5,), tau=1.0)
+        loaded.set_pruner("todre", retain_ratio=0.25, probe_depths=(0.5,), tau=1.0)
         return loaded
 
     return load
@@ -116,8 +108,8 @@ def asked_directly(model: StockModel, request: Request) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_of_images_is_answered_as_each_is_alone(family, backend_of):
-    model = backend_of(family).model
-    given = backend_of(family).answer(IMAGES, None, {"max_new_tokens": 6})
+    model = backend_of(family)
+    given = backend_of(family).answer(IMAGES, max_new_tokens=6)
     for request, answer in zip(IMAGES, given, strict=True):
         tokens = asked_directly(model, request)
         text = model.processor.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -141,7 +133,7 @@ def test_a_batch_of_images_is_answered_as_each_is_alone(family, backend_of):
 )
 def test_what_cannot_be_asked_is_one_line(backend_of, question, images, settings, message):
     with pytest.raises(TodreError, match=message) as caught:
-        backend_of("llava").answer([Request(question, images)], None, settings)
+        backend_of("llava").answer([Request(question, images)], **settings)
     assert "\n" not in str(caught.value)
 
 
@@ -153,7 +145,7 @@ def test_pictures_that_cannot_be_read_are_one_line(backend_of, tmp_path):
     closed.close()
     for image in (closed, Image.open(tmp_path / "short.png")):
         with pytest.raises(TodreError, match="image is closed"):
-            backend_of("llava").answer([Request("What?", [image])], None, {})
+            backend_of("llava").answer([Request("What?", [image])])
 
 
 def test_threads_get_the_statistics_of_their_own_answers(backend_of):
@@ -161,7 +153,7 @@ def test_threads_get_the_statistics_of_their_own_answers(backend_of):
     asked = [Request("What?", [picture(60, 60, seed)]) for seed in range(6)]
 
     def call(request: Request) -> tuple[str, list[int]]:
-        (given,) = backend.answer([request], None, {"max_new_tokens": 3})
+        (given,) = backend.answer([request], max_new_tokens=3)
         return given.text, given.stats.images[0].keep_idx.tolist()
 
     alone = [call(request) for request in asked]
@@ -174,9 +166,9 @@ def test_threads_get_the_statistics_of_their_own_answers(backend_of):
 def test_a_batch_with_a_video_is_answered_as_each_is_alone(family, backend_of):
     backend = backend_of(family)
     batch = [Request("What happens?", frames(), True, SECONDS), *IMAGES]
-    given = backend.answer(batch, None, {"max_new_tokens": 6})
+    given = backend.answer(batch, max_new_tokens=6)
     for request, answer in zip(batch, given, strict=True):
-        (alone,) = backend.answer([request], None, {"max_new_tokens": 6})
+        (alone,) = backend.answer([request], max_new_tokens=6)
         assert answer.text == alone.text
         assert answer.stats.prompt_tokens_per_layer == alone.stats.prompt_tokens_per_layer
     stats = given[0].stats
@@ -191,12 +183,12 @@ def test_what_a_processor_does_not_take_is_told_in_one_line(family, clips, backe
     """Several clips of unequal length, or a single frame."""
     batch = [Request("What?", frames()[:count], True, SECONDS[:count]) for count in clips]
     with pytest.raises(TodreError, match=f"does not take this batch of {len(clips)}: ") as told:
-        backend_of(family).answer(batch, None, {"max_new_tokens": 1})
+        backend_of(family).answer(batch, max_new_tokens=1)
     assert "\n" not in str(told.value)
 
 
 def test_qwen3_writes_the_times_of_the_frames_that_were_sampled(backend_of, monkeypatch):
-    model = backend_of("qwen3_vl").model
+    model = backend_of("qwen3_vl")
     seen = told(model, monkeypatch)
     model.answer([Request("What?", frames(), True, SECONDS)], max_new_tokens=1)
     prompt = model.processor.tokenizer.decode(seen[0]["input_ids"][0])
@@ -205,7 +197,7 @@ def test_qwen3_writes_the_times_of_the_frames_that_were_sampled(backend_of, monk
 
 
 def test_qwen2_5_counts_the_seconds_between_the_frames(backend_of, monkeypatch):
-    model = backend_of("qwen2_5_vl").model
+    model = backend_of("qwen2_5_vl")
     seen = told(model, monkeypatch)
     videos = [Request("What?", frames(), True, SECONDS), Request("?", frames(), True, range(4))]
     model.answer(videos, max_new_tokens=1)
@@ -228,7 +220,7 @@ def test_lmms_eval_and_the_shell_show_a_file_s_own_times(family, backend_of, tmp
     assert shown.seconds == pytest.approx([0, 0.6, 1.2, 1.8])
     backend = backend_of(family)
     request = Request("What?", shown.pictures, shown.is_video, shown.seconds)
-    (answer,) = backend.answer([request], None, {"max_new_tokens": 4})
+    (answer,) = backend.answer([request], max_new_tokens=4)
     files = [str(tmp_path / f"{i}.png") for i in range(4)]
     for file, frame in zip(files, shown.pictures, strict=True):
         frame.save(file)

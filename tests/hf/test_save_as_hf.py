@@ -17,10 +17,10 @@ from transformers import GenerationConfig
 from eval.mini.heldout import held_out
 from llava_todre import Request, TodreError, answer, load_pretrained_model
 from llava_todre.cli import main
-from llava_todre.generate import Answer
 from llava_todre.hf.load import load_stock_model, runs_as_stock
 from llava_todre.hf.stock import StockModel
 from llava_todre.model.export_hf import save_as_hf
+from llava_todre.vlm import Answer
 
 MINI = Path(__file__).parents[2] / "checkpoints" / "mini"
 METHODS = {

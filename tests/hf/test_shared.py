@@ -24,9 +24,9 @@ from torch import Tensor
 from eval.pages.models import MATRIX, YES
 from llava_todre import hf
 from llava_todre.errors import TodreError
-from llava_todre.generate import Memory, Request
 from llava_todre.hf.stock import StockModel
 from llava_todre.stage2.prefix import PrefixStore
+from llava_todre.vlm import ImageCache, Request
 
 STEPS = 6
 SHOWN: Sample = [3, (112, 100), 9]
@@ -225,11 +225,11 @@ def test_requests_share_what_they_show(family, method, monkeypatch):
     process = model._inputs
     monkeypatch.setattr(model, "_inputs", lambda r: processed.append(len(r)) or process(r))
     for size in (1, 4):
-        memory = Memory(max_images=4)
+        memory = ImageCache(max_images=4)
         found = []
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
-            found += model.answer(batch, max_new_tokens=5, memory=memory)
+            found += model.answer(batch, max_new_tokens=5, image_cache=memory)
         assert [each.text for each in found] == [each.text for each in expected]
         for ours, theirs in zip(found, expected, strict=True):
             kept = [[image.keep_idx.tolist() for image in e.stats.images] for e in (ours, theirs)]
@@ -243,13 +243,13 @@ def test_requests_share_what_they_show(family, method, monkeypatch):
 def test_what_fresh_calls_refuse_is_refused():
     model = StockModel(model_of("llava_next"), processor_of("llava_next"))
     model.set_pruner("divprune", retain_ratio=0.25)
-    requests, memory = [Request("What is this?", pictures(1))], Memory()
+    requests, memory = [Request("What is this?", pictures(1))], ImageCache()
     with pytest.raises(TodreError, match="prompt_lookup_num_tokens is not supported"):
-        model.answer(requests, memory=memory, prompt_lookup_num_tokens=2)
+        model.answer(requests, image_cache=memory, prompt_lookup_num_tokens=2)
     with pytest.raises(TodreError, match="prefixes is given without encoded"):
         model.model.generate(torch.tensor([[1, 5]]), prefixes=memory.prefixes)
-    with pytest.raises(TodreError, match="memory must be a Memory, got dict"):
-        model.answer(requests, memory={})
+    with pytest.raises(TodreError, match="image_cache must be an ImageCache, got dict"):
+        model.answer(requests, image_cache={})
 
 
 def test_an_image_is_encoded_for_its_method():

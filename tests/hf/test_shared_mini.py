@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from llava_todre.mini.heldout import held_out
 
+from eval.mini.heldout import held_out
 from llava_todre.cli import main
-from llava_todre.generate import Memory, Request
 from llava_todre.hf.load import load_stock_model
 from llava_todre.hf.stock import StockModel
+from llava_todre.vlm import ImageCache, Request
 
 MINI = Path(__file__).parents[2] / "checkpoints" / "mini"
 METHODS = {
@@ -29,11 +29,11 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> StockModel:
 
 def check(stock: StockModel, num_images: int, per_image: int) -> int:
     """Compare shared answers with fresh ones; returns the number of questions."""
-    memory, count = Memory(), 0
+    memory, count = ImageCache(), 0
     for sample in held_out(num_images, questions_per_task=3):
         requests = [Request(each.text, [sample.image]) for each in sample.questions[:per_image]]
         count += len(requests)
-        shared = stock.answer(requests, max_new_tokens=8, memory=memory)
+        shared = stock.answer(requests, max_new_tokens=8, image_cache=memory)
         for request, ours in zip(requests, shared, strict=True):
             (fresh,) = stock.answer([request], max_new_tokens=8)
             assert ours.text == fresh.text, request.question

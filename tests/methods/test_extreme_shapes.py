@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llava_todre import PRUNERS, TodreError, create_pruner, load_pretrained_model
-from llava_todre.generate import Request, answer
+from llava_todre.vlm import Request, answer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = [(400, 20), (20, 400), (10, 2000), (1, 1), (300, 1)]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from eval.mini import held_out
-from llava_todre.generate import Request, answer
 from llava_todre.model.images import process_images
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.prompt import build_prompt, tokenizer_image_token
 from llava_todre.pruners import PRUNERS, LayerView, Pruner, create_pruner
+from llava_todre.vlm import Request, answer
 
 LAYERS = 10
 METHODS = {

@@ -33,7 +33,7 @@ def slow(studio: Studio) -> Iterator[Callable[[float], None]]:
     handles = []
 
     def wait(seconds: float) -> None:
-        for layer in studio.decoder_layers:
+        for layer in studio.vlm.decoder.layers:
             hook = layer.register_forward_hook(lambda *_: time.sleep(seconds))
             handles.append(hook)
 
@@ -45,7 +45,7 @@ def slow(studio: Studio) -> Iterator[Callable[[float], None]]:
 @pytest.fixture
 def talkative(studio: Studio) -> Iterator[None]:
     """Let the bundled model write on until the longest answer is reached."""
-    config = studio.model.generation_config
+    config = studio.vlm.model.generation_config
     config.eos_token_id, usual = None, config.eos_token_id
     yield
     config.eos_token_id = usual

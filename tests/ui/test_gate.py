@@ -202,10 +202,10 @@ def test_hosts_that_are_none_are_refused_before_anything_is_loaded(
     host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need("gradio")
-    monkeypatch.setattr(serve, "Studio", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(serve, "Studio", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(TodreError, match="cannot be used; allowed: a free port of an address"):
         serve.serve(None, host=host)
-    assert main(["demo", "--ui", "--host", host]) == 1
+    assert main(["ui", "--host", host]) == 1
     error = capsys.readouterr().err
     assert "host" in error or "cannot be used" in error
     assert error.count("\n") == 1
@@ -217,9 +217,9 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     need("gradio")
 
     class Nobody:
-        draws_pictures = True
+        vlm = SimpleNamespace(draws_tokens=True)
 
-        def __init__(self, *given: Any) -> None:
+        def __init__(self, *given: Any, **options: Any) -> None:
             self.methods = lambda: ["vanilla", "todre"]
 
         def close(self) -> None:
@@ -246,7 +246,7 @@ def test_an_open_page_warns_and_is_reached(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(serve, "Event", Visit)
-    assert main(["demo", "--ui", "--host", host, "--port", str(number)]) == 0
+    assert main(["ui", "--host", host, "--port", str(number)]) == 0
     told = capsys.readouterr().out
     written = f"[{host}]" if ":" in host else host
     assert f"http://{written}:{number} shows the page" in told
@@ -271,7 +271,7 @@ def test_who_ends_the_process_ends_the_page_first(
 
     before = signal.getsignal(number)
     monkeypatch.setattr(serve, "Event", Ended)
-    assert main(["demo", "--ui", "--port", str(port)]) == 0
+    assert main(["ui", "--port", str(port)]) == 0
     assert not folders[0].exists() and signal.getsignal(number) == before
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=5)

@@ -1,4 +1,4 @@
-"""``todre demo --ui``: options, address, port, and the end by Ctrl-C."""
+"""``todre ui``: options, address, port, and the end by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_without_gradio_one_line_says_how_to_get_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert main(["demo", "--ui"]) == 1
+    assert main(["ui"]) == 1
     assert "pip install 'llava-todre[demo]'" in capsys.readouterr().err
 
 
@@ -53,7 +53,7 @@ def test_a_taken_port_is_named(
         taken.bind((serve.LOCAL, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["demo", "--ui", "--port", str(port)]) == 1
+        assert main(["ui", "--port", str(port)]) == 1
     assert f"port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
 
 
@@ -94,7 +94,7 @@ def test_the_command_serves_this_machine_only_and_ends_by_ctrl_c(
     monkeypatch.setattr(socket, "getaddrinfo", remember)
     monkeypatch.setattr(serve, "LIMITS", Limits(video_bytes=1000))
     monkeypatch.setattr(serve, "Event", Visit)
-    assert main(["demo", "--ui", "--port", str(port)]) == 0
+    assert main(["ui", "--port", str(port)]) == 0
     assert seen == [True]
     assert set(sought) == {"127.0.0.1", "127.0.0.2"}, "the server asks no other one either"
     assert f"http://127.0.0.1:{port} shows the page, to this machine" in capsys.readouterr().out

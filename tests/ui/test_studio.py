@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_todre import TodreError, ask
+from llava_todre import TodreError
 from llava_todre.cli import main
 from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.stats import ImageStats
@@ -46,7 +46,7 @@ def outcome(studio: Studio, method: str, ratio: float, **changes: Any) -> Outcom
 
 
 def hooks(studio: Studio) -> int:
-    return sum(len(module._forward_pre_hooks) for module in studio.module.modules())
+    return sum(len(module._forward_pre_hooks) for module in studio.vlm.model.modules())
 
 
 @pytest.mark.parametrize("method", ["vanilla", "todre", "fastv", "divprune+todre", "vanilla+todre"])
@@ -54,8 +54,8 @@ def test_an_answer_and_its_statistics_are_those_of_a_plain_call(
     studio: Studio, method: str
 ) -> None:
     given = outcome(studio, method, 0.1)
-    studio.model.set_pruner(given.pruner)
-    plain = ask(studio.model, studio.tokenizer, [SCENE], TEXT)
+    studio.vlm.set_pruner(given.pruner)
+    plain = studio.vlm.ask([SCENE], TEXT)
     assert given.text == plain.text and not given.stopped
     assert given.stats.visual_tokens_per_layer == plain.stats.visual_tokens_per_layer
     assert given.stats.probes == plain.stats.probes
@@ -70,7 +70,7 @@ def test_progress_names_tower_and_prompt_and_the_words_as_they_come(studio: Stud
     def wait(*_: Any) -> None:
         time.sleep(0.06)
 
-    handles = [layer.register_forward_hook(wait) for layer in studio.decoder_layers]
+    handles = [layer.register_forward_hook(wait) for layer in studio.vlm.decoder.layers]
     try:
         news = list(studio.answer(question(every_layer=False), "todre", 0.1, Event()))
     finally:
@@ -85,9 +85,9 @@ def test_progress_names_tower_and_prompt_and_the_words_as_they_come(studio: Stud
 
 def test_stopped_before_the_first_token_there_is_no_answer_and_no_trace(studio: Studio) -> None:
     stop = Event()
-    handle = studio.decoder_layers[3].register_forward_pre_hook(lambda *_: stop.set())
+    handle = studio.vlm.decoder.layers[3].register_forward_pre_hook(lambda *_: stop.set())
     reached = []
-    later = studio.decoder_layers[5].register_forward_pre_hook(lambda *_: reached.append(1))
+    later = studio.vlm.decoder.layers[5].register_forward_pre_hook(lambda *_: reached.append(1))
     with pytest.raises(Stopped):
         list(studio.answer(question(), "todre", 0.1, stop))
     handle.remove()
@@ -98,7 +98,7 @@ def test_stopped_before_the_first_token_there_is_no_answer_and_no_trace(studio: 
 
 def test_who_stops_listening_stops_the_model(studio: Studio) -> None:
     stop = Event()
-    handle = studio.decoder_layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    handle = studio.vlm.decoder.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.2))
     news = studio.answer(question(), "vanilla", 1.0, stop)
     assert isinstance(next(news), Step)
     news.close()
@@ -139,7 +139,7 @@ def test_frames_share_out_the_tokens_of_their_video(studio: Studio) -> None:
     assert [stats.num_tokens for stats in each] == [64, 64, 64]
     whole = torch.cat([64 * i + s.patches[s.keep_idx] for i, s in enumerate(each)])
     assert torch.equal(whole, video.patches[video.keep_idx])
-    assert kept_picture(upload, given.stats, studio.model).width > 3 * 224
+    assert kept_picture(upload, given.stats, studio.vlm.model).width > 3 * 224
 
 
 def test_of_a_frame_that_keeps_nothing_nothing_is_left() -> None:
@@ -159,7 +159,7 @@ def test_a_model_of_transformers_answers_too(studio: Studio, tmp_path: Path) -> 
         shares = [[probe.text_to_visual for probe in each.ratios] for each in (ours, theirs)]
         assert shares[0] == pytest.approx(shares[1], abs=1e-3)
         assert list(theirs.times_ms) == ["up to the first token", "the other tokens"]
-    assert not stock.draws_pictures
+    assert not stock.vlm.draws_tokens
     assert set(studio.methods()) - set(stock.methods()) == {"downsample"}
     stock.close()
 

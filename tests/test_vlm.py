@@ -1,8 +1,10 @@
-"""Questions in, answers out: batches, several images, video frames, shared encodings."""
+"""Loading by one function; questions in, answers out: batches, images, videos, shared encodings."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_todre import Memory, Request, TodreError, answer, ask, load_pretrained_model, prepare
+import llava_todre
+from llava_todre import (
+    ImageCache,
+    LoadOptions,
+    Request,
+    TodreError,
+    answer,
+    ask,
+    load,
+    load_pretrained_model,
+    prepare,
+)
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.prompt import conv_templates
 
@@ -111,11 +124,13 @@ def test_a_memory_encodes_an_image_once_for_all_calls_and_changes_no_answer(
         return encode(tower, pixels, wanted)
 
     monkeypatch.setattr(type(model.get_vision_tower()), "forward", spy)
-    memory = Memory(max_images=2)
-    again = [answer(model, tokenizer, batch, max_new_tokens=8, memory=memory) for batch in batches]
+    cache = ImageCache(max_images=2)
+    again = [
+        answer(model, tokenizer, batch, max_new_tokens=8, image_cache=cache) for batch in batches
+    ]
     assert [a.text for batch in again for a in batch] == [a.text for b in fresh for a in b]
     assert encoded == [5, 4, 3]  # thumbnail and crops of two images, the frames of the video
-    assert memory.prefixes.hits == (3 if method == "todre" else 0)
+    assert cache.prefixes.hits == (3 if method == "todre" else 0)
 
 
 def test_a_memory_knows_a_file_until_it_changes(
@@ -123,19 +138,19 @@ def test_a_memory_knows_a_file_until_it_changes(
 ) -> None:
     tokenizer, model = loaded
     model.set_pruner("todre", retain_ratio=0.25)
-    memory, file = Memory(), tmp_path / "image.png"
+    cache, file = ImageCache(), tmp_path / "image.png"
 
     def answer_about(image: Image.Image, question: str) -> tuple[str, int]:
         image.save(file)
-        given = ask(model, tokenizer, file, question, max_new_tokens=8, memory=memory)
+        given = ask(model, tokenizer, file, question, max_new_tokens=8, image_cache=cache)
         fresh = ask(model, tokenizer, file, question, max_new_tokens=8)
         assert given.text == fresh.text
-        return given.text, memory.prefixes.hits
+        return given.text, cache.prefixes.hits
 
     first, hits = answer_about(images[0], QUESTIONS[0])
     assert hits == 0
-    ask(model, tokenizer, file, QUESTIONS[1], max_new_tokens=1, memory=memory)
-    assert memory.prefixes.hits == 1
+    ask(model, tokenizer, file, QUESTIONS[1], max_new_tokens=1, image_cache=cache)
+    assert cache.prefixes.hits == 1
     second, hits = answer_about(images[1], QUESTIONS[0])
     assert hits == 1 and second != first
 
@@ -145,38 +160,40 @@ def test_a_memory_sees_that_an_image_was_painted_over(
 ) -> None:
     tokenizer, model = loaded
     model.set_pruner("todre", retain_ratio=0.25)
-    memory, image = Memory(max_images=2), images[0].copy()
-    first = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8, memory=memory).text
+    cache, image = ImageCache(max_images=2), images[0].copy()
+    first = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8, image_cache=cache).text
     image.paste(images[1].resize(image.size))
-    again = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8, memory=memory).text
+    again = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8, image_cache=cache).text
     fresh = ask(model, tokenizer, image, QUESTIONS[0], max_new_tokens=8).text
     assert again == fresh != first
     copy = images[0].copy()
-    assert ask(model, tokenizer, copy, QUESTIONS[0], max_new_tokens=8, memory=memory).text == first
-    assert memory.prefixes.hits == 1, "equal pixels are the same image"
+    assert (
+        ask(model, tokenizer, copy, QUESTIONS[0], max_new_tokens=8, image_cache=cache).text == first
+    )
+    assert cache.prefixes.hits == 1, "equal pixels are the same image"
 
 
 def test_a_memory_serves_one_model(loaded: tuple[Any, Any], images: list[Image.Image]) -> None:
     tokenizer, model = loaded
     _, other, _, _ = load_pretrained_model(GOLDEN / "llava-v1.6-tiny")
-    memory = Memory()
-    ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, memory=memory)
+    cache = ImageCache()
+    ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, image_cache=cache)
     with pytest.raises(TodreError, match="memory of one model was given to another"):
-        ask(other, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, memory=memory)
+        ask(other, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, image_cache=cache)
 
 
 def test_a_memory_does_not_carry_over_to_another_method(
     loaded: tuple[Any, Any], images: list[Image.Image]
 ) -> None:
     tokenizer, model = loaded
-    memory = Memory(max_images=3)
+    cache = ImageCache(max_images=3)
     for method in ("fastervlm", "todre", "fastervlm"):
         model.set_pruner(method, retain_ratio=0.25)
-        given = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=8, memory=memory)
+        given = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=8, image_cache=cache)
         fresh = ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=8)
         assert given.text == fresh.text
         assert given.stats.as_dict()["keep_idx"] == fresh.stats.as_dict()["keep_idx"]
-    assert memory.prefixes.hits == 1
+    assert cache.prefixes.hits == 1
 
 
 def test_what_is_prepared_ahead_gives_the_same_answer(
@@ -192,7 +209,7 @@ def test_what_is_prepared_ahead_gives_the_same_answer(
     ]
     ready = [prepare(model, request) for request in requests]
     with monkeypatch.context() as patched:
-        patched.setattr("llava_todre.generate.process_images", None)  # is not called again
+        patched.setattr("llava_todre.vlm.process_images", None)  # is not called again
         given = answer(model, tokenizer, ready, max_new_tokens=8, timed=True)
     direct = answer(model, tokenizer, requests, max_new_tokens=8, timed=True)
     assert [a.text for a in given] == [a.text for a in direct]
@@ -290,10 +307,10 @@ def test_a_request_that_is_none_is_refused_in_one_line(
     closed = Image.open(file)
     closed.close()
     shown = {"image": file, "closed": closed, "cut short": Image.open(short)}
-    memory = Memory() if remembers else None
+    cache = ImageCache() if remembers else None
     with pytest.raises(TodreError, match=message) as caught:
         picture = shown.get(image, image) if isinstance(image, str) else image
-        ask(model, tokenizer, picture, question, memory=memory)
+        ask(model, tokenizer, picture, question, image_cache=cache)
     assert "\n" not in str(caught.value)
 
 
@@ -309,7 +326,7 @@ def test_arguments_of_an_answer_are_checked_before_any_work(
         ({"num_beams": 100_000}, "num_beams 100000 is out of range"),
         ({"max_new_token": 5}, "'max_new_token' is unknown. Did you mean 'max_new_tokens'"),
         ({"template": []}, r"template \[\] is unknown"),
-        ({"memory": 3}, "memory must be a Memory, got int"),
+        ({"image_cache": 3}, "image_cache must be an ImageCache, got int"),
     ]
     for given, message in cases:
         with pytest.raises(TodreError, match=message):
@@ -343,3 +360,81 @@ def test_a_question_without_images_fits_beside_others(
     singly = [answer(model, tokenizer, [one], max_new_tokens=5)[0] for one in requests]
     assert [a.text for a in together] == [a.text for a in singly]
     assert together[0].stats.visual_tokens == 0 and together[0].stats.withdrawn_from is None
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def test_a_loaded_model_answers_as_model_and_tokenizer_do(
+    loaded: tuple[Any, Any], images: list[Image.Image]
+) -> None:
+    tokenizer, model = loaded
+    vlm = load(str(GOLDEN / "llava-v1.6-tiny"), LoadOptions(dtype="float32"), template="plain")
+    assert type(vlm.model) is type(model) and vlm.template == "plain"
+    for each in (vlm, model):
+        each.set_pruner("todre", retain_ratio=0.25)
+    given = vlm.ask(images, QUESTIONS[0], max_new_tokens=5)
+    expected = ask(model, tokenizer, images, QUESTIONS[0], max_new_tokens=5, template="plain")
+    assert given.text == expected.text
+    assert vlm.last_stats[0].as_dict() == given.stats.as_dict() == expected.stats.as_dict()
+    assert vlm.decoder_shape == model.decoder_shape
+
+
+OWN_ONLY = {"tp_plan": "auto", "protocol": "paper", "template": "plain", "clip_text": "x"}
+
+
+def test_the_options_of_our_class_are_all_tried_below() -> None:
+    own = [each.name for each in dataclasses.fields(LoadOptions) if each.metadata["own"]]
+    assert own == list(OWN_ONLY)
+
+
+@pytest.mark.parametrize("key", OWN_ONLY)
+def test_options_of_our_class_are_refused_where_it_does_not_run(key: str) -> None:
+    path = str(GOLDEN / "llava-v1.6-tiny")
+    expected = f"{key} '{OWN_ONLY[key]}' is for our own class, which is not used for '{path}'"
+    for changes in ({key: OWN_ONLY[key]}, {"own_only": {key: OWN_ONLY[key]}}):
+        with pytest.raises(TodreError) as caught:
+            load(path, backend="transformers", **changes)
+        assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtyp": "auto"}, "loading option 'dtyp' is unknown. Did you mean 'dtype'"),
+        ({"backend": "lava"}, "backend 'lava' is unknown. Did you mean 'llava'"),
+        ({"template": "none"}, "template 'none' is unknown"),
+    ],
+)
+def test_unknown_options_of_loading_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TodreError, match=message):
+        load("no/such/model", **options)
+
+
+# ---------------------------------------------------------------------- old names
+
+
+def test_old_names_work_and_warn(loaded: tuple[Any, Any], images: list[Image.Image]) -> None:
+    tokenizer, model = loaded
+    old = importlib.import_module("llava_todre.generate")
+    cache = ImageCache()
+    calls: list[tuple[Callable[[], Any], str, Any]] = [
+        (lambda: llava_todre.Memory, "use llava_todre.ImageCache", ImageCache),
+        (lambda: old.Memory, "use llava_todre.vlm.ImageCache", ImageCache),
+        (lambda: old.answer, "use llava_todre.vlm.answer", answer),
+        (lambda: old.Views, "use llava_todre.vlm.Views", None),
+    ]
+    for call, message, expected in calls:
+        with pytest.warns(DeprecationWarning, match=message) as caught:
+            assert call() is expected or expected is None
+        assert caught[0].filename == __file__
+    for run in (
+        lambda: ask(model, tokenizer, images[0], "what", memory=cache, max_new_tokens=1),
+        lambda: answer(model, tokenizer, [], memory=cache),
+    ):
+        with pytest.warns(DeprecationWarning, match="memory= is deprecated; use image_cache=") as w:
+            run()
+        assert w[0].filename == __file__
+    assert cache._images, "the old keyword does what the new one does"
+    with pytest.raises(AttributeError):
+        old.nothing  # noqa: B018
