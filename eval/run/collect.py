@@ -52,13 +52,13 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
         TodreError: something is missing, damaged, or of the wrong number.
     """
     results = _read_results(work)
-    samples = {task: _read_samples(work, task) for task in run.suite.tasks}
+    samples = {task: _read_samples(work, task) for task in run.suite_spec.tasks}
     _check_counts(run, results, samples)
     lines = _scored_lines(log_dir, samples)
     pictures = {(line["task"], line["doc_id"]): line.get("pictures", UNKNOWN) for line in lines}
-    benchmarks = scores(run.suite, results, samples, work, pictures)
+    benchmarks = scores(run.suite_spec, results, samples, work, pictures)
     if run.limit is None:
-        complete_submissions(run.suite.benchmarks, benchmarks)
+        complete_submissions(run.benchmarks, benchmarks)
     _mark_failed(benchmarks, lines)
     seconds = sum(line["seconds"] for line in lines) / (1 if run.is_split else processes)
     return _record(
@@ -236,7 +236,7 @@ def _check_counts(
                 "run, whose answers are kept."
             )
         raise TodreError(
-            f"task {task!r}: {scored} items were scored; suite {run.suite_name!r} expects "
+            f"task {task!r}: {scored} items were scored; suite {run.suite!r} expects "
             f"{expected}.{hint}"
         )
 

@@ -21,7 +21,6 @@ from eval.run.launch import (
     visible_gpus,
 )
 from eval.run.slurm import submit
-from eval.run.suites import load_suite
 from eval.run.sweeps import plan
 from llava_todre.command import INTERRUPTED
 from llava_todre.errors import TodreError
@@ -96,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
         slots = launch.slots(runs)
         for index, each in enumerate(runs):
             print(shell_line(*command(each, launch, slots[index % len(slots)], len(slots))))
-        if any(load_suite(each.suite_name).data for each in runs):
+        if any(each.suite_spec.data for each in runs):
             _say("these commands need data that is drawn first: python -m eval.mini.data")
         return 0
     if options.slurm is not None:

@@ -157,7 +157,7 @@ def command(
         shown_path(launch.out / "logs" / run.name),
         shown_path(launch.out / "raw" / run.name),
     )
-    include = run.suite.include
+    include = run.suite_spec.include
     environment: dict[str, str] = {}
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
@@ -166,7 +166,7 @@ def command(
         environment["OMP_NUM_THREADS"] = str(max(1, cores // (jobs * launch.processes)))
     if launch.processes > 1 and not gpus:
         environment["ACCELERATE_USE_CPU"] = "true"
-    if run.suite.data is not None:
+    if run.suite_spec.data is not None:
         environment["HF_DATASETS_OFFLINE"] = "1"  # else it counts every use of the data, outside
     if launch.offline:
         environment |= dict.fromkeys(_OFFLINE, "1")
@@ -178,7 +178,7 @@ def command(
         *launch.program,
         *("--model", "llava_todre"),
         *("--model_args", run.model_args(log_dir)),
-        *("--tasks", ",".join(run.suite.tasks)),
+        *("--tasks", ",".join(run.suite_spec.tasks)),
         *("--batch_size", str(run.batch_size)),
         *(("--limit", str(run.limit)) if run.limit is not None else ()),
         *(("--include_path", shown_path(include)) if include is not None else ()),
@@ -225,7 +225,7 @@ def execute(runs: Sequence[Run], launch: Launch) -> Report:
     if not waiting:
         return report
     _check_installed(launch.program)
-    for suite in {run.suite_name: run.suite for run in waiting.values()}.values():
+    for suite in {run.suite: run.suite_spec for run in waiting.values()}.values():
         prepare(suite)
     for folder in ("", "logs", "raw"):
         try:

@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from eval import ROOT
 from eval.mini import data as mini_data
 from eval.results.item_scores import Record, item_scores
 from eval.results.server_scores import WAITING
+from eval.run.config import check_keys, parsed
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import parse_yaml, read_json, read_text
 
 SUITES = ROOT / "configs" / "suites"
-_ALLOWED: dict[str, tuple[str | None, ...]] = {
-    "scale": ("percent", "points"),
-    "combine": ("single", "mean", "weighted"),
-    "media": ("image", "video"),
-    "sampling": (None, "uniform"),
-}
 Pictures = Mapping[tuple[str, int], str | None]
 """Task and doc_id -> what stands for the pictures of an item; None where it shows none."""
 UNKNOWN = "unknown"
 """Stands for pictures in logs that do not tell."""
-_SUITE_KEYS = ("include", "data", "defaults", "benchmarks", "base", "only")
 
 
 @dataclass(frozen=True)
@@ -46,18 +42,16 @@ class Benchmark:
     split: str
     metric: str
     """Name in lmms-eval's results, without its filter ",none"; A+B is the sum of two."""
-    factor: float
+    factor: PositiveInt | PositiveFloat
     """lmms-eval's number times this is the papers' number."""
-    scale: str
-    """``percent`` or ``points``."""
-    combine: str
+    scale: Literal["percent", "points"]
+    combine: Literal["single", "mean", "weighted"]
     """Several tasks: ``mean`` of their scores, or ``weighted`` by number of items."""
-    media: str
-    """``image`` or ``video``."""
-    frames: int | None
+    media: Literal["image", "video"]
+    frames: PositiveInt | None
     """Frames taken from a clip; None for images."""
-    sampling: str | None
-    """``uniform``; None for images."""
+    sampling: Literal["uniform"] | None
+    """None for images."""
     submission: str | None
     """Pattern of the file that must be sent to a server for a score; None where none must."""
     judge: bool
@@ -66,19 +60,22 @@ class Benchmark:
     """Where the score of one item stands, see ``eval.results.item_scores``; None: nowhere."""
     note: str | None
     """A remark that goes into every result."""
-    submission_entries: int | None = None
+    submission_entries: PositiveInt | None = None
     """Entries that the server wants, where they are more than the items."""
     watched_answer: str | None = None
     """An answer whose share is told beside the score."""
     averaged: bool = True
     """Whether the score counts in an average over benchmarks."""
-    block: int = 1
+    block: PositiveInt = 1
     """Items are scored together in blocks of so many, which a limit must not cut."""
 
     @property
     def metrics(self) -> list[str]:
         """Names in lmms-eval's results whose sum is the score."""
         return self.metric.split("+")
+
+
+_KEYS = {field.name for field in fields(Benchmark)} - {"key", "samples"}
 
 
 @dataclass(frozen=True)
@@ -112,17 +109,13 @@ def load_suite(name: str) -> Suite:
     """
     if name not in suite_names():
         raise unknown("suite", name, suite_names())
-    content = _read(name)
-    where = f"suite {name!r}"
-    include, data = content.get("include"), content.get("data")
-    if include is not None and not (isinstance(include, str) and (ROOT / include).is_dir()):
-        raise TodreError(f"{where}: include {include!r} is not a folder of this checkout.")
-    if data not in (None, "mini"):
-        raise unknown(f"{where}: data", data, ["mini", "null"])
-    benchmarks = tuple(
-        _benchmark(where, key, values) for key, values in content["benchmarks"].items()
-    )
-    return Suite(name, benchmarks, ROOT / include if include else None, data)
+    content, where = _read(name), f"suite {name!r}"
+    include = ROOT / content.include if content.include else None
+    if include is not None and not include.is_dir():
+        raise TodreError(f"{where}: include {content.include!r} is not a folder of this checkout.")
+    marks = (content.benchmarks or {}).items()
+    benchmarks = tuple(_benchmark(where, key, values) for key, values in marks)
+    return Suite(name, benchmarks, include, content.data)
 
 
 def check_limit(where: str, suite: Suite, limit: int) -> None:
@@ -144,57 +137,50 @@ def prepare(suite: Suite) -> None:
 # ------------------------------------------------------------------------------- reading a file
 
 
-def _read(name: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _File:
+    """Keys of a suite's file."""
+
+    include: str | None = None
+    data: Literal["mini"] | None = None
+    defaults: dict[str, Any] | None = None
+    benchmarks: dict[str, Any] | None = None
+    base: str | None = None
+    only: list[str] | None = None
+
+
+def _read(name: str) -> _File:
     """Return a suite's keys, with those of its base, and its defaults in every benchmark."""
     where = f"suite {name!r}"
     content = parse_yaml(read_text(SUITES / f"{name}.yaml", "suite"), where)
-    _check_mapping(where, content)
-    for key in content:
-        if key not in _SUITE_KEYS:
-            raise unknown(f"{where}: key", key, _SUITE_KEYS)
-    base: dict[str, Any] = {"benchmarks": {}}
-    if "base" in content:
+    file = parsed(_File, content, where)
+    base = _File()
+    if file.base is not None:
         others = [other for other in suite_names() if other != name]
-        if content["base"] not in others:
-            raise unknown(f"{where}: base", content["base"], others)
-        base = _read(content["base"])
-    marks = dict(base["benchmarks"])
-    for key, values in content.get("benchmarks", {}).items():
-        _check_mapping(f"{where}: benchmark {key!r}", values)
-        marks[key] = {**content.get("defaults", {}), **marks.get(key, {}), **values}
-    only = content.get("only", list(marks))
+        if file.base not in others:
+            raise unknown(f"{where}: base", file.base, others)
+        base = _read(file.base)
+    marks = dict(base.benchmarks or {})
+    for key, values in (file.benchmarks or {}).items():
+        check_keys(f"{where}: benchmark {key!r}", values, _KEYS)
+        marks[key] = {**(file.defaults or {}), **marks.get(key, {}), **values}
+    only = [*marks] if file.only is None else file.only
     for key in only:
         if key not in marks:
             raise unknown(f"{where}: only", key, marks)
     if not only:
         raise TodreError(f"{where} has no benchmarks; give at least one.")
-    return {**base, **content, "benchmarks": {key: marks[key] for key in only}}
-
-
-def _check_mapping(where: str, content: Any) -> None:
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise TodreError(f"{where} must hold 'key: value' lines.")
+    given = {**vars(base), **content, "benchmarks": {key: marks[key] for key in only}}
+    return _File(**given)
 
 
 def _benchmark(where: str, key: str, values: Mapping[str, Any]) -> Benchmark:
     where = f"{where}: benchmark {key!r}"
-    keys = [field.name for field in fields(Benchmark) if field.name not in ("key", "samples")]
-    for name in values:
-        if name not in keys:
-            raise unknown(f"{where}: key", name, keys)
-    optional = [field.name for field in fields(Benchmark) if field.default is not MISSING]
-    for name in keys:
-        if name not in values and name not in optional:
-            raise TodreError(f"{where}: key {name!r} is missing; allowed: {', '.join(keys)}.")
-    samples = values["tasks"]
-    _check_mapping(f"{where}: tasks", samples)
-    if not samples or not all(_is_count(number) for number in samples.values()):
+    samples = values.get("tasks", {})
+    check_keys(f"{where}: tasks", samples, samples)
+    if not samples or not all(type(count) is int and count > 0 for count in samples.values()):
         raise TodreError(f"{where}: tasks {samples!r} must give a number of items for each task.")
-    for name, allowed in _ALLOWED.items():
-        if values[name] not in allowed:
-            raise unknown(f"{where}: {name}", values[name], map(str, allowed))
-    mark = Benchmark(key=key, **{**values, "tasks": tuple(samples), "samples": dict(samples)})
-    _check_types(where, mark)
+    mark = parsed(Benchmark, {**values, "tasks": [*samples]}, where, key=key, samples=samples)
     if (mark.combine == "single") != (len(mark.tasks) == 1):
         raise TodreError(
             f"{where}: combine {mark.combine!r} does not fit {len(mark.tasks)} tasks; "
@@ -206,33 +192,6 @@ def _benchmark(where: str, key: str, values: Mapping[str, Any]) -> Benchmark:
             f"{mark.media!r}; allowed: null for image, a number and uniform for video."
         )
     return mark
-
-
-def _check_types(where: str, mark: Benchmark) -> None:
-    is_number = isinstance(mark.factor, (int, float)) and not isinstance(mark.factor, bool)
-    wrong = {
-        "factor": not is_number or not mark.factor > 0,
-        "frames": mark.frames is not None and not _is_count(mark.frames),
-        "judge": not isinstance(mark.judge, bool),
-        "split": not isinstance(mark.split, str),
-        "metric": not isinstance(mark.metric, str),
-        "submission": not isinstance(mark.submission, (str, type(None))),
-        "item_metric": not isinstance(mark.item_metric, (str, type(None))),
-        "block": not _is_count(mark.block),
-        "note": not isinstance(mark.note, (str, type(None))),
-        "submission_entries": not (
-            mark.submission_entries is None or _is_count(mark.submission_entries)
-        ),
-        "watched_answer": not isinstance(mark.watched_answer, (str, type(None))),
-        "averaged": not isinstance(mark.averaged, bool),
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise TodreError(f"{where}: {name} {getattr(mark, name)!r} is of the wrong kind.")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 # ------------------------------------------------------------------------------- reading results

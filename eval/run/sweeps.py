@@ -18,7 +18,7 @@ from typing import Any
 
 from eval.results.known_models import num_layers_of
 from eval.results.published import VERSIONS, RowSpec, models, rows, suite_rows
-from eval.run.config_keys import check_keys, with_changes, within
+from eval.run.config import check_keys, with_changes, within
 from eval.run.spec import RUN_KEYS, Run, resolve
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import read_mapping
