@@ -24,10 +24,10 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
+from eval.results.bootstrap import LEVEL, RESAMPLES, intervals, relative_average
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
 from llava_todre.generate import Answer, Request, answer
-from llava_todre.intervals import LEVEL, RESAMPLES, intervals, relative_average
 from llava_todre.mini import TASKS, TEST_SEED, Sample, held_out
 from llava_todre.mini.heldout import check_num_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM

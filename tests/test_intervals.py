@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from llava_todre import TodreError, intervals
-from llava_todre.intervals import difference, relative_average
+from eval.results import bootstrap as intervals
+from eval.results.bootstrap import difference, relative_average
+from llava_todre import TodreError
 
 Hits = dict[str, list[int]]
 
@@ -156,7 +157,7 @@ def test_tasks_the_unpruned_model_never_gets_right_are_left_out() -> None:
 
 @pytest.mark.parametrize("draws", [[], [{"a": [1]}], [{"a": [1, 0]}, {"a": [1]}], [{"b": [1, 0]}]])
 def test_hits_of_other_pictures_are_refused(draws: list[Hits]) -> None:
-    with pytest.raises(TodreError, match="pictures per task"):
+    with pytest.raises(TodreError, match="images per task"):
         intervals.intervals(draws, {"a": [1, 0]})
-    with pytest.raises(TodreError, match="pictures per task"):
+    with pytest.raises(TodreError, match="images per task"):
         intervals.intervals([{"a": []}], {"a": []})

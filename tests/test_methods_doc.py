@@ -14,9 +14,9 @@ import torch
 from eval.__main__ import main
 from eval.pages import methods as docs
 from eval.pages import performance
+from eval.results.bootstrap import difference
 from llava_todre import load_pretrained_model
 from llava_todre.generate import Request, answer
-from llava_todre.intervals import difference
 from llava_todre.mini import TASKS, held_out
 from llava_todre.pruners import PRUNERS, Pruner, Selection
 from llava_todre.spans import VisualTokens

@@ -84,7 +84,7 @@ _SETTINGS = {
     "errorbar.capsize": 1.5,
     "hatch.linewidth": 0.5,
     "svg.hashsalt": "llava_todre",  # else the ids of an SVG change from run to run
-    "svg.fonttype": "none",  # text that can be searched, and a third of the size
+    "svg.fonttype": "none",  # text that can be searched
     "image.composite_image": False,  # else an SVG has one picture, over everything between them
     "figure.dpi": 200,
 }

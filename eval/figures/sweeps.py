@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import BLUE, PAGE, VERMILION, letter, new_figure
-from eval.results.compare import groups_of, relative_interval
+from eval.results.bootstrap import groups_of, relative_interval
 from eval.results.files import Run, load_runs
 from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
 from eval.tables.paper import sheets

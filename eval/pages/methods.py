@@ -14,9 +14,9 @@ from typing import Any
 from eval import ROOT
 from eval.pages import models as models_doc
 from eval.pages import performance
+from eval.results.bootstrap import difference
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
-from llava_todre.intervals import difference
 from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS, Need
 from llava_todre.table import markdown_lines, note, with_interval

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
-from eval.results.compare import groups_of, is_mean, relative_interval
+from eval.results.bootstrap import Interval, groups_of, relative_interval
+from eval.results.compare import is_mean
 from eval.results.files import Run
 from eval.results.published import relative_average
 from eval.results.seeds import members
-from llava_todre.intervals import Interval
 
 Stored = Mapping[str, Mapping[str, Any]]
 """Parts of a run's JSON, by benchmark."""

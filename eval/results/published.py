@@ -18,8 +18,8 @@ import numpy as np
 import yaml
 
 from eval import ROOT
+from eval.results import bootstrap
 from eval.results.known_models import num_layers_of
-from llava_todre import intervals
 from llava_todre.errors import unknown
 
 NUMBERS = ROOT / "configs" / "paper" / "published.yaml"
@@ -222,7 +222,7 @@ def place(row: RowSpec) -> tuple[float, int, str]:
 
 def relative_average(scores: Sequence[float], unpruned: Sequence[float]) -> float:
     """Return the papers' "Average": mean over benchmarks of score / unpruned score, in percent."""
-    return 100 * float(intervals.relative_average(np.array(scores), np.array(unpruned)))
+    return 100 * float(bootstrap.relative_average(np.array(scores), np.array(unpruned)))
 
 
 def _merged(table: str, version: str | None, model: str, num_layers: int | None) -> list[RowSpec]:

@@ -19,7 +19,8 @@ from eval.results.averages import (
     relative,
     score_of,
 )
-from eval.results.compare import drawn_over, groups_of, is_mean, mean_interval, over_what
+from eval.results.bootstrap import Interval, groups_of, mean_interval
+from eval.results.compare import drawn_over, is_mean, over_what
 from eval.results.files import Run
 from eval.results.known_models import num_layers_of
 from eval.results.lookup import UNREADABLE, identity, model_key, ran, rank_of
@@ -27,7 +28,6 @@ from eval.results.seeds import members, over_seeds, seed_of
 from eval.tables.render import Table, name_of
 from eval.tables.sheet import clock, mixed_settings, shown, watched, with_spread
 from llava_todre.errors import TodreError
-from llava_todre.intervals import Interval
 
 _TOKENS = {
     "kept": "kept_tokens",

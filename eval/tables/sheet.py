@@ -18,14 +18,14 @@ from eval.results.averages import (
     relative,
     score_of,
 )
-from eval.results.compare import drawn_over, groups_of, is_mean, mean_interval, over_what
+from eval.results.bootstrap import Interval, groups_of, mean_interval
+from eval.results.compare import drawn_over, is_mean, over_what
 from eval.results.files import Run
 from eval.results.lookup import UNREADABLE, concerns, identity, ran, rank_of
 from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average
 from eval.results.seeds import members, seed_of
 from eval.tables.render import Cell, name_of
 from llava_todre.errors import TodreError
-from llava_todre.intervals import Interval
 
 NOT_RUN, FAILED, SERVER = "not run", "failed", "server"
 

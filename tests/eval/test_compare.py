@@ -12,21 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.results import compare as module
-from eval.results.compare import (
-    compare,
+from eval.results import bootstrap as module
+from eval.results.bootstrap import (
+    RESAMPLES,
     difference_interval,
-    drawn_over,
     groups_of,
-    is_mean,
-    mcnemar,
     mean_interval,
     paired_means,
     relative_interval,
+)
+from eval.results.compare import (
+    UNKNOWN,
+    add_parser,
+    compare,
+    drawn_over,
+    is_mean,
+    mcnemar,
     render,
+    run,
 )
 from llava_todre import TodreError
-from llava_todre.intervals import RESAMPLES
 
 Items = list[tuple[int, float]]
 
@@ -177,7 +182,7 @@ def test_eighteen_answers_that_are_one_are_worth_one() -> None:
 
 def test_a_benchmark_says_what_is_drawn() -> None:
     stored = {"items": [[0, 1.0], [1, 0.0], [2, 1.0]], "score": 66.7, "scale": "percent"}
-    assert (groups_of(stored), drawn_over(stored)) == (None, module.UNKNOWN)
+    assert (groups_of(stored), drawn_over(stored)) == (None, UNKNOWN)
     alone = stored | {"groups": [0, 1, 2]}
     assert (groups_of(alone), drawn_over(alone)) == (None, "items")
     shared = stored | {"groups": [0, 1, 1]}
@@ -345,9 +350,9 @@ def test_the_command_reads_two_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     for name, items in (("a", first), ("b", second)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result(name, {"gqa": items})))
     parser = argparse.ArgumentParser()
-    module.add_parser(parser.add_subparsers())
+    add_parser(parser.add_subparsers())
     files = [str(tmp_path / f"{name}.json") for name in "ab"]
-    assert module.run(parser.parse_args(["compare", *files])) == 0
+    assert run(parser.parse_args(["compare", *files])) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line[:3] == "gqa")
     p_value = compare(result("a", {"gqa": first}), result("b", {"gqa": second}))[0].p_value
     assert line.endswith(f"{p_value:.2g}")
