@@ -306,9 +306,9 @@ def _demo(options: Namespace) -> None:
             options.model, options.backend, options.template, host=options.host, port=options.port
         )
         return
+    from eval.tables.demo import as_text
     from llava_todre.demo import run_demo
     from llava_todre.mini import NUM_IMAGES
-    from llava_todre.table import as_text
 
     out = Path(options.out)
     results = run_demo(

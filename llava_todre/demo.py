@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.results.bootstrap import LEVEL, RESAMPLES, intervals, relative_average
+from eval.tables.demo import as_markdown
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
 from llava_todre.generate import Answer, Request, answer
@@ -35,7 +36,6 @@ from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 from llava_todre.source import digests, what_changed
-from llava_todre.table import as_markdown
 from llava_todre.viz import contact_sheet, kept_picture
 from llava_todre.work import prefill_work
 

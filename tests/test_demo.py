@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from eval.results.bootstrap import intervals
+from eval.tables.demo import as_markdown, as_text, with_interval
 from llava_todre import TodreError, demo
 from llava_todre.cli import main
 from llava_todre.demo import RANDOM_DRAWS, Run, plan, run_demo
 from llava_todre.mini import TASKS
 from llava_todre.pruners import PRUNERS
-from llava_todre.table import as_markdown, as_text, with_interval
 
 NUM_IMAGES = 2
 

@@ -15,11 +15,12 @@ from eval import ROOT
 from eval.pages import models as models_doc
 from eval.pages import performance
 from eval.results.bootstrap import difference
+from eval.tables.demo import note, with_interval
+from eval.tables.render import markdown_lines
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
 from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS, Need
-from llava_todre.table import markdown_lines, note, with_interval
 
 PAGE = ROOT / "docs" / "methods.md"
 TEMPLATE = ROOT / "eval" / "methods.template.md"

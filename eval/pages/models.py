@@ -13,10 +13,10 @@ from statistics import fmean
 from typing import Any
 
 from eval import ROOT
+from eval.tables.render import markdown_lines
 from llava_todre.hf.families import FAMILIES
 from llava_todre.hf.family import Family
 from llava_todre.pruners import PRUNERS
-from llava_todre.table import markdown_lines
 
 PAGE = ROOT / "docs" / "models.md"
 TEMPLATE = ROOT / "eval" / "models.template.md"

@@ -11,9 +11,8 @@ from eval.bench.answers import QUESTION_TOKENS, SYSTEM_TOKENS
 from eval.bench.dims import SIZES
 from eval.bench.roofline import DEVICES, bound
 from eval.tables.efficiency import efficiencies, load_benches
-from eval.tables.render import as_markdown, stacked
+from eval.tables.render import as_markdown, markdown_lines, stacked
 from llava_todre.errors import TodreError
-from llava_todre.table import markdown_lines
 
 PAGE = ROOT / "docs" / "performance.md"
 TEMPLATE = ROOT / "eval" / "performance.template.md"

@@ -10,10 +10,10 @@ from eval import ROOT
 from eval.pages.models import overview
 from eval.results.files import load_runs
 from eval.results.published import AVERAGE
+from eval.tables.demo import as_markdown
 from eval.tables.paper import sheets
-from eval.tables.render import name_of, render
+from eval.tables.render import markdown_lines, name_of, render
 from llava_todre.pruners import PRUNERS
-from llava_todre.table import as_markdown, markdown_lines
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results" / "demo_mini.json"

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from eval.tables.render import aligned, markdown_lines
+
 LEGEND = (
     "tokens: patch tokens that enter the decoder; per layer: visual tokens that a decoder layer"
     " processes, newlines included, mean over the layers (papers say equivalent tokens); mean:"
@@ -49,29 +51,13 @@ def with_interval(value: float, interval: Sequence[float] | None) -> str:
 
 def as_text(results: dict[str, Any]) -> str:
     """Return the table with aligned columns."""
-    table = cells(results, per_task=True)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
-    ]
-    rule, legend = "-" * len(lines[0]), textwrap.fill(LEGEND, 100)
-    return "\n".join([lines[0], rule, *lines[1:], "", legend])
+    header, *rows = aligned(cells(results, per_task=True))
+    return "\n".join([header, "-" * len(header), *rows, "", textwrap.fill(LEGEND, 100)])
 
 
 def as_markdown(results: dict[str, Any], per_task: bool = True) -> str:
     """Return the table in Markdown, with how it was made below."""
     return "\n".join([*markdown_lines(cells(results, per_task)), "", note(results), ""])
-
-
-def markdown_lines(table: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Return the lines of a Markdown table: header, rule, rows.
-
-    Args:
-        table: header and rows.
-        left: columns aligned to the left; the others hold numbers.
-    """
-    rule = ["---"] * left + ["---:"] * (len(table[0]) - left)
-    return ["| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]]]
 
 
 def note(results: dict[str, Any]) -> str:
