@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import ROOT
-from eval.results.measured import checked_bench, checked_demo
+from eval.results.files import checked_bench, checked_demo
 from eval.results.schema import read_json
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError

@@ -14,6 +14,7 @@ from typing import Any
 from eval import ROOT
 from eval.pages import models as models_doc
 from eval.pages import performance
+from eval.pages.fill import filled
 from eval.results.bootstrap import difference
 from eval.tables.demo import note, with_interval
 from eval.tables.render import markdown_lines
@@ -23,7 +24,6 @@ from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS, Need
 
 PAGE = ROOT / "docs" / "methods.md"
-TEMPLATE = ROOT / "eval" / "methods.template.md"
 RESULTS = ROOT / "docs" / "results" / "methods_mini.json"
 REFERENCE = "todre"
 
@@ -37,17 +37,15 @@ def render() -> str:
             " there."
         )
     results = json.loads(RESULTS.read_text())
-    page = TEMPLATE.read_text()
-    for name, text in {
+    parts = {
         "methods": _methods(),
         "deviations": _deviations(),
         "results": _results(results),
         "resamples": f"{results['interval']['resamples']:,}",
         "note": note(results),
         "patch_tokens": f"{results['rows'][0]['kept_tokens']:.0f}",
-    }.items():
-        page = page.replace("{{" + name + "}}", text)
-    return page
+    }
+    return filled("methods", parts)
 
 
 def _methods() -> str:
@@ -133,25 +131,7 @@ def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[i
     ]
 
 
-def _pages() -> dict[Path, str]:
+def docs() -> dict[Path, str]:
+    """Return the generated pages of docs/."""
     pages = {models_doc.PAGE: models_doc.render(), performance.PAGE: performance.render()}
     return {PAGE: render(), **pages}
-
-
-def write_docs() -> int:
-    """Write the pages; returns the exit status."""
-    for page, text in _pages().items():
-        page.write_text(text)
-    return 0
-
-
-def check_docs() -> int:
-    """Return 1 and say so when a page is not what registry, templates and results give."""
-    stale = [
-        page.name
-        for page, text in _pages().items()
-        if not (page.exists() and page.read_text() == text)
-    ]
-    for name in stale:
-        print(f"docs/{name} is stale: run `make docs`.")
-    return 1 if stale else 0

@@ -13,13 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from eval import ROOT
+from eval.pages.fill import filled
 from eval.tables.render import markdown_lines
 from llava_todre.hf.families import FAMILIES
 from llava_todre.hf.family import Family
 from llava_todre.pruners import PRUNERS
 
 PAGE = ROOT / "docs" / "models.md"
-TEMPLATE = ROOT / "eval" / "models.template.md"
 REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
 STOCK = ROOT / "docs" / "results" / "stock_mini"
 """Made with: todre convert --model checkpoints/mini --out outputs/mini_hf, and for each method
@@ -110,16 +110,14 @@ def drops_too_early(method: str, num_layers: int, deep_layers: int) -> bool:
 
 def render() -> str:
     """Return the page."""
-    page = TEMPLATE.read_text()
-    for name, text in {
+    parts = {
         "families": _families(),
         "features": _features(),
         "methods": _methods(),
         "proxies": _proxies(),
         "scores": _scores(),
-    }.items():
-        page = page.replace("{{" + name + "}}", text)
-    return page
+    }
+    return filled("models", parts)
 
 
 def score_pairs() -> list[tuple[Record, Record]]:

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.results.schema import NUMBER, TEXT, Each, checked, or_null, read_json
+from eval.results.schema import checked, read_json
 from llava_todre.errors import TodreError, unknown
 
 WAITING = "the server must give the score; it was not asked or did not answer"
 """Note of a benchmark whose submission nobody has scored yet."""
 SHAPE = {
-    "what": TEXT,
-    "run": TEXT,
-    "run_time_utc": or_null(TEXT),
-    "benchmarks": Each({"score": NUMBER, "source": TEXT, "entered_utc": TEXT}),
+    "what": str,
+    "run": str,
+    "run_time_utc": (str, None),
+    "benchmarks": {...: {"score": float, "source": str, "entered_utc": str}},
 }
 
 

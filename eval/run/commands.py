@@ -29,7 +29,7 @@ from llava_todre.files import parse_yaml
 OUT = Path("outputs/eval")
 
 
-def add_parsers(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add ``run`` and ``sweep`` to the commands of ``python -m eval``."""
     for name, text in (
         ("run", "evaluate what configs/runs/X.yaml describes: a run, or a table's rows"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,22 @@ def find_layer(
     found = {"layer": layer, "num_layers": num_layers, "eta": eta, "samples": len(prompts)}
     print(json.dumps(found | {"divergence": divergences}))
     return found | {"divergence": divergences}
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``vtw-layer`` to the commands of ``python -m eval``."""
+    search = commands.add_parser("vtw-layer", help="search the layer at which VTW withdraws")
+    search.add_argument("--model", help="checkpoint (default: the bundled one)")
+    search.add_argument("--samples", type=Path, help="JSON lines with the keys image and question")
+    search.add_argument("--num-samples", type=int, default=20)
+    search.add_argument("--eta", type=float, default=0.003, help="bound on the divergence, in nats")
+    search.add_argument("--first", type=int, default=5, help="first layer to try")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    find_layer(options.model, options.samples, options.num_samples, options.eta, options.first)
+    return 0
 
 
 def _bundled(count: int) -> list[tuple[Image.Image, str]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.results.measured import checked_bench
+from eval.results.files import checked_bench
 from eval.results.published import ABLATED, VERSIONS, RowSpec, place, rows, table_spec
 from eval.results.schema import read_json
 from eval.tables.render import Cell
