@@ -7,6 +7,7 @@ is a table per model and suite; for machines one CSV with a column for every num
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,8 @@ def _order(row: Row) -> tuple[Any, ...]:
     budget = -float(1 if ratio is None else ratio)
     if isinstance(tokens, int) and tokens > 0:
         budget = 1 / tokens
-    return *_comparable(row.run), not _is_unpruned(row.run), budget, method, str(row.run["name"])
+    limit = row.run["config"].get("limit") or math.inf
+    return *_comparable(row.run)[:3], limit, not _is_unpruned(row.run), budget, method, str(row.run["name"])
 
 
 # ---------------------------------------------------------------------------------- for readers

@@ -79,9 +79,9 @@ def sheets(
 
 
 def unshown(found: Sequence[Sheet], runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that stand in no row of any of the tables."""
-    shown = {run for sheet in found for run in sheet.shown}
-    return [run for run in runs if id(run) not in shown]
+    """Return the runs that fit no row of any of the tables."""
+    fitting = {run for sheet in found for run in sheet.fitting}
+    return [run for run in runs if id(run) not in fitting]
 
 
 def _papers_sheet(table: str, model: str, runs: Sequence[Run], version: str | None) -> Sheet:

@@ -77,8 +77,8 @@ class Sheet:
         self._scored = (*benchmarks, *extras)
         self.model, self.num_layers = model, num_layers
         self.used: dict[str, Run] = {}
-        self.shown: set[int] = set()
-        """``id`` of all runs in the table, failed ones too."""
+        self.fitting: set[int] = set()
+        """``id`` of all runs that fit a row, also where another run is shown in it."""
         self.remarks: dict[str, None] = {}
         self._noted: dict[str, dict[str, None]] = {}
         self._drawn: dict[str, dict[str, None]] = {}
@@ -115,7 +115,7 @@ class Sheet:
         same = [run for run in found if rank_of(run, benchmark)[:4] == rank]
         if len(same) > 1:
             self.remark(f"{row.label}: {len(same)} runs fit; the newest is shown, {name}.")
-        self.shown |= {id(run) for run in members(best)}
+        self.fitting |= {id(each) for run in found for each in members(run)}
         if best["status"] != "complete":
             self.remark(f"{name} failed: {best['error']}")
             return Entry(FAILED, best)
@@ -249,7 +249,7 @@ class Sheet:
             return Cell(FAILED if candidates else NOT_RUN, published=published)
         run = max(found, key=lambda run: (set(run["benchmarks"]) == {"pope"}, rank_of(run)))
         self.used[str(run["name"])] = run
-        self.shown |= {id(each) for each in members(run)}
+        self.fitting |= {id(each) for found in candidates for each in members(found)}
         ours = _measured(run, measure)
         text = "" if ours is None else _text(ours)
         differences = _each(printed, lambda value: _less(ours, value))
