@@ -155,3 +155,28 @@ def some(layers: Sequence[int]) -> list[int]:
 def letter(axes: Any, text: str) -> None:
     """Put a title on the left over a panel, as papers do."""
     axes.set_title(text, loc="left", fontsize=TEXT, pad=4)
+
+
+def bands(
+    axes: Any, series: Any, look: tuple[str, str, str, str], alpha: float, **style: Any
+) -> None:
+    """Draw a mean per layer with a band from the 10th to the 90th percentile.
+
+    Args:
+        axes: the panel.
+        series: per layer ``mean``, ``p10`` and ``p90``.
+        look: label, colour, marker and line.
+        alpha: of the band.
+        style: of the line, as matplotlib takes it.
+    """
+    label, colour, marker, line = look
+    mean, low, high = ([layer[key] for layer in series] for key in ("mean", "p10", "p90"))
+    axes.fill_between(range(len(mean)), low, high, color=colour, alpha=alpha, linewidth=0)
+    axes.plot(range(len(mean)), mean, line, color=colour, marker=marker, label=label, **style)
+
+
+def legend_above(figure: Any, axes: Any, **style: Any) -> None:
+    """Put the legend of a panel above all of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    style = {"ncols": len(labels), **style}
+    figure.legend(handles, labels, loc="outside upper center", **style)

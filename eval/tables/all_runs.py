@@ -138,7 +138,14 @@ def _order(row: Row) -> tuple[Any, ...]:
     if isinstance(tokens, int) and tokens > 0:
         budget = 1 / tokens
     limit = row.run["config"].get("limit") or math.inf
-    return *_comparable(row.run)[:3], limit, not _is_unpruned(row.run), budget, method, str(row.run["name"])
+    return (
+        *_comparable(row.run)[:3],
+        limit,
+        not _is_unpruned(row.run),
+        budget,
+        method,
+        str(row.run["name"]),
+    )
 
 
 # ---------------------------------------------------------------------------------- for readers
