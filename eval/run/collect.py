@@ -17,8 +17,8 @@ from typing import Any
 
 from eval.results.files import FORMAT, read_run
 from eval.results.submissions import complete_submissions
+from eval.run.scoring import UNKNOWN, scores
 from eval.run.spec import Run
-from eval.run.suites import UNKNOWN, scores
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
 from llava_todre.lmms_plugin.answer_log import read_answers
@@ -55,8 +55,8 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
     samples = {task: _read_samples(work, task) for task in run.suite_spec.tasks}
     _check_counts(run, results, samples)
     lines = _scored_lines(log_dir, samples)
-    pictures = {(line["task"], line["doc_id"]): line.get("pictures", UNKNOWN) for line in lines}
-    benchmarks = scores(run.suite_spec, results, samples, work, pictures)
+    images = {(line["task"], line["doc_id"]): line.get("pictures", UNKNOWN) for line in lines}
+    benchmarks = scores(run.suite_spec, results, samples, work, images)
     if run.limit is None:
         complete_submissions(run.benchmarks, benchmarks)
     _mark_failed(benchmarks, lines)

@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.run.collect import lmms_eval_version
-from eval.run.launch import (
-    Launch,
-    Report,
-    command,
-    execute,
-    shell_line,
-    stop_on_signals,
-    visible_gpus,
-)
+from eval.run.launch import Report, execute, stop_on_signals, visible_gpus
+from eval.run.processes import Launch, command, shell_line
 from eval.run.slurm import submit
 from eval.run.sweeps import plan
 from llava_todre.command import INTERRUPTED

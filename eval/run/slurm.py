@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from eval.run.launch import Launch, execute, visible_gpus
+from eval.run.launch import execute, visible_gpus
+from eval.run.processes import Launch
 from eval.run.spec import Run
 from llava_todre.errors import TodreError, unknown
 

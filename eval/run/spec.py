@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from eval import ROOT
 from eval.results.known_models import key_of, known_models, settings_of
+from eval.run.checkpoints import fingerprint, local_folder, shown_path
 from eval.run.config import parsed
 from eval.run.suite_digest import suite_digest
 from eval.run.suites import Benchmark, Suite, check_limit, load_suite
@@ -42,11 +43,6 @@ _ALLOWED: dict[str, tuple[str | None, ...]] = {
     "backend": BACKENDS,
     "template": TEMPLATES,
 }
-_WEIGHTS = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
-_LARGE_FILE = 64 * 2**20
-"""Bytes; of larger files a checkpoint's fingerprint takes the size and samples."""
-_SAMPLES, _SAMPLE = 512, 8192
-"""Places of a large file, and bytes at each: other weights of the same shapes differ in most."""
 _ADDED = (("cls_heads", "mean"),)
 """Options that came later, at what was done before there was a choice: in no name, so that results
 from before are found."""
@@ -261,7 +257,7 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
         raise TodreError(f"{where}: device_map and tp_plan were both given; allowed: one.")
     folder = local_folder(settings["pretrained"])
     if folder is not None:
-        settings["fingerprint"] = _fingerprint(folder)
+        settings["fingerprint"] = fingerprint(folder)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", settings["pretrained"]):
         raise TodreError(
             f"{where}: pretrained {settings['pretrained']!r} does not exist; "
@@ -271,7 +267,7 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
         settings["template"] = planned_template(settings["pretrained"], folder)
     clip_text = local_folder(settings["clip_text"] or "")
     if clip_text is not None:
-        settings["clip_text_fingerprint"] = _fingerprint(clip_text)
+        settings["clip_text_fingerprint"] = fingerprint(clip_text)
     return key, settings
 
 
@@ -285,38 +281,6 @@ def _known_model(given: Any) -> tuple[str, dict[str, Any]]:
     if key is None:
         return Path(given).name, {"pretrained": given}
     return key, {**settings_of(key), "pretrained": given, "revision": None}
-
-
-def local_folder(pretrained: str) -> Path | None:
-    """Return the folder of a checkpoint on disk, sought here and in the checkout; else None."""
-    for folder in (Path(pretrained).expanduser(), ROOT / pretrained):
-        if pretrained and folder.is_dir():
-            return folder
-    return None
-
-
-def shown_path(path: Path) -> str:
-    """Return a path relative to the working directory if it lies below it."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-@lru_cache
-def _fingerprint(folder: Path) -> str:
-    """Return a hash of a checkpoint, so that results of other weights are not taken for its own."""
-    files = sorted(file for pattern in _WEIGHTS for file in folder.rglob(pattern))
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
-        with file.open("rb") as stream:
-            if size <= _LARGE_FILE:
-                digest.update(stream.read())
-                continue
-            for place in range(_SAMPLES):
-                stream.seek((size - _SAMPLE) * place // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE))
-    return digest.hexdigest()[:12]
 
 
 def _without_levels(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -26,8 +26,8 @@ from eval.results.files import Run
 from eval.results.known_models import num_layers_of
 from eval.results.lookup import UNREADABLE, identity, model_key, ran, rank_of
 from eval.results.seeds import members, over_seeds, seed_of
+from eval.tables.cells import clock, mixed_settings, shown, watched, with_spread
 from eval.tables.render import Table, name_of
-from eval.tables.sheet import clock, mixed_settings, shown, watched, with_spread
 from llava_todre.errors import TodreError
 
 _TOKENS = {

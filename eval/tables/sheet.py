@@ -18,12 +18,13 @@ from eval.results.averages import (
     relative,
     score_of,
 )
-from eval.results.bootstrap import Interval, groups_of, mean_interval
+from eval.results.bootstrap import groups_of, mean_interval
 from eval.results.compare import drawn_over, is_mean, over_what
 from eval.results.files import Run
 from eval.results.lookup import UNREADABLE, concerns, identity, ran, rank_of
 from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average
 from eval.results.seeds import members, seed_of
+from eval.tables.cells import clock, mixed_settings, shown, time_of, watched, with_spread
 from eval.tables.render import Cell, name_of
 from llava_todre.errors import TodreError
 
@@ -322,36 +323,6 @@ class Sheet:
         return [line, *mixed_settings(runs)]
 
 
-def mixed_settings(runs: Sequence[Run]) -> list[str]:
-    """Return a line about the settings in which runs differ, if they do."""
-    settings: dict[str, set[str]] = {}
-    for run in runs:
-        others = {"seed": run["config"].get("seed"), "suite_digest": run.get("suite_digest")}
-        for key, value in {**run["config"]["model"], **others}.items():
-            settings.setdefault(key, set()).add(str(value))
-    mixed = [f"{k} {' | '.join(sorted(v))}" for k, v in settings.items() if len(v) > 1]
-    return [f"These runs differ in: {'; '.join(mixed)}."] if mixed else []
-
-
-def time_of(run: Run) -> float | None:
-    """Return the seconds of a run that other work on the machine does not decide.
-
-    On a GPU by the clock, as a run has it for itself. None on a CPU, where even the CPU time of
-    runs one after the other depends on what else runs: there only interleaved times compare.
-    """
-    on_cpu = str(run.get("device")).endswith(" cores")
-    seconds: float | None = None if on_cpu else run.get("seconds")
-    return seconds
-
-
-def clock(seconds: float | None) -> str:
-    """Return minutes:seconds."""
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}"
-
-
 def _measured(run: Run, measure: str) -> float | None:
     """Return what a run measured, in the unit of the table; no speed that other work decides."""
     if measure == "samples_per_s" and time_of(run) != run.get("seconds"):
@@ -377,25 +348,9 @@ def _text(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def with_spread(value: float, spread: float | None) -> str:
-    """Return a mean with its standard deviation over seeds, if there were several."""
-    return f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
-
-
-def watched(stored: Mapping[str, Any]) -> str:
-    """Return how often the watched answer was given, "" where none is watched."""
-    found = stored.get("watched_answer")
-    return f"{found['share']:.0%} {found['answer']}" if found else ""
-
-
 def _less(ours: float | None, published: float) -> str:
     """Return ours - published, "" without ours."""
     if ours is None:
         return ""
     text = f"{ours - published:+.1f}"
     return "0.0" if float(text) == 0 else text
-
-
-def shown(interval: Interval) -> str:
-    """Return an interval in brackets."""
-    return f"[{interval[0]:.1f}, {interval[1]:.1f}]"

@@ -18,7 +18,8 @@ pytest.importorskip("lmms_eval")
 import datasets
 
 from eval.mini import data as mini_data
-from eval.run.suites import ROOT, load_suite, prepare, scores
+from eval.run.scoring import scores
+from eval.run.suites import ROOT, load_suite, prepare
 from llava_todre.demo import bundled_checkpoint
 from llava_todre.errors import TodreError
 from llava_todre.generate import Request, answer

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from eval.results import known_models
+from eval.run import checkpoints
 from eval.run import spec as runs
 from eval.run.config import with_changes
 from eval.run.spec import resolve, resolve_model
@@ -137,7 +138,7 @@ def test_a_checkpoint_with_other_weights_is_another_model(tmp_path: Path) -> Non
     for content, readme in ((b"one", "one"), (b"two", "one"), (b"two", "two")):
         weights.write_bytes(content)
         (tmp_path / "README.md").write_text(readme)
-        runs._fingerprint.cache_clear()
+        checkpoints.fingerprint.cache_clear()
         prints.append(resolve_model(str(tmp_path))[1]["fingerprint"])
     assert prints[0] != prints[1] == prints[2]
 
@@ -145,14 +146,14 @@ def test_a_checkpoint_with_other_weights_is_another_model(tmp_path: Path) -> Non
 def test_other_weights_of_the_same_size_are_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_LARGE_FILE", 1000)
-    monkeypatch.setattr(runs, "_SAMPLE", 4)
+    monkeypatch.setattr(checkpoints, "_LARGE_FILE", 1000)
+    monkeypatch.setattr(checkpoints, "_SAMPLE", 4)
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     prints = set()
     for content in (b"0" * 9000, b"1" * 9000, b"1" * 4500 + b"0" * 4500, b"1" * 8999 + b"0"):
         weights.write_bytes(content)
-        runs._fingerprint.cache_clear()
+        checkpoints.fingerprint.cache_clear()
         prints.add(resolve_model(str(tmp_path))[1]["fingerprint"])
     assert len(prints) == 4
 
@@ -161,7 +162,7 @@ def test_another_clip_in_the_same_folder_is_another_run(tmp_path: Path) -> None:
     found = set()
     for content in (b"one", b"two"):
         (tmp_path / "model.safetensors").write_bytes(content)
-        runs._fingerprint.cache_clear()
+        checkpoints.fingerprint.cache_clear()
         run = resolve(CONFIG | {"model": {"key": "mini", "clip_text": str(tmp_path)}})
         assert "fingerprint" not in run.model_args("log")
         found.add(run.name)

@@ -15,7 +15,8 @@ import yaml
 
 from eval.results.item_scores import item_scores
 from eval.run import suites
-from eval.run.suites import ROOT, Benchmark, Suite, load_suite, scores, suite_names
+from eval.run.scoring import UNKNOWN, scores
+from eval.run.suites import ROOT, Benchmark, Suite, load_suite, suite_names
 from llava_todre.errors import TodreError
 from llava_todre.mini import TASKS
 
@@ -309,7 +310,7 @@ def test_items_about_the_same_picture_are_told_across_tasks() -> None:
         return scores(suite, results, samples, None, pictures)["one"]["groups"]
 
     assert groups(shown) == [0, 1, 1, 2, 0], "an item without a picture is by itself"
-    assert groups(shown | {("b", 2): suites.UNKNOWN}) is None
+    assert groups(shown | {("b", 2): UNKNOWN}) is None
     assert groups(None) is None, "logs of earlier versions do not tell"
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from eval.run import launch, slurm
 from eval.run.collect import read_record
-from eval.run.launch import Launch
+from eval.run.processes import Launch
 from eval.run.spec import CONFIGS, Run
 from eval.run.sweeps import plan
 from llava_todre.errors import TodreError
