@@ -91,16 +91,7 @@ def answer(
     new_tokens: int,
     **kwargs: Any,
 ) -> Timed:
-    """Answer B questions, each about its own picture or all about the only one.
-
-    Args:
-        model: with its pruner set.
-        pictures: B of them, or one.
-        ids: (B, T).
-        mask: (B, T).
-        new_tokens: of every answer, no more and no less.
-        kwargs: passed to ``generate``.
-    """
+    """Answer B questions (ids, mask: B, T), each about its own image or all about the only one."""
     arrivals = _Arrivals()
     if len(ids) == 1:
         kwargs["streamer"] = arrivals

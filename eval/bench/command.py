@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
 def _settings(
     options: argparse.Namespace, device: torch.device, dtype: torch.dtype, attention: str
 ) -> dict[str, Any]:
-    """Return what was asked for; of a folder its name only, as paths belong to one machine."""
+    """Return the settings; of a folder its name only, as paths belong to one machine."""
     path = options.checkpoint
     return {
         "what": "bench",
@@ -131,15 +131,7 @@ def measured(
     new_tokens: int,
     methods_only: bool = False,
 ) -> dict[str, Any]:
-    """Return everything that is timed on a model.
-
-    Args:
-        model: built or loaded.
-        chosen: what is compared.
-        repeats: turns.
-        new_tokens: of an answer, in the comparison.
-        methods_only: leave out the parts and the loads.
-    """
+    """Return everything that is timed on a model."""
     result: dict[str, Any] = {"methods": compare(model, chosen, repeats, new_tokens)}
     if methods_only:
         return result

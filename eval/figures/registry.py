@@ -27,14 +27,7 @@ class FigureSpec:
     """A figure: what it shows, how its data come about, and how they are drawn."""
 
     def __init__(self, shows: str, module: Any, live: bool = False, **options: Any) -> None:
-        """Take ``gather`` and ``draw`` of a module.
-
-        Args:
-            shows: one line.
-            module: with both functions.
-            live: whether gathering runs a model; the others read stored results.
-            options: of both functions.
-        """
+        """Take ``gather`` and ``draw`` of a module."""
         self.shows, self.live = shows, live
         self.gather: Callable[[Sources], Data] = partial(module.gather, **options)
         self.draw: Callable[[Data], Any] = partial(module.draw, **options)

@@ -115,11 +115,6 @@ def new_figure(width: float, height: float, note: str) -> Any:
     """Return a figure with a note below that says what it was made from.
 
     Panels added to it are laid out above the note, without overlap.
-
-    Args:
-        width: inches; :data:`COLUMN` or :data:`PAGE`.
-        height: inches, the note included.
-        note: where the numbers come from.
     """
     figure = matplotlib().figure.Figure(figsize=(width, height))
     lines = textwrap.wrap(note, round(width * 24.5))

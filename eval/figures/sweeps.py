@@ -23,12 +23,7 @@ _LOOKS = {"v1": (BLUE, "s", "--"), "v2": (VERMILION, "o", "-")}
 
 
 def gather(sources: Sources, table: str) -> Data:
-    """Return what a sweep gave, and what the papers print for theirs.
-
-    Args:
-        sources: its ``runs``.
-        table: 5, over tau, or 6, over probe layers.
-    """
+    """Return what a sweep gave, and what the papers print for theirs."""
     sheet, *others = sheets(table, load_runs([sources.runs]), suite=SUITE, version=OURS)
     if others:
         models = ", ".join(each.model for each in (sheet, *others))
@@ -61,8 +56,8 @@ def _held(table: str) -> str:
     for version, method in (("ours and v2", Todre()), ("v1", TodreV1())):
         depths = ", ".join(f"{8 * depth:g}/8" for depth in method.probe_depths)
         parts.append(f"{version} {depths}" if table == "5" else f"{version} {method.tau:.2f}")
-    knob = "Probe layers" if table == "5" else "Threshold tau"
-    return f"{knob}, by default of each version: {'; '.join(parts)}."
+    option = "Probe layers" if table == "5" else "Threshold tau"
+    return f"{option}, by default of each version: {'; '.join(parts)}."
 
 
 def _setting(row: RowSpec) -> float | str:

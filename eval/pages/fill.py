@@ -22,7 +22,7 @@ def filled(name: str, parts: Mapping[str, str]) -> str:
 
 
 def between(text: str, parts: Mapping[str, str]) -> str:
-    """Return a text with what stands between the marks of each part replaced."""
+    """Return a text with what is between the marks of each part replaced."""
     for name, new in parts.items():
         begin, end = f"<!-- {name}: make readme -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)

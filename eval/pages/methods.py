@@ -122,7 +122,7 @@ def _lead(results: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any
 
 
 def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """Return the hits of every draw behind a row."""
+    """Return the hits of every draw of a row."""
     wanted = row["method"], row["retain_ratio"]
     return [
         stored["hits"]

@@ -1,4 +1,4 @@
-"""Put stored results and the names of the methods into the README and the tables beside them."""
+"""Put stored results and the names of the methods into the README and the tables next to them."""
 
 from __future__ import annotations
 

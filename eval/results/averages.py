@@ -34,7 +34,7 @@ def score_of(part: Mapping[str, Any] | None) -> float | None:
 
 
 def counts(part: Mapping[str, Any]) -> bool:
-    """Return whether a benchmark counts in averages; MME's total does not, beside perception."""
+    """Return whether a benchmark counts in averages; MME's total does not, next to perception."""
     return bool(part.get("averaged", True))
 
 

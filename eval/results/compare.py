@@ -55,12 +55,7 @@ class Comparison:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p value of McNemar's test.
-
-    Args:
-        only_first: items that only the first run gets right.
-        only_second: items that only the second run gets right.
-    """
+    """Return the exact two-sided p value of McNemar's test."""
     tosses = only_first + only_second
     ways, tail = 1, 0
     for heads in range(min(only_first, only_second) + 1):
@@ -159,7 +154,7 @@ def render(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def _how_drawn(first: dict[str, Any], second: dict[str, Any], shown: Sequence[str]) -> list[str]:
-    """Return what was drawn for the intervals, and what p stands on."""
+    """Return what was drawn for the intervals, and what p is based on."""
     kinds: dict[str, list[str]] = {}
     for key in (key for key in shown if key in first["benchmarks"]):
         kinds.setdefault(drawn_over(*_both(first, second, key)), []).append(key)

@@ -174,10 +174,6 @@ def is_run(value: object) -> bool:
 def read_run(file: Path, with_servers: bool = True) -> dict[str, Any]:
     """Return the run stored in a file.
 
-    Args:
-        file: with its JSON.
-        with_servers: whether to add what servers said about its submissions.
-
     Raises:
         TodreError: no such file, or not the sound JSON of a run.
     """

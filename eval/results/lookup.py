@@ -40,8 +40,8 @@ def identity(method: str, options: Mapping[str, Any], num_layers: int | None) ->
         options: as in a run's JSON.
         num_layers: decoder layers, by which depths are compared; as they are when None.
     """
-    knobs = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-    pruner = create_pruner(method, **knobs)
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    pruner = create_pruner(method, **given)
     if isinstance(pruner, Combined):
         return _stage_one(pruner.before), _stage_two(pruner.inside, num_layers)
     return _stage_one(pruner), _stage_two(pruner, num_layers)
@@ -65,8 +65,8 @@ def _stage_two(pruner: Pruner, num_layers: int | None) -> object:
 
 def _settings(pruner: Pruner, without: Sequence[str] = ()) -> object:
     name = "Todre" if isinstance(pruner, Todre) else type(pruner).__name__
-    knobs = dataclasses.asdict(pruner)
-    return name, *((key, knobs[key]) for key in knobs if key not in (*without, "seed"))
+    options = dataclasses.asdict(pruner)
+    return name, *((key, options[key]) for key in options if key not in (*without, "seed"))
 
 
 def ran(run: Run) -> tuple[str, Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""The papers' tables row by row: what was printed, and the run that puts a number of ours beside.
+"""The papers' tables row by row: what was printed, and the run that gives a number of ours.
 
 Both versions of the ToDRE paper are read together: a row that both print (an unpruned model, a
 baseline) is one row here, and ToDRE itself is two, ``todre_v1`` with the numbers of v1 and
@@ -49,7 +49,7 @@ class TableSpec:
     sections: Mapping[str, str]
     """Paper version -> key in ``published.yaml``."""
     places: Mapping[str, str]
-    """Paper version -> where the table stands in it; the supplement of v2 counts anew."""
+    """Paper version -> where the table is in it; the supplement of v2 counts anew."""
     lists: tuple[str, ...]
     """Keys of the benchmarks whose scores are averaged."""
     measures: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class TableSpec:
 
     @property
     def number(self) -> str:
-        """Where the table stands in which version of the paper."""
+        """Where the table is in which version of the paper."""
         where: dict[str, list[str]] = {}
         for version, number in self.places.items():
             where.setdefault(number, []).append(version)
@@ -178,12 +178,7 @@ def rows(
 
 
 def suite_rows(table: str, num_layers: int | None = None) -> list[RowSpec]:
-    """Return rows shaped like a table of the papers, for models the papers do not speak of.
-
-    Args:
-        table: 1 to 6, pivot or cross_model.
-        num_layers: decoder layers of the model, as in :func:`rows`.
-    """
+    """Return rows shaped like a table of the papers, for models the papers do not speak of."""
     table_spec(table)
     if table in ("4", "5", "6", "pivot"):
         return [replace(row, published={}) for row in _merged(table, None, ABLATED, num_layers)]
@@ -211,7 +206,7 @@ def budget_row(method: str, options: Mapping[str, Any]) -> RowSpec | None:
 
 
 def place(row: RowSpec) -> tuple[float, int, str]:
-    """Return where a row stands in a table of methods: by budget, then in the papers' order."""
+    """Return the place of a row in a table of methods: by budget, then in the papers' order."""
     order = [*_FIRST, row.method, *_LAST].index(row.method)
     if row.method in _LAST:
         order = len(_FIRST) + 1 + _LAST.index(row.method)
@@ -256,7 +251,7 @@ def _version_rows(
 
 
 def _printed(table: str, version: str, model: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of ``published.yaml``, with the unpruned one where it stands elsewhere."""
+    """Yield the rows of ``published.yaml``, with the unpruned one where it is printed elsewhere."""
     paper = numbers()[f"todre_{version}"]
     block = paper[TABLES[table].sections[version]]
     if isinstance(block, dict):
@@ -270,13 +265,7 @@ def _printed(table: str, version: str, model: str) -> Iterator[dict[str, Any]]:
 def _run(
     row: dict[str, Any], todre: str, num_layers: int | None
 ) -> tuple[str, str, dict[str, Any]] | None:
-    """Return (label, method, options) of a printed row.
-
-    Args:
-        row: of ``published.yaml``.
-        todre: the preset of the paper's version.
-        num_layers: decoder layers, if known.
-    """
+    """Return (label, method, options) of a printed row."""
     ratio = row.get("retain", SUITE_RATIOS[-1])  # the efficiency table is at 10 % throughout
     if row.get("method") == "vanilla" or row.get("stages") == "none":
         return "vanilla", "vanilla", {}

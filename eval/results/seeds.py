@@ -36,7 +36,7 @@ def seed_of(run: Run) -> int:
 
 
 def members(run: Run) -> list[Run]:
-    """Return the runs behind one that was put together, by seed; of any other, itself."""
+    """Return the runs that one was put together from, by seed; of any other, itself."""
     found: list[Run] = run.get("members", [run])
     return found
 

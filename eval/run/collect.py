@@ -1,7 +1,7 @@
-"""What became of a run: from the files lmms-eval left behind to the run's JSON.
+"""What became of a run: from the files lmms-eval left to the run's JSON.
 
 lmms-eval exits with 0 after almost any failure, so its exit status decides nothing. A run is
-complete when its results are there, hold every metric, and stand on all the items they should.
+complete when its results are there, hold every metric, and cover all the items they should.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _cpu_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
 def _tokens(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return means over the prompts that show something: nothing is pruned where nothing is seen.
 
-    ``prompts`` counts all of them, ``prompts_with_visuals`` those behind the means.
+    ``prompts`` counts all of them, ``prompts_with_visuals`` those in the means.
     """
     seen = [line for line in lines if line["visual_tokens"] > 0]
     counts: dict[str, float | None] = {"prompts": len(lines), "prompts_with_visuals": len(seen)}
@@ -138,7 +138,7 @@ def lmms_eval_version() -> str | None:
 
 
 def last_error(log: Path, returncode: int) -> str:
-    """Return why a child failed, as far as its output tells: one line."""
+    """Return why a child failed, as far as its output says: one line."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
@@ -162,9 +162,9 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 def is_current(record: Mapping[str, Any], run: Run) -> bool:
-    """Return whether a stored result is of the suite as it stands now, as far as it tells.
+    """Return whether a stored result is of the suite as it is now, as far as it says.
 
-    One from before results told that stays: it may have taken days, and nothing speaks against it.
+    One from before results said that stays: it may have taken days, and nothing speaks against it.
     """
     return record.get("suite_digest", run.suite_digest) == run.suite_digest
 

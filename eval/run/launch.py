@@ -73,7 +73,7 @@ class Report:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Return the names of the GPUs this process may use, as its children must be told them."""
+    """Return the names of the GPUs this process may use, as its children need them."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return tuple(named[:count]) if named != [""] else tuple(map(str, range(count)))

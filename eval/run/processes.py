@@ -76,14 +76,7 @@ class Launch:
 def command(
     run: Run, launch: Launch, gpus: Sequence[str], jobs: int
 ) -> tuple[dict[str, str], list[str]]:
-    """Return what a run adds to the environment, and the arguments of its process.
-
-    Args:
-        run: what to run.
-        launch: how.
-        gpus: the GPUs it may use.
-        jobs: runs at a time, among which the cores are shared where there are no GPUs.
-    """
+    """Return what a run adds to the environment, and the arguments of its process."""
     log_dir, work = (
         shown_path(launch.out / "logs" / run.name),
         shown_path(launch.out / "raw" / run.name),
@@ -148,7 +141,7 @@ def locked(file: Path) -> int | None:
 
 @dataclass(frozen=True)
 class Child:
-    """A process at work on a run."""
+    """A process that carries out a run."""
 
     run: Run
     process: subprocess.Popen[bytes]
@@ -175,7 +168,7 @@ class Child:
 
 
 class Crew:
-    """The processes at work; leaving it ends those that still are."""
+    """The running processes; leaving it ends those that still run."""
 
     def __init__(self, launch: Launch, slots: Sequence[tuple[str, ...]]) -> None:
         self._launch, self._slots = launch, slots

@@ -14,7 +14,7 @@ from llava_todre.errors import TodreError
 from llava_todre.files import read_json
 
 Images = Mapping[tuple[str, int], str | None]
-"""Task and doc_id -> what stands for the images of an item; None where it shows none."""
+"""Task and doc_id -> a key for the images of an item; None where it shows none."""
 UNKNOWN = "unknown"
 """Stands for images in logs that do not tell."""
 
@@ -33,7 +33,7 @@ def scores(
         results: lmms-eval's results JSON.
         samples: per task, the records of lmms-eval's samples file, in any order.
         folder: lmms-eval's output path, with submission files in ``submissions``.
-        images: what each item shows, as the log of answers tells.
+        images: what each item shows, from the log of answers.
 
     Returns:
         Per benchmark: ``task``, ``metric``, ``score`` on the papers' scale (None where a server
@@ -41,7 +41,7 @@ def scores(
         the file ``submission`` to the server; ``skipped``: ``--limit`` left no item of the
         metric), ``note``, and ``items``: [number, score] for intervals, where tasks are numbered
         one after the other, with ``groups``: the number of each item's image, None if unknown;
-        ``watched_answer``: what is told beside the score; ``averaged``: whether it counts in an
+        ``watched_answer``: what is shown next to the score; ``averaged``: whether it counts in an
         average.
 
     Raises:
@@ -97,7 +97,7 @@ def _scored(
 
 
 def _size(task: str, results: Mapping[str, Any], records: Sequence[Record]) -> dict[str, int]:
-    """Return how many items a task has and how many were asked; raise unless all are there."""
+    """Return how many items a task has and how many were scored; raise unless all are there."""
     size = results.get("n-samples", {}).get(task)
     if size is None or task not in results.get("results", {}):
         ran = ", ".join(sorted(results.get("results", {}))) or "none"

@@ -174,11 +174,7 @@ class Run:
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def model_args(self, log_dir: str) -> str:
-        """Return what follows ``--model_args``.
-
-        Args:
-            log_dir: for the answers of an interrupted run.
-        """
+        """Return what follows ``--model_args``."""
         frames = {mark.frames for mark in self.benchmarks} - {None}
         folder = local_folder(self.model["pretrained"])
         arguments = {

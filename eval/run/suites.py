@@ -29,7 +29,7 @@ class Benchmark:
     key: str
     """Its name in ``published.yaml`` and in results."""
     tasks: tuple[str, ...]
-    """lmms-eval's names of the tasks behind it."""
+    """lmms-eval's names of its tasks."""
     samples: Mapping[str, int]
     """Number of items of each task where nothing limits it."""
     split: str
@@ -50,13 +50,13 @@ class Benchmark:
     judge: bool
     """Whether a judging model is asked over the network."""
     item_metric: str | None
-    """Where the score of one item stands, see ``eval.results.item_scores``; None: nowhere."""
+    """Where the score of one item is, see ``eval.results.item_scores``; None: nowhere."""
     note: str | None
     """A remark that goes into every result."""
     submission_entries: PositiveInt | None = None
     """Entries that the server wants, where they are more than the items."""
     watched_answer: str | None = None
-    """An answer whose share is told beside the score."""
+    """An answer whose share is shown next to the score."""
     averaged: bool = True
     """Whether the score counts in an average over benchmarks."""
     block: PositiveInt = 1

@@ -1,4 +1,4 @@
-"""What stands in cells and notes of tables, as text."""
+"""Cells and notes of tables, as text."""
 
 from __future__ import annotations
 

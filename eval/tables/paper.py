@@ -1,4 +1,4 @@
-"""The papers' tables filled from runs: our numbers beside the published ones.
+"""The papers' tables filled from runs: our numbers next to the published ones.
 
 A table is there for every model that the papers have in it, and one of the same shape, per suite,
 for every other model that was run.

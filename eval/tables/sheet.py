@@ -234,7 +234,7 @@ class Sheet:
         return Cell(published=published)
 
     def _drop_empty(self, column: str) -> None:
-        """Leave out a column in which nothing stands."""
+        """Leave out an empty column."""
         if column in self.columns and all(c[column] == Cell() for _, c, _ in self.rows):
             self.columns.remove(column)
             for _, cells, _ in self.rows:
@@ -263,7 +263,7 @@ class Sheet:
 
     @property
     def notes(self) -> list[str]:
-        """What stands below the table."""
+        """Notes below the table."""
         notes = []
         versions = [v for v in VERSIONS if any(v in row.published for row, _, _ in self.rows)]
         if versions:

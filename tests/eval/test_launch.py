@@ -60,7 +60,7 @@ def evaluate(
         program = (str(FAKE), "--fault", fault, "--only", only, "--pause", str(pause))
         monkeypatch.setattr(commands, "Launch", functools.partial(Launch, program=program))
         parser = argparse.ArgumentParser()
-        commands.add_parsers(parser.add_subparsers(dest="command"))
+        commands.add_parser(parser.add_subparsers(dest="command"))
         given = ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), *arguments]
         capsys.readouterr()
         status = commands.run(parser.parse_args(given))
@@ -404,7 +404,7 @@ def test_a_model_that_is_split_takes_all_processes_of_its_run(tmp_path: Path) ->
         (["--processes", "0"], "processes 0 is out of range"),
         (["--gpus", "0"], "gpus '0': 0 not found here; allowed: none"),
         (["--gpus", "0,,1"], "gpus '0,,1' is not a list"),
-        (["--limit", "0"], "limit 0 is out of range"),
+        (["--limit", "0"], "limit must be a whole number, 1 or more or null, got 0"),
         (["--set", "base.limit=3"], "key 'base' is unknown"),
         (["--slurm", "slrum"], "slurm 'slrum' is unknown"),
         (["--slurm", "--slurm-set", "x"], "slurm-set 'x' is not of the form"),
