@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; ``run`` of what it parses carries one out."""
+    """Return the parser of all commands; ``carry_out`` of what it parses runs one."""
     from eval.bench import command as bench
     from eval.figures import command as figures
     from eval.pages import command as pages
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         known = set(parsers.choices)
         module.add_parser(parsers)
         for name in parsers.choices.keys() - known:
-            parsers.choices[name].set_defaults(run=module.run)
+            parsers.choices[name].set_defaults(carry_out=module.run)
     return whole
 
 
@@ -48,7 +48,7 @@ def _run(arguments: list[str]) -> int:
         if argument == "" or re.fullmatch("--[a-z-]+=", argument):
             raise TodreError(f"argument {argument!r} is empty; leave it out or give a value.")
     options = parser().parse_args(arguments)
-    status: int = options.run(options)
+    status: int = options.carry_out(options)
     return status
 
 
