@@ -27,7 +27,6 @@ VERSIONS = {"v1": "arXiv 2505.18757v1", "v2": "arXiv 2505.18757v2"}
 ABLATED = "llava_next_7b"
 """The model of every table that names none."""
 AVERAGE = "average"
-EFFICIENCY = ("tflops", "memory_gb", "samples_per_s")
 SUITE_METHODS = ("random", "fastervlm", "divprune", "todre_v1", "todre")
 """Compared on a suite of our own, where no table of the papers says what to run."""
 SUITE_RATIOS = (0.25, 0.10)
@@ -41,6 +40,13 @@ _PIVOTS = {
 }
 
 
+@cache
+def numbers() -> dict[str, Any]:
+    """Return ``published.yaml``."""
+    loaded: dict[str, Any] = yaml.safe_load(NUMBERS.read_text(encoding="utf-8"))
+    return loaded
+
+
 @dataclass(frozen=True)
 class TableSpec:
     """One table of the papers."""
@@ -50,9 +56,9 @@ class TableSpec:
     """Paper version -> key in ``published.yaml``."""
     places: Mapping[str, str]
     """Paper version -> where the table is in it; the supplement of v2 counts anew."""
-    lists: tuple[str, ...]
+    lists: Sequence[str]
     """Keys of the benchmarks whose scores are averaged."""
-    measures: tuple[str, ...] = ()
+    measures: Sequence[str] = ()
     """Columns before the benchmarks."""
     shows_scores: bool = True
 
@@ -70,53 +76,7 @@ class TableSpec:
         return "; ".join(f"{number} of {' and '.join(found)}" for number, found in where.items())
 
 
-TABLES = {
-    "1": TableSpec(
-        "Image benchmarks",
-        {"v1": "table1_image", "v2": "table1_image"},
-        {"v1": "Table 1", "v2": "Table 1"},
-        ("image",),
-    ),
-    "2": TableSpec(
-        "Video benchmarks",
-        {"v1": "table2_video", "v2": "table2_video"},
-        {"v1": "Table 2", "v2": "Table 2"},
-        ("video",),
-    ),
-    "3": TableSpec(
-        "Efficiency",
-        {"v1": "table3_efficiency", "v2": "table3_efficiency"},
-        {"v1": "Table 3", "v2": "Table 4"},
-        ("image",),
-        measures=EFFICIENCY,
-        shows_scores=False,
-    ),
-    "4": TableSpec(
-        "Stages",
-        {"v1": "table4_stages", "v2": "stages"},
-        {"v1": "Table 4", "v2": "Table 5"},
-        ("ablation",),
-        measures=("time",),
-    ),
-    "5": TableSpec(
-        "Threshold tau",
-        {"v1": "table5_tau", "v2": "tau"},
-        {"v1": "Table 5", "v2": "supplement Table 2"},
-        ("ablation",),
-        measures=("time",),
-    ),
-    "6": TableSpec(
-        "Probe layers",
-        {"v1": "table6_layers", "v2": "layers"},
-        {"v1": "Table 6", "v2": "supplement Table 3"},
-        ("ablation",),
-        measures=("time",),
-    ),
-    "pivot": TableSpec("Pivot token", {"v2": "pivot"}, {"v2": "supplement Table 1"}, ("ablation",)),
-    "cross_model": TableSpec(
-        "Other models", {"v2": "cross_model"}, {"v2": "Table 3"}, ("image", "video")
-    ),
-}
+TABLES = {name: TableSpec(**spec) for name, spec in numbers()["tables"].items()}
 """Named by their numbers in v1; what v2 added has a name."""
 
 
@@ -130,13 +90,6 @@ class RowSpec:
     """Knobs to run with; the others at their defaults: ``create_pruner(method, **options)``."""
     published: Mapping[str, Mapping[str, float | str]]
     """Paper version -> column (benchmark, average, time, ...) -> what is printed there."""
-
-
-@cache
-def numbers() -> dict[str, Any]:
-    """Return ``published.yaml``."""
-    loaded: dict[str, Any] = yaml.safe_load(NUMBERS.read_text(encoding="utf-8"))
-    return loaded
 
 
 def table_spec(table: str) -> TableSpec:
