@@ -13,7 +13,7 @@ from llava_todre import source
 from llava_todre.source import what_changed
 
 ROOTS = ("lmms_plugin.model",)
-NOT_NEEDED = ("ui/page.py", "cli.py", "viz.py", "demo.py", "table.py", "mini/loop.py")
+NOT_NEEDED = ("ui/page.py", "cli.py", "viz.py", "demo.py", "mini/loop.py")
 CHANGES = (
     ("pruners/todre.py", "tau: float = 0.10", "tau: float = 0.11"),
     ("selection_triton.py", "import triton", "import triton, torch"),  # imported in a function
