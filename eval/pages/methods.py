@@ -16,7 +16,7 @@ from eval.pages import models as models_doc
 from eval.pages import performance
 from eval.pages.fill import filled
 from eval.results.bootstrap import difference
-from eval.tables.demo import note, with_interval
+from eval.tables.demo import columns, draws, note
 from eval.tables.render import markdown_lines
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
@@ -91,23 +91,12 @@ def _results(results: dict[str, Any]) -> str:
 
 
 def _table(results: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[list[str]]:
-    yield [
-        *("method", "tokens", "per layer", "FLOPs", "mean", "relative", f"minus `{REFERENCE}`"),
-        *("prefill", "TTFT"),
-    ]
+    before, after = ("tokens", "per layer", "FLOPs", "mean", "relative"), ("prefill", "TTFT")
+    yield ["method", *before, f"minus `{REFERENCE}`", *after]
     for row in rows:
-        draws = f" (mean of {row['draws']})" if row["draws"] > 1 else ""
-        yield [
-            f"`{row['method']}`{draws}",
-            f"{row['kept_tokens']:.0f}",
-            f"{row['mean_visual_tokens_per_layer']:.0f}",
-            f"{row['flops_share']:.0%}",
-            f"{100 * row['average']:.1f}",
-            with_interval(row["relative_average"], row["relative_interval"]),
-            _lead(results, row, rows),
-            f"{row['prefill_speedup']['median']:.1f}x",
-            f"{row['first_token_speedup']['median']:.1f}x",
-        ]
+        numbers = columns(row)
+        label, lead = f"`{row['method']}`{draws(row)}", _lead(results, row, rows)
+        yield [label, *(numbers[k] for k in before), lead, *(numbers[k] for k in after)]
 
 
 def _lead(results: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -21,24 +21,32 @@ LEGEND = (
 def cells(results: dict[str, Any], per_task: bool) -> list[list[str]]:
     """Return header and rows of a demo's results; ``per_task`` adds a column for every task."""
     tasks = results["tasks"] if per_task else []
-    header = ["method", "tokens", "per layer", "mean", "relative", "FLOPs", "prefill", "TTFT"]
-    table = [[*header, *tasks]]
+    header = ["tokens", "per layer", "mean", "relative", "FLOPs", "prefill", "TTFT"]
+    table = [["method", *header, *tasks]]
     for row in results["rows"]:
-        draws = f" (mean of {row['draws']})" if row["draws"] > 1 else ""
-        table.append(
-            [
-                f"{row['method']} {row['retain_ratio']:.0%}{draws}",
-                f"{row['kept_tokens']:.0f}",
-                f"{row['mean_visual_tokens_per_layer']:.0f}",
-                f"{100 * row['average']:.1f}",
-                with_interval(row["relative_average"], row.get("relative_interval")),
-                f"{row['flops_share']:.0%}",
-                f"{row['prefill_speedup']['median']:.1f}x",
-                f"{row['first_token_speedup']['median']:.1f}x",
-                *(f"{100 * row['accuracy'][task]:.1f}" for task in tasks),
-            ]
-        )
+        numbers = columns(row)
+        scores = (f"{100 * row['accuracy'][task]:.1f}" for task in tasks)
+        label = f"{row['method']} {row['retain_ratio']:.0%}{draws(row)}"
+        table.append([label, *(numbers[name] for name in header), *scores])
     return table
+
+
+def draws(row: dict[str, Any]) -> str:
+    """Return over how many draws a row is, if several."""
+    return f" (mean of {row['draws']})" if row["draws"] > 1 else ""
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """Return the numbers of a row of a demo's results, by header."""
+    return {
+        "tokens": f"{row['kept_tokens']:.0f}",
+        "per layer": f"{row['mean_visual_tokens_per_layer']:.0f}",
+        "mean": f"{100 * row['average']:.1f}",
+        "relative": with_interval(row["relative_average"], row.get("relative_interval")),
+        "FLOPs": f"{row['flops_share']:.0%}",
+        "prefill": f"{row['prefill_speedup']['median']:.1f}x",
+        "TTFT": f"{row['first_token_speedup']['median']:.1f}x",
+    }
 
 
 def with_interval(value: float, interval: Sequence[float] | None) -> str:

@@ -269,7 +269,7 @@ def _wrong(tmp_path: Path) -> Iterator[tuple[list[str], str]]:
     results = Sources().demo()
     del results["rows"][0]["first_token_speedup"]
     old.write_text(json.dumps(results))
-    yield ["radar", "--methods", str(empty)], "has no runs; expected: keys"
+    yield ["radar", "--methods", str(empty)], "has no runs; expected: a list"
     yield ["pareto", "--methods", str(old)], "has no rows.0.first_token_speedup; expected: keys"
     yield ["paretto"], "figure 'paretto' is unknown. Did you mean 'pareto'? Allowed: all, decoding,"
     yield ["layers", "--samples", "0"], "samples 0 is out of range"
