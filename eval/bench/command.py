@@ -23,6 +23,7 @@ from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.placement import DTYPES, check_attention, parse_dtype, target_device
 from llava_todre.provenance import provenance
+from llava_todre.settings import whole
 
 FORMAT = 1
 COMPARED = ("todre", "fastv")
@@ -173,9 +174,7 @@ def _model(
 
 def _check(options: argparse.Namespace) -> None:
     for key, low in (("repeats", 1), ("new_tokens", 3), ("threads", 1)):
-        value = getattr(options, key)
-        if value is not None and value < low:
-            name = key.replace("_", "-")
-            raise TodreError(f"{name} {value} is out of range; allowed: {low} or more.")
+        if getattr(options, key) is not None:
+            whole(key.replace("_", "-"), getattr(options, key), low)
     if options.dtype != "auto" and options.dtype not in DTYPES:
         parse_dtype(options.dtype)

@@ -18,6 +18,7 @@ from eval.run.sweeps import plan
 from llava_todre.command import INTERRUPTED
 from llava_todre.errors import TodreError
 from llava_todre.files import parse_yaml
+from llava_todre.settings import whole
 
 OUT = Path("outputs/eval")
 
@@ -78,9 +79,9 @@ def run(options: argparse.Namespace) -> int:
     runs = plan(options.configs, changes)
     launch = Launch(
         out=_checked_out(options.out),
-        jobs=_positive("jobs", options.jobs),
+        jobs=None if options.jobs is None else whole("jobs", options.jobs, 1),
         gpus=_gpus(options.gpus, must_exist=not options.dry_run),
-        processes=_positive("processes", options.processes) or 1,
+        processes=whole("processes", options.processes, 1),
         offline=options.offline,
         retry_failed=options.retry_failed,
     )
@@ -138,12 +139,6 @@ def _checked_out(out: Path) -> Path:
     if "," in str(out):  # lmms-eval splits its arguments there
         raise TodreError(f"out {str(out)!r} has a comma, which lmms-eval cannot take.")
     return out
-
-
-def _positive(key: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise TodreError(f"{key} {value} is out of range; allowed: 1 or more.")
-    return value
 
 
 def _gpus(text: str, must_exist: bool) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from llava_todre.model.images import load_image, process_images
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.prompt import AUTO, build_prompt, tokenizer_image_token
 from llava_todre.pruners.vtw import VTW, search_layer
+from llava_todre.settings import whole
 
 CALIBRATION_SEED = TEST_SEED + 2
 """Scenes that no figure is measured on."""
@@ -41,8 +42,7 @@ def find_layer(
         eta: bound on the mean divergence, in nats.
         first: first layer to try.
     """
-    if num_samples < 1:
-        raise TodreError(f"num_samples {num_samples} is out of range; allowed: 1 or more.")
+    whole("num_samples", num_samples, 1)
     questions = _bundled(num_samples) if samples is None else _read(samples, num_samples)
     tokenizer, model, processor, _ = load_pretrained_model(model_path or bundled_checkpoint())
     template = find_template(AUTO, model, tokenizer)
