@@ -24,7 +24,7 @@ ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 PALE = "#E8E8E8"
 
-METHODS: dict[str, tuple[str, str]] = {
+LOOKS: dict[str, tuple[str, str]] = {
     # unpruned, and the controls
     "vanilla": (BLACK, "*"),
     "random": (GREY, "o"),
@@ -137,9 +137,9 @@ def few_colours(picture: Image.Image, count: int) -> Image.Image:
 
 def look_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Return colour and marker by method; methods outside the registry get those left over."""
-    strangers = [method for method in methods if method not in METHODS]
+    strangers = [method for method in methods if method not in LOOKS]
     given = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(strangers)}
-    return {method: METHODS.get(method) or given[method] for method in methods}
+    return {method: LOOKS.get(method) or given[method] for method in methods}
 
 
 def some(layers: Sequence[int]) -> list[int]:

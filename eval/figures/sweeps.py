@@ -10,7 +10,7 @@ from typing import Any
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import BLUE, PAGE, VERMILION, letter, new_figure
 from eval.results.bootstrap import groups_of, relative_interval
-from eval.results.files import Run, load_runs
+from eval.results.files import StoredRun, load_runs
 from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
 from eval.tables.paper import sheets
 from llava_todre.errors import TodreError
@@ -66,7 +66,7 @@ def _setting(row: RowSpec) -> float | str:
     return row.label.split(" stage 2, ")[1] if tau is None else float(tau)
 
 
-def _scored(run: Run, full: Run) -> Data:
+def _scored(run: StoredRun, full: StoredRun) -> Data:
     parts = [(run["benchmarks"][key], full["benchmarks"][key]) for key in full["benchmarks"]]
     pairs = [(ours["items"], unpruned["items"]) for ours, unpruned in parts]
     scores = [

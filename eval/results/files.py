@@ -23,7 +23,7 @@ from eval.results.schema import (
 from eval.results.server_scores import joined
 from llava_todre.errors import TodreError
 
-Run = Mapping[str, Any]
+StoredRun = Mapping[str, Any]
 """The JSON of one run."""
 FORMAT = 1
 
@@ -202,7 +202,7 @@ def _require_sound(run: dict[str, Any], file: Path) -> None:
             )
 
 
-def load_runs(folders: Sequence[Path]) -> list[Run]:
+def load_runs(folders: Sequence[Path]) -> list[StoredRun]:
     """Return every run stored in the folders, by name; other JSON files are passed over.
 
     A copy of a run in another folder is the same run.
@@ -210,7 +210,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         TodreError: no such folder, or a file that is not JSON or a damaged run.
     """
-    found: list[Run] = []
+    found: list[StoredRun] = []
     for folder in folders:
         if not folder.is_dir():
             raise TodreError(

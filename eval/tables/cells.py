@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.results.bootstrap import Interval
-from eval.results.files import Run
+from eval.results.files import StoredRun
 
 
-def mixed_settings(runs: Sequence[Run]) -> list[str]:
+def mixed_settings(runs: Sequence[StoredRun]) -> list[str]:
     """Return a line about the settings in which runs differ, if they do."""
     settings: dict[str, set[str]] = {}
     for run in runs:
@@ -20,7 +20,7 @@ def mixed_settings(runs: Sequence[Run]) -> list[str]:
     return [f"These runs differ in: {'; '.join(mixed)}."] if mixed else []
 
 
-def time_of(run: Run) -> float | None:
+def time_of(run: StoredRun) -> float | None:
     """Return the seconds of a run that other work on the machine does not decide.
 
     On a GPU by the clock, as a run has it for itself. None on a CPU, where even the CPU time of

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.results.files import Run, load_runs
+from eval.results.files import StoredRun, load_runs
 from eval.results.lookup import model_key
 from eval.results.published import TABLES, VERSIONS
 from eval.tables.all_runs import as_flat_table, as_tables
@@ -88,7 +88,7 @@ def _all_runs(options: argparse.Namespace, folders: Sequence[Path]) -> _Found:
     return [style(table) for table in as_tables(runs)], as_flat_table(runs), []
 
 
-def _chosen(runs: list[Run], options: argparse.Namespace) -> list[Run]:
+def _chosen(runs: list[StoredRun], options: argparse.Namespace) -> list[StoredRun]:
     return [
         run
         for run in runs

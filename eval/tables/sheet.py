@@ -20,7 +20,7 @@ from eval.results.averages import (
 )
 from eval.results.bootstrap import groups_of, mean_interval
 from eval.results.compare import drawn_over, is_mean, over_what
-from eval.results.files import Run
+from eval.results.files import StoredRun
 from eval.results.lookup import UNREADABLE, concerns, identity, ran, rank_of
 from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average
 from eval.results.seeds import members, seed_of
@@ -36,7 +36,7 @@ class Entry:
     """What the runs say about one benchmark of one row."""
 
     text: str
-    run: Run | None = None
+    run: StoredRun | None = None
     stored: Mapping[str, Any] = field(default_factory=dict)
     """The benchmark's part of the run's JSON."""
 
@@ -56,7 +56,7 @@ class Sheet:
         row_specs: Sequence[RowSpec],
         columns: Sequence[str],
         benchmarks: Sequence[str],
-        runs: Sequence[Run],
+        runs: Sequence[StoredRun],
         num_layers: int | None,
         covered: bool = True,
         extras: Sequence[str] = (),
@@ -77,14 +77,14 @@ class Sheet:
         self.columns, self.benchmarks, self.covered = list(columns), benchmarks, covered
         self._scored = (*benchmarks, *extras)
         self.model, self.num_layers = model, num_layers
-        self.used: dict[str, Run] = {}
+        self.used: dict[str, StoredRun] = {}
         self.fitting: set[int] = set()
         """``id`` of all runs that fit a row, also where another run is shown in it."""
         self.remarks: dict[str, None] = {}
         self._noted: dict[str, dict[str, None]] = {}
         self._drawn: dict[str, dict[str, None]] = {}
         """What was drawn for intervals -> of which benchmarks."""
-        self._by_identity: dict[object, list[Run]] = {}
+        self._by_identity: dict[object, list[StoredRun]] = {}
         for run in runs:
             try:
                 key = identity(*ran(run), num_layers)
@@ -99,7 +99,7 @@ class Sheet:
         limits = sorted({run["config"].get("limit") for run in self.used.values()} - {None})
         self.title = title + (f", limit {', '.join(map(str, limits))}" if limits else "")
 
-    def _candidates(self, row: RowSpec) -> list[Run]:
+    def _candidates(self, row: RowSpec) -> list[StoredRun]:
         return self._by_identity.get(identity(row.method, row.options, self.num_layers), [])
 
     def _entries(self, row: RowSpec) -> dict[str, Entry]:
@@ -323,7 +323,7 @@ class Sheet:
         return [line, *mixed_settings(runs)]
 
 
-def _measured(run: Run, measure: str) -> float | None:
+def _measured(run: StoredRun, measure: str) -> float | None:
     """Return what a run measured, in the unit of the table; no speed that other work decides."""
     if measure == "samples_per_s" and time_of(run) != run.get("seconds"):
         return None

@@ -23,7 +23,7 @@ from eval.figures import kept, pareto, radar, sweeps
 from eval.figures.files import KEY, as_json, digest, png, stored, svg
 from eval.figures.registry import FIGURES, drawn
 from eval.figures.sources import Sources, middle, rounded
-from eval.figures.style import COLUMN, METHODS, PAGE, look_of
+from eval.figures.style import COLUMN, LOOKS, PAGE, look_of
 from llava_todre.errors import TodreError
 from llava_todre.pruners import PRUNERS
 
@@ -156,12 +156,12 @@ def test_published_numbers_are_labelled_so() -> None:
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
-    assert set(METHODS) == set(PRUNERS)
-    assert len({*METHODS.values()}) == len(METHODS)
-    in_grey = {(METHODS[method][1], line) for method, line in radar.LINES.items()}
+    assert set(LOOKS) == set(PRUNERS)
+    assert len({*LOOKS.values()}) == len(LOOKS)
+    in_grey = {(LOOKS[method][1], line) for method, line in radar.LINES.items()}
     assert len(in_grey) == len(radar.LINES)
     looks = look_of(["todre", "uniform+vtw", "todre+vtw"])
-    assert looks["todre"] == METHODS["todre"] and len({*looks.values()}) == 3
+    assert looks["todre"] == LOOKS["todre"] and len({*looks.values()}) == 3
 
 
 def test_the_same_data_give_the_same_bytes() -> None:
