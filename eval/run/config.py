@@ -54,6 +54,9 @@ def parsed(cls: type[T], content: Any, where: str, **derived: Any) -> T:
     given = {k: v for k, v in content.items() if v is not None or NoneType in get_args(hints[k])}
     required = [field.name for field in own if field.default is MISSING]
     check_keys(where, given, names, dict.fromkeys([*required, *content]))
+    for key, value in given.items():  # it would read a text as YAML
+        if isinstance(value, str) and not _has(str, hints[key]):
+            raise _wrong(where, key, value, hints[key])
     parser = _parser(cls)  # type: ignore[arg-type]  # a class is hashable
     try:
         found = vars(parser.instantiate(parser.parse_object(deepcopy({**content, **derived}))))
@@ -63,11 +66,13 @@ def parsed(cls: type[T], content: Any, where: str, **derived: Any) -> T:
             raise TodreError(f"{where}: {error}") from None
         raise _wrong(where, match[1], content.get(match[1]), hints[match[1]]) from None
     # Where anything is allowed jsonargparse reads texts as YAML; those stay as they are.
-    return cls(**found | {key: content[key] for key in content if _has_any(hints[key])})
+    return cls(**found | {key: content[key] for key in content if _has(Any, hints[key])})
 
 
-def _has_any(hint: Any) -> bool:
-    return hint is Any or any(map(_has_any, get_args(hint)))
+def _has(kind: Any, hint: Any) -> bool:
+    """Return whether a type, or a part of it, is of a kind; ``Any`` and literals are texts, too."""
+    is_text = kind is str and (hint is Any or get_origin(hint) is Literal)
+    return hint is kind or is_text or any(_has(kind, part) for part in get_args(hint))
 
 
 @cache

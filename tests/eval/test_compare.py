@@ -208,16 +208,6 @@ def test_a_comparison_tells_what_was_drawn() -> None:
     assert "takes items about one image for independent" in text
 
 
-def test_a_paired_interval_is_narrower_than_one_of_strangers() -> None:
-    first, second = paired(1, 200)
-    shuffled = [score for _, score in second]
-    random.Random(0).shuffle(shuffled)
-    stranger = [(i, score) for i, score in enumerate(shuffled)]
-    assert width(difference_interval([(first, second)])) < 0.8 * width(
-        difference_interval([(first, stranger)])
-    )
-
-
 def width(interval: tuple[float, float]) -> float:
     return interval[1] - interval[0]
 
@@ -251,11 +241,6 @@ def test_many_distinct_scores_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_CELLS", 50 * 7)
     assert mean_interval(items) == whole
     assert whole[0] < 49 < whole[1]
-
-
-def test_intervals_are_the_same_every_time() -> None:
-    pair = paired(1, 80)
-    assert difference_interval([pair]) == difference_interval([pair])
 
 
 # -------------------------------------------------------------------------------- comparing
