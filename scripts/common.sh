@@ -13,21 +13,31 @@ if [[ -z "${PYTHON:-}" ]]; then
   }
 fi
 
+# evaluate COMMAND ARGUMENTS: `python -m eval` on runs. Where some fail, the tables of the others are
+# still shown; a script ends with "exit $status".
+status=0
+evaluate() {
+  "$PYTHON" -m eval "$@" || status=$?
+  [[ $status -le 1 ]] || exit "$status"
+}
+
 # run_and_show TABLE NAME [ARGUMENTS]: the runs of configs/runs/NAME.yaml, then the table.
 # Variables: GPUS=0,1,..  LIMIT=items per task  MODEL=name or path  SUITE=name  OUT=folder
 run_and_show() {
   local table="$1" name="$2"
   shift 2
   local out="${OUT:-outputs/$name}"
-  "$PYTHON" -m eval run "configs/runs/$name.yaml" --out "$out" \
+  evaluate run "configs/runs/$name.yaml" --out "$out" \
     ${GPUS:+--gpus "$GPUS"} ${LIMIT:+--limit "$LIMIT"} \
     ${MODEL:+--set "model=$MODEL"} ${SUITE:+--set "suite=$SUITE"} "$@"
-  if has_results "$@"; then
+  if has_results "$out" "$@"; then
     "$PYTHON" -m eval table "$table" --results "$out" ${SUITE:+--suite "$SUITE"}
   fi
+  exit "$status"
 }
 
-# Whether runs started with these arguments have ended when the command has.
+# has_results OUT ARGUMENTS: whether runs started with these arguments have ended and left results.
 has_results() {
-  [[ " $* " != *" --dry-run "* && " $* " != *" --slurm "* ]]
+  [[ " $* " != *" --dry-run "* && " $* " != *" --slurm "* ]] || return 1
+  [[ $status == 0 ]] || compgen -G "$1/*.json" > /dev/null
 }

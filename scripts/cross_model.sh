@@ -8,8 +8,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 out="${OUT:-outputs/cross_model}"
 for suite in ${SUITE:-image video}; do
-  "$PYTHON" -m eval run configs/runs/cross_model.yaml --out "$out" --set "suite=$suite" \
+  evaluate run configs/runs/cross_model.yaml --out "$out" --set "suite=$suite" \
     ${GPUS:+--gpus "$GPUS"} ${LIMIT:+--limit "$LIMIT"} ${MODEL:+--set "model=$MODEL"} "$@"
 done
-has_results "$@" || exit 0
+has_results "$out" "$@" || exit "$status"
 "$PYTHON" -m eval table cross_model --results "$out"
+exit "$status"

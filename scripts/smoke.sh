@@ -5,7 +5,8 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 out="${OUT:-outputs/smoke}"
-"$PYTHON" -m eval sweep configs/sweeps/smoke.yaml --out "$out" --offline \
+evaluate sweep configs/sweeps/smoke.yaml --out "$out" --offline \
   --limit "${LIMIT:-2}" "$@"
-has_results "$@" || exit 0
+has_results "$out" "$@" || exit "$status"
 "$PYTHON" -m eval table 1 --suite mini --results "$out"
+exit "$status"

@@ -11,6 +11,6 @@ for size in ${SIZE:-7b 13b}; do
   "$PYTHON" -m eval bench --table3 --new-tokens 3 --size "$size" \
     --out "$out/$size.json" "$@"
 done
-if has_results "$@"; then
+if has_results "$out" "$@"; then
   "$PYTHON" -m eval table 3 --results "$out"
 fi

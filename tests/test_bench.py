@@ -20,7 +20,14 @@ from eval.bench import dims as sizes
 from eval.bench import overhead as parts
 from eval.bench import targets as bars
 from eval.bench import throughput as loads
-from eval.bench.answers import QUESTION_TOKENS, STAGES, SYSTEM_TOKENS, answer, picture, questions
+from eval.bench.answers import (
+    QUESTION_TOKENS,
+    STAGES,
+    SYSTEM_TOKENS,
+    answer,
+    questions,
+    random_image,
+)
 from eval.bench.dims import SIZES, Size, build
 from llava_todre import TodreError
 from llava_todre.flops import DecoderShape, TowerShape, decoder_prefill_flops
@@ -209,7 +216,7 @@ def test_an_answer_has_the_length_asked_for_and_its_stages_add_up(
     tiny.generation_config.eos_token_id = list(range(1, 128))  # it would stop at once
     steps: list[int] = []
     tiny.lm_head.register_forward_hook(lambda *_: steps.append(1))
-    timed = answer(tiny, [picture(tiny, 0)], ids, mask, 5)
+    timed = answer(tiny, [random_image(tiny, 0)], ids, mask, 5)
     assert len(steps) == 5
     assert sum(timed.stages_ms.values()) == pytest.approx(timed.total_ms)
     assert timed.first_token_ms is not None and timed.token_ms is not None

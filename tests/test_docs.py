@@ -122,7 +122,7 @@ def test_the_runs_in_reproduce_are_those_that_are_planned() -> None:
         named = re.findall(r"`(\w+)`", suites)
         planned = [plan([config], [f"suite={suite}"]) for suite in named]
         assert int(count) == sum(map(len, planned)), script
-        assert plan([config])[0].suite_name == named[0], script
+        assert plan([config])[0].suite == named[0], script
 
 
 @pytest.mark.parametrize("page", ["footguns", "reproduce"])

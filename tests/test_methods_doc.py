@@ -16,8 +16,9 @@ from eval.__main__ import main
 from eval.mini import TASKS, held_out
 from eval.pages import methods as docs
 from eval.pages import performance
+from eval.pages.fill import template
+from eval.results.bootstrap import difference
 from llava_todre import load_pretrained_model
-from llava_todre.intervals import difference
 from llava_todre.pruners import PRUNERS, Pruner
 from llava_todre.spans import VisualTokens
 from llava_todre.viz import token_boxes
@@ -132,7 +133,7 @@ def test_results_stand_in_the_order_of_the_registry_with_intervals_and_leads(pag
 
 
 def test_facts_about_the_model_are_those_of_its_card() -> None:
-    text = " ".join(docs.TEMPLATE.read_text().split())
+    text = " ".join(template("methods").split())
     card = " ".join((ROOT / "checkpoints" / "mini" / "README.md").read_text().split())
     assert "5.6 million parameters" in text and "5.6 million parameter LLaVA" in card
     assert "decoder of ten layers" in text and "10 layers" in card

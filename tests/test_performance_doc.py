@@ -14,6 +14,7 @@ from eval.bench import report
 from eval.bench.dims import SIZES
 from eval.bench.roofline import DEVICES, bound
 from eval.pages import performance
+from eval.pages.fill import template
 from llava_todre import TodreError
 
 STORED = performance.RESULTS
@@ -45,7 +46,8 @@ def test_a_stale_page_is_named(
 ) -> None:
     monkeypatch.setattr(performance, "PAGE", tmp_path / "performance.md")
     assert main(["docs", "--check"]) == 1
-    assert capsys.readouterr().out == "docs/performance.md is stale: run `make docs`.\n"
+    stale = f"{performance.PAGE} is stale: run `make docs`.\n"
+    assert capsys.readouterr().out == stale
 
 
 def test_without_a_cpu_result_there_is_one_clear_line(results: Path) -> None:
@@ -83,6 +85,6 @@ def test_estimates_stand_in_a_section_of_their_own(results: Path) -> None:
 
 
 def test_the_cpu_size_is_as_the_page_describes_it() -> None:
-    text = " ".join(performance.TEMPLATE.read_text().split())
+    text = " ".join(template("performance").split())
     decoder = SIZES["cpu"].decoder
     assert f"a decoder of {decoder.layers} layers of width {decoder.width}" in text

@@ -13,7 +13,7 @@ from llava_todre import source
 from llava_todre.source import what_changed
 
 ROOTS = ("llava_todre.lmms_plugin.model",)
-NOT_NEEDED = ("ui/page.py", "cli.py", "viz.py", "table.py", "ui/drawing.py")
+NOT_NEEDED = ("ui/page.py", "cli.py", "viz.py", "ui/drawing.py")
 CHANGES = (
     ("pruners/todre.py", "tau: float = 0.10", "tau: float = 0.11"),
     ("selection_triton.py", "import triton", "import triton, torch"),  # imported in a function

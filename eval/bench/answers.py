@@ -1,4 +1,4 @@
-"""One answer of a model to questions of random words about a random picture, timed.
+"""One answer of a model to questions of random words about a random image, timed.
 
 Symbols: B questions, T length of a prompt with its image placeholder.
 """
@@ -56,7 +56,7 @@ class _Arrivals(BaseStreamer):
         """Nothing is left to do."""
 
 
-def picture(model: LlavaLlamaForCausalLM, seed: int) -> Image.Image:
+def random_image(model: LlavaLlamaForCausalLM, seed: int) -> Image.Image:
     """Return noise of a size that takes 2 x 2 crops."""
     side = 2 * model.get_vision_tower().config.image_size
     noise = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -85,22 +85,13 @@ def questions(
 @torch.inference_mode()
 def answer(
     model: LlavaLlamaForCausalLM,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     ids: Tensor,
     mask: Tensor,
     new_tokens: int,
     **kwargs: Any,
 ) -> Timed:
-    """Answer B questions, each about its own picture or all about the only one.
-
-    Args:
-        model: with its pruner set.
-        pictures: B of them, or one.
-        ids: (B, T).
-        mask: (B, T).
-        new_tokens: of every answer, no more and no less.
-        kwargs: passed to ``generate``.
-    """
+    """Answer B questions (ids, mask: B, T), each about its own image or all about the only one."""
     arrivals = _Arrivals()
     if len(ids) == 1:
         kwargs["streamer"] = arrivals
@@ -109,8 +100,8 @@ def answer(
     with model.clock.timing(True) as stages:
         with model.clock.stage("views"):
             processor = model.get_vision_tower().image_processor
-            pixels = list(process_images(pictures, processor, model.config))
-        encoded = model.encode_images(pixels, [each.size for each in pictures])
+            pixels = list(process_images(images, processor, model.config))
+        encoded = model.encode_images(pixels, [each.size for each in images])
         model.generate(
             ids,
             images=encoded if len(encoded) == len(ids) else encoded * len(ids),

@@ -24,6 +24,7 @@ from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.placement import DTYPES, check_attention, parse_dtype, target_device
 from llava_todre.provenance import provenance
+from llava_todre.settings import whole
 
 FORMAT = 1
 COMPARED = ("todre", "fastv")
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 def _settings(
     options: argparse.Namespace, device: torch.device, dtype: torch.dtype, attention: str
 ) -> dict[str, Any]:
-    """Return what was asked for; of a folder its name only, as paths belong to one machine."""
+    """Return the settings; of a folder its name only, as paths belong to one machine."""
     path = options.checkpoint
     return {
         "what": "bench",
@@ -132,15 +133,7 @@ def measured(
     new_tokens: int,
     methods_only: bool = False,
 ) -> dict[str, Any]:
-    """Return everything that is timed on a model.
-
-    Args:
-        model: built or loaded.
-        chosen: what is compared.
-        repeats: turns.
-        new_tokens: of an answer, in the comparison.
-        methods_only: leave out the parts and the loads.
-    """
+    """Return everything that is timed on a model."""
     result: dict[str, Any] = {"methods": compare(model, chosen, repeats, new_tokens)}
     if methods_only:
         return result
@@ -183,9 +176,7 @@ def _model(
 
 def _check(options: argparse.Namespace) -> None:
     for key, low in (("repeats", 1), ("new_tokens", 3), ("threads", 1)):
-        value = getattr(options, key)
-        if value is not None and value < low:
-            name = key.replace("_", "-")
-            raise TodreError(f"{name} {value} is out of range; allowed: {low} or more.")
+        if getattr(options, key) is not None:
+            whole(key.replace("_", "-"), getattr(options, key), low)
     if options.dtype != "auto" and options.dtype not in DTYPES:
         parse_dtype(options.dtype)

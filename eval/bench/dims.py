@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from eval.results.known_models import known_models
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape, TowerShape
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM
@@ -25,28 +26,29 @@ class Size:
     """Its ``layers`` are those that are run: one less than the tower has."""
     tower_heads: int
     needs_gpu: bool = False
-    """Without one, only FLOPs are told."""
+    """Without one, only FLOPs are reported."""
 
 
 _CLIP_L = TowerShape(layers=23, width=1024, mlp_width=4096, image_size=336, patch_size=14)
+MODELS = {"7b": "llava_next_7b", "13b": "llava_next_13b"}
+"""Sizes with the dimensions of a model of configs/models."""
+
+
+def _decoder_of(key: str) -> DecoderShape:
+    facts = known_models()[key]
+    return DecoderShape(layers=facts["num_layers"], **facts["decoder"])
+
+
 SIZES = {
     "cpu": Size(
         DecoderShape(layers=10, width=512, mlp_width=1376, heads=8, kv_heads=8, vocab=1024),
         TowerShape(layers=11, width=96, mlp_width=384, image_size=336, patch_size=14),
         tower_heads=2,
     ),
-    "7b": Size(
-        DecoderShape(layers=32, width=4096, mlp_width=11008, heads=32, kv_heads=32, vocab=32000),
-        _CLIP_L,
-        tower_heads=16,
-        needs_gpu=True,
-    ),
-    "13b": Size(
-        DecoderShape(layers=40, width=5120, mlp_width=13824, heads=40, kv_heads=40, vocab=32000),
-        _CLIP_L,
-        tower_heads=16,
-        needs_gpu=True,
-    ),
+    **{
+        size: Size(_decoder_of(key), _CLIP_L, tower_heads=16, needs_gpu=True)
+        for size, key in MODELS.items()
+    },
 }
 """What ``--size`` allows. ``cpu`` keeps the shares of a 7B model: a tower with a twentieth of the
 prefill's FLOPs, a head with a fiftieth of the weights. It has a layer behind the probe at 7/8 of

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from eval.bench.answers import QUESTION_TOKENS, Timed, answer, picture, questions
+from eval.bench.answers import QUESTION_TOKENS, Timed, answer, questions, random_image
 from eval.bench.dims import Size, build, thin, tower_shape
 from eval.bench.memory import peak_mib
 from eval.bench.roofline import kv_bytes, step_bytes
@@ -81,14 +81,14 @@ def table3() -> list[Contender]:
 def compare(
     model: LlavaLlamaForCausalLM, chosen: Sequence[Contender], repeats: int, new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return a row per method, timed in turns on one question about one picture."""
+    """Return a row per method, timed in turns on one question about one image."""
     ids, mask = questions(model, [QUESTION_TOKENS])
-    pictures = [picture(model, 0)]
+    images = [random_image(model, 0)]
 
     def run(each: Contender, length: int = new_tokens, **kwargs: Any) -> Timed:
         say(each.label)
         model.set_pruner(each.pruner)
-        return answer(model, pictures, ids, mask, length, **kwargs)
+        return answer(model, images, ids, mask, length, **kwargs)
 
     shape, tower = model.decoder_shape, tower_shape(model)
     itemsize = model.lm_head.weight.element_size()
@@ -124,12 +124,12 @@ def count_only(
     """
     model = build(thin(size), torch.device("cpu"), torch.float32, "sdpa")
     ids, mask = questions(model, [QUESTION_TOKENS])
-    pictures = [picture(model, 0)]
+    images = [random_image(model, 0)]
     made: list[dict[str, Any]] = []
     for each in chosen:
         say(f"{each.label}: counting")
         model.set_pruner(each.pruner)
-        answer(model, pictures, ids, mask, 1)
+        answer(model, images, ids, mask, 1)
         (stats,) = model.last_stats
         layers = stats.prompt_tokens_per_layer
         views = stats.visual_tokens // size.tower.patches
@@ -161,7 +161,7 @@ def counted(
     Args:
         shape: the decoder.
         tower: the vision tower.
-        views: of the picture.
+        views: of the image.
         layers: (L,) prompt tokens each layer processes.
         new_tokens: of the answer.
         itemsize: bytes per number.

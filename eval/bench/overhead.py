@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from eval.bench.answers import SYSTEM_TOKENS, picture
+from eval.bench.answers import SYSTEM_TOKENS, random_image
 from eval.bench.timing import (
     computing,
     in_turns,
@@ -190,7 +190,7 @@ def cls_row(model: LlavaLlamaForCausalLM, repeats: int) -> dict[str, Any]:
     """Time the attention of [CLS] in one layer, as a share of the tower that runs anyway."""
     say("attention of [CLS]")
     tower = model.get_vision_tower()
-    sides = picture(model, 0)
+    sides = random_image(model, 0)
     pixels = process_images([sides], tower.image_processor, model.config)[0]
     pixels = pixels.to(model.device, model.dtype)
     pixels = pixels if pixels.ndim == 4 else pixels[None]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from eval.bench.answers import STAGES
 from eval.bench.timing import CLOCK, COMPUTING
+from eval.tables.render import aligned
 
 Result = Mapping[str, Any]
 MISSING = "not measured"
@@ -19,7 +20,7 @@ def as_text(result: Result) -> str:
     """Return all tables with aligned columns."""
     parts = [headline(result)]
     for title, table in tables(result).items():
-        parts += ["", title, *_aligned(table)]
+        parts += ["", title, *aligned(table)]
     return "\n".join(parts)
 
 
@@ -195,14 +196,3 @@ def _times(value: Mapping[str, float]) -> str:
 
 def _share(value: Mapping[str, float]) -> str:
     return f"{value['median']:.2%} [{100 * value['p20']:.2f}, {100 * value['p80']:.2f}]"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]

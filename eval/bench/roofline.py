@@ -47,14 +47,7 @@ class Bound:
 def bound(
     device: Device, shape: DecoderShape, prompt_tokens_per_layer: Sequence[int], itemsize: int = 2
 ) -> Bound:
-    """Return the bounds of prefill and of the first decoding step.
-
-    Args:
-        device: its peaks.
-        shape: the decoder.
-        prompt_tokens_per_layer: as in :mod:`llava_todre.flops`.
-        itemsize: bytes per weight and per cached number.
-    """
+    """Return the bounds of prefill and of the first decoding step."""
     work = decoder_prefill_flops(shape, prompt_tokens_per_layer, causal=True)
     moved = weight_bytes(shape, itemsize) + kv_bytes(shape, prompt_tokens_per_layer, itemsize)
     step = decoder_decode_flops(shape, prompt_tokens_per_layer, 1)
@@ -75,13 +68,7 @@ def weight_bytes(shape: DecoderShape, itemsize: int) -> int:
 
 
 def kv_bytes(shape: DecoderShape, tokens_per_layer: Sequence[int], itemsize: int) -> int:
-    """Return the bytes of one sample's keys and values.
-
-    Args:
-        shape: the decoder.
-        tokens_per_layer: tokens in each layer's cache.
-        itemsize: bytes per number.
-    """
+    """Return the bytes of one sample's keys and values."""
     return 2 * itemsize * shape.kv_width * sum(tokens_per_layer)
 
 

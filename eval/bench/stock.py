@@ -23,7 +23,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from eval.bench.answers import SYSTEM_TOKENS, picture
+from eval.bench.answers import SYSTEM_TOKENS
 from eval.bench.throughput import NEW_TOKENS, PER_PICTURE, RETAIN_RATIO, lengths_of
 from eval.bench.timing import in_turns, percentiles, ratios, say, seconds
 from llava_todre.hf.stock import StockModel
@@ -50,7 +50,7 @@ def stock_loads(like: LlavaLlamaForCausalLM, repeats: int, method: str = "todre"
         method: that prunes.
     """
     model = build_stock(like)
-    shown = picture(like, 0)
+    shown = random_image(like, 0)
     runs = {
         "one by one": partial(_ask, model, shown, "vanilla", 1),
         "per picture": partial(_ask, model, shown, method, PER_PICTURE),

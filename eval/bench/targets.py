@@ -87,35 +87,21 @@ def _selection(result: Result) -> Percentiles | None:
     return None if row is None else row["selection_of_prefill"]
 
 
-def _probe(index: int) -> Callable[[Result], Percentiles | None]:
+def _added(key: str, index: int | None = None) -> Callable[[Result], Percentiles | None]:
+    """Return what a part adds: on a GPU the difference, on a CPU its own time, see ``overhead``."""
+
     def value(result: Result) -> Percentiles | None:
-        found = result.get("probe")
-        return _on_top(result, found[index]) if found else None
+        found = result.get(key)
+        if not found:
+            return None
+        part: Result = found if index is None else found[index]
+        return part["added" if result["on_gpu"] else "inside"]
 
     return value
 
 
-def _cls(result: Result) -> Percentiles | None:
-    return _on_top(result, result["cls_row"]) if result.get("cls_row") else None
-
-
-def _on_top(result: Result, part: Result) -> Percentiles:
-    """Return what a part adds: on a GPU the difference, on a CPU its own time, see ``parts``."""
-    found: Percentiles = part["added" if result["on_gpu"] else "inside"]
-    return found
-
-
-def _load(name: str, model: str = "loads") -> Callable[[Result], Percentiles | None]:
-    def value(result: Result) -> Percentiles | None:
-        found = result.get(model)
-        return found[name] if found else None
-
-    return value
-
-
-def _off(result: Result) -> Percentiles | None:
-    found = result.get("attached_but_off")
-    return found["added"] if found else None
+def _at(key: str, name: str) -> Callable[[Result], Percentiles | None]:
+    return lambda result: result[key][name] if result.get(key) else None
 
 
 BARS = (
@@ -128,19 +114,31 @@ BARS = (
     ),
     Bar("prefill speed-up at 10 % / what FLOPs allow, CPU size", 0.80, False, "", _of_limit("cpu")),
     Bar("selection / unpruned prefill", 0.02, True, "%", _selection),
-    Bar("probing every layer L/2..L / unpruned prefill", 0.03, True, "%", _probe(0)),
-    Bar("probing every layer L/2..L / prefill at 10 %", 0.03, True, "%", _probe(1)),
-    Bar("attention row of [CLS] / vision tower", 0.01, True, "%", _cls),
+    Bar("probing every layer L/2..L / unpruned prefill", 0.03, True, "%", _added("probe", 0)),
+    Bar("probing every layer L/2..L / prefill at 10 %", 0.03, True, "%", _added("probe", 1)),
+    Bar("attention row of [CLS] / vision tower", 0.01, True, "%", _added("cls_row")),
     Bar(
-        "samples/s, 18 questions per picture, 10 % / unpruned", 6, False, "x", _load("per_picture")
+        "samples/s, 18 questions per picture, 10 % / unpruned",
+        6,
+        False,
+        "x",
+        _at("loads", "per_picture"),
+    ),
+    Bar(
+        "samples/s, batch of 8, 10 % / unpruned one by one", 4, False, "x", _at("loads", "batched")
+    ),
+    Bar(
+        "attached but off / untouched model, on top",
+        0.01,
+        True,
+        "%",
+        _at("attached_but_off", "added"),
     ),
     Bar(
         "samples/s of a stock model, 18 questions per picture, 10 % / unpruned",
         6,
         False,
         "x",
-        _load("per_picture", "stock_loads"),
+        _at("stock_loads", "per_picture"),
     ),
-    Bar("samples/s, batch of 8, 10 % / unpruned one by one", 4, False, "x", _load("batched")),
-    Bar("attached but off / untouched model, on top", 0.01, True, "%", _off),
 )

@@ -8,14 +8,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from eval.bench.answers import QUESTION_TOKENS, answer, picture, questions
+from eval.bench.answers import QUESTION_TOKENS, answer, questions, random_image
 from eval.bench.timing import in_turns, percentiles, ratios, say
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.stage2.prefix import PrefixStore
 
 RETAIN_RATIO = 0.10
 PER_PICTURE = 18
-"""Questions of POPE about one picture."""
+"""Questions of POPE about one image."""
 BATCH = 8
 NEW_TOKENS = 3
 """"yes" or "no", and the end."""
@@ -25,7 +25,7 @@ _SPREAD = 4
 def loads(model: LlavaLlamaForCausalLM, repeats: int, method: str = "todre") -> dict[str, Any]:
     """Compare two loads at 10 % of the tokens with the unpruned model asked one by one.
 
-    The unpruned model prepares, encodes and reads the picture anew for each question, as the
+    The unpruned model prepares, encodes and reads the image anew for each question, as the
     evaluation of the original does. Questions differ in length, so batches have padding.
     """
     runs = {
@@ -53,13 +53,13 @@ def lengths_of(count: int) -> list[int]:
     return [QUESTION_TOKENS + (_SPREAD if i % 2 else -_SPREAD) for i in range(count)]
 
 
-def _ask(model: LlavaLlamaForCausalLM, method: str, count: int, num_pictures: int) -> float:
-    """Return the samples per second of B = ``count`` questions about so many pictures."""
-    say(f"{count} questions about {num_pictures} pictures, {method}")
+def _ask(model: LlavaLlamaForCausalLM, method: str, count: int, num_images: int) -> float:
+    """Return the samples per second of B = ``count`` questions about so many images."""
+    say(f"{count} questions about {num_images} images, {method}")
     model.set_pruner(method, **({} if method == "vanilla" else {"retain_ratio": RETAIN_RATIO}))
     ids, mask = questions(model, lengths_of(count))
-    pictures = [picture(model, seed) for seed in range(num_pictures)]
-    shared = num_pictures == 1 and count > 1
+    images = [random_image(model, seed) for seed in range(num_images)]
+    shared = num_images == 1 and count > 1
     prefixes = PrefixStore() if shared else None
-    timed = answer(model, pictures, ids, mask, NEW_TOKENS, prefixes=prefixes)
+    timed = answer(model, images, ids, mask, NEW_TOKENS, prefixes=prefixes)
     return count * 1e3 / timed.total_ms

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from eval.demo.run import run_demo
 from eval.mini import NUM_IMAGES
-from llava_todre.table import as_text
+from eval.tables.demo import as_text
 
 
 def compare(

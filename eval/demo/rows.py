@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.demo.plan import Run
 from eval.mini import TASKS
-from llava_todre.intervals import intervals, relative_average
+from eval.results.bootstrap import intervals, relative_average
 
 
 def rows_of(

@@ -23,14 +23,14 @@ from eval.demo.sheets import draw_sheets
 from eval.demo.stored import fingerprint, finished, unused
 from eval.mini import TASKS, TEST_SEED, Sample, held_out
 from eval.mini.heldout import check_num_images
+from eval.results.bootstrap import LEVEL, RESAMPLES
+from eval.tables.demo import as_markdown
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
-from llava_todre.intervals import LEVEL, RESAMPLES
 from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.provenance import provenance
 from llava_todre.pruners import Pruner
-from llava_todre.table import as_markdown
 from llava_todre.vlm import Answer, Request, answer
 
 

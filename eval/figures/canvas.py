@@ -1,4 +1,4 @@
-"""What a drawing is made of: text, boxes, arrows and pictures at places in inches."""
+"""What a drawing is made of: text, boxes, arrows and images at places in inches."""
 
 from __future__ import annotations
 
@@ -18,11 +18,28 @@ def write(axes: Any, left: float, bottom: float, text: str, **style: Any) -> Non
     axes.text(left, bottom, text, **{"fontsize": SMALL - 0.3, "color": colour, **style})
 
 
-def place_picture(axes: Any, picture: Image.Image, corner: Point, side: float) -> None:
-    """Draw a square picture, pixel by pixel."""
+def write_line(figure: Any, left: float, top: float, text: str, **style: Any) -> None:
+    """Write a line whose foot is ``top`` inches below the upper edge; ``style`` as above."""
+    width, height = figure.get_size_inches()
+    colour = style.pop("colour", BLACK)
+    style = {"fontsize": SMALL, "va": "baseline", "color": colour, **style}
+    figure.text(left / width, 1 - top / height, text, **style)
+
+
+def panel(figure: Any, left: float, top: float, side: float, image: Image.Image) -> None:
+    """Show an image, pixel by pixel, in a square panel; inches from the upper left corner."""
+    width, height = figure.get_size_inches()
+    axes = figure.add_axes((left / width, 1 - (top + side) / height, side / width, side / height))
+    extent = (0, 1, 0, image.height / image.width)
+    axes.imshow(image, interpolation="nearest", extent=extent)
+    axes.set_axis_off()
+
+
+def place_image(axes: Any, image: Image.Image, corner: Point, side: float) -> None:
+    """Draw a square image, pixel by pixel."""
     left, bottom = corner
     extent = left, left + side, bottom, bottom + side
-    axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto", zorder=2)
+    axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto", zorder=2)
 
 
 def box(
@@ -35,7 +52,7 @@ def box(
     rounded: bool = True,
     hatch: str = "",
 ) -> None:
-    """Draw a box; one that is not filled, or has sharp corners, lies over pictures."""
+    """Draw a box; one that is not filled, or has sharp corners, lies over images."""
     from matplotlib.patches import FancyBboxPatch
 
     shape = FancyBboxPatch(

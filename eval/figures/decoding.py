@@ -10,7 +10,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from eval.figures.attention import received
 from eval.figures.sources import Data, Sources, held_out_note, middle, opened
-from eval.figures.style import BLACK, BLUE, GREEN, ORANGE, PAGE, letter, new_figure, some
+from eval.figures.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PAGE,
+    bands,
+    legend_above,
+    letter,
+    new_figure,
+    some,
+)
 from eval.mini import held_out
 from llava_todre.model.images import process_images
 from llava_todre.model.prompt import build_prompt, tokenizer_image_token
@@ -103,14 +114,10 @@ def draw(data: Data) -> Any:
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, task, mark in zip(panels, shown, "abcd", strict=False):
         letter(axes, f"({mark}) {task}")
-        for kind, (label, colour, marker, line) in KINDS.items():
-            found = data["tasks"][task][kind]
-            layers = range(len(found))
-            mean, low, high = ([layer[k] for layer in found] for k in ("mean", "p10", "p90"))
-            axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(layers, mean, line, color=colour, marker=marker, label=label, markersize=2.8)
+        for kind, look in KINDS.items():
+            bands(axes, data["tasks"][task][kind], look, 0.15, markersize=2.8)
+        layers = range(len(data["tasks"][task]["visual"]))
         axes.set(xlabel="decoder layer", ylim=(-0.03, 1.0), xticks=some(layers))
     panels[0].set_ylabel("share of attention")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    legend_above(figure, panels[0])
     return figure

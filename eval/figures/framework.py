@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from eval.figures.attention import ratios
-from eval.figures.canvas import arrow, box, place_picture, write
+from eval.figures.canvas import arrow, box, place_image, write
 from eval.figures.pictures import (
     MAX_NEW_TOKENS,
     geometry,
@@ -108,17 +108,17 @@ def _inputs(axes: Any, data: Data, image: Image.Image) -> None:
     everything = list(range(len(data["geometry"]["patches"])))
     small, large = views_of(image, data["geometry"], everything)
     _title(axes, 0.08, "Input")
-    place_picture(axes, large or small, (0.08, 1.83), 0.84)
+    place_image(axes, large or small, (0.08, 1.83), 0.84)
     write(axes, 0.5, 1.71, "image", ha="center")
     arrow(axes, (0.95, 2.25), (1.08, 2.25))
-    place_picture(axes, small, (1.26, 2.52), 0.36)
+    place_image(axes, small, (1.26, 2.52), 0.36)
     if large is not None:
         half = large.width // 2
         for row in range(2):
             for column in range(2):
                 part = column * half, row * half, (column + 1) * half, (row + 1) * half
                 corner = 1.1 + 0.355 * column, 2.12 - 0.355 * row
-                place_picture(axes, large.crop(part), corner, 0.33)
+                place_image(axes, large.crop(part), corner, 0.33)
     write(axes, 1.44, 1.63, "thumbnail\nand crops", ha="center", va="center")
     box(axes, (0.08, 0.42), (2.2, 0.46), "white")
     asked = textwrap.fill(f'"{data["question"]}"', 40)
@@ -143,8 +143,8 @@ def _stage_one(axes: Any, data: Data, image: Image.Image) -> None:
     box(axes, (2.68, 0.74), (1.52, 2.46), "#FFF7EC", edge=ORANGE)
     _title(axes, 2.75, "Stage 1: diversity")
     small, large = views_of(image, place, data["keep_idx"])
-    place_picture(axes, large or small, (3.21, 2.04), 0.92)
-    place_picture(axes, small, (2.75, 2.54), 0.42)
+    place_image(axes, large or small, (3.21, 2.04), 0.92)
+    place_image(axes, small, (2.75, 2.54), 0.42)
     side, pivot = place["side"], place["patches"][data["pivot"]]
     row, column = divmod(pivot % side**2, side)
     step = 0.42 / side

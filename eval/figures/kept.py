@@ -7,18 +7,18 @@ from typing import Any
 
 from PIL import Image
 
+from eval.figures.canvas import panel, write_line
 from eval.figures.pictures import (
     MAX_NEW_TOKENS,
     cell,
     counts,
     geometry,
     method_at,
-    show,
     verdict,
     views_of,
 )
 from eval.figures.sources import Data, Sources, opened
-from eval.figures.style import BLACK, DARK, PAGE, SMALL, TEXT, new_figure
+from eval.figures.style import DARK, PAGE, TEXT, new_figure
 from eval.mini import TEST_SEED, held_out
 from llava_todre.vlm import Request, answer
 
@@ -93,47 +93,29 @@ def _cell(
     """Draw crops, thumbnail and answer of one method."""
     left, top = _LEFT + at[0] * PITCH, _TOP + at[1] * _ROW
     small, large = views_of(image, place, given["keep_idx"])
-    show(_panel(figure, left, top, SIDE), large or small)
-    show(_panel(figure, left, top + SIDE + 0.04, SIDE / 2 - 0.02), small)
+    panel(figure, left, top, SIDE, large or small)
+    panel(figure, left, top + SIDE + 0.04, SIDE / 2 - 0.02, small)
     few, of_few, many, of_many = counts(place, given["keep_idx"])
     words, colour = verdict(given)
-    lines = (
-        (kept, BLACK, "normal"),
-        (words, colour, "bold"),
-        (f"{many} of {of_many}", DARK, "normal"),
-        (f"+ {few} of {of_few}", DARK, "normal"),
-    )
-    for line, (text, tint, weight) in enumerate(lines):
-        _write(figure, left + SIDE / 2 + 0.05, top + SIDE + 0.135 + 0.12 * line, text, tint, weight)
+    for line, (text, style) in enumerate(
+        (
+            (kept, {}),
+            (words, {"colour": colour, "weight": "bold"}),
+            (f"{many} of {of_many}", {"colour": DARK}),
+            (f"+ {few} of {of_few}", {"colour": DARK}),
+        )
+    ):
+        write_line(figure, left + SIDE / 2 + 0.05, top + SIDE + 0.135 + 0.12 * line, text, **style)
 
 
 def _column_title(figure: Any, column: int, name: str, goes_by: str) -> None:
     left = _LEFT + column * PITCH
-    _write(figure, left, _TOP - 0.165, name, BLACK, "bold", TEXT)
-    _write(figure, left, _TOP - 0.05, goes_by, DARK)
+    write_line(figure, left, _TOP - 0.165, name, weight="bold", fontsize=TEXT)
+    write_line(figure, left, _TOP - 0.05, goes_by, colour=DARK)
 
 
 def _question(figure: Any, data: Data) -> None:
     """Write what was asked where the unpruned model would stand a second time."""
     lines = [*textwrap.wrap(data["question"], 16), "", "right answer:", data["expected"]]
     for line, text in enumerate(lines):
-        _write(figure, _LEFT, _TOP + _ROW + 0.3 + 0.145 * line, text, BLACK, "normal", TEXT)
-
-
-def _write(
-    figure: Any,
-    left: float,
-    top: float,
-    text: str,
-    colour: str,
-    weight: str = "normal",
-    size: float = SMALL,
-) -> None:
-    """Write a line whose foot is ``top`` inches below the upper edge."""
-    style = {"fontsize": size, "color": colour, "weight": weight, "va": "baseline"}
-    figure.text(left / PAGE, 1 - top / HEIGHT, text, **style)
-
-
-def _panel(figure: Any, left: float, top: float, side: float) -> Any:
-    """Return a square panel at a place in inches from the upper left corner."""
-    return figure.add_axes((left / PAGE, 1 - (top + side) / HEIGHT, side / PAGE, side / HEIGHT))
+        write_line(figure, _LEFT, _TOP + _ROW + 0.3 + 0.145 * line, text, fontsize=TEXT)

@@ -15,6 +15,8 @@ from eval.figures.style import (
     PALE,
     SMALL,
     VERMILION,
+    bands,
+    legend_above,
     letter,
     new_figure,
     some,
@@ -81,10 +83,8 @@ def draw(data: Data) -> Any:
     for axes, (name, series), mark in zip(panels, data["panels"].items(), "ab", strict=True):
         letter(axes, f"({mark}) {name}")
         layers = range(len(next(iter(series.values()))))
-        for key, (label, colour, marker, line) in SHOWN.items():
-            mean, low, high = ([layer[k] for layer in series[key]] for k in ("mean", "p10", "p90"))
-            axes.fill_between(layers, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(layers, mean, line, color=colour, marker=marker, label=label)
+        for key, look in SHOWN.items():
+            bands(axes, series[key], look, 0.18)
         axes.axhline(data["tau"], color=BLACK, linewidth=0.7, dashes=(4, 2))
         axes.text(
             0.69 * len(layers) - 0.65,
@@ -97,6 +97,5 @@ def draw(data: Data) -> Any:
             axes.text(probe, 0.97, "probe", fontsize=SMALL, ha="center", va="top")
         axes.set(ylabel="share of attention", ylim=(-0.03, 1.0), xticks=some(layers))
     panels[-1].set_xlabel("decoder layer")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, columnspacing=1.2)
+    legend_above(figure, panels[0], ncols=2, columnspacing=1.2)
     return figure

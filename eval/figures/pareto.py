@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
-from eval.figures.style import BLACK, GREY, METHODS, PAGE, letter, look_of, new_figure
+from eval.figures.style import BLACK, GREY, LOOKS, PAGE, letter, look_of, new_figure
 
 TICKS = (25, 50, 75, 90, 95, 98, 99, 100)
 
@@ -147,7 +147,7 @@ def _legend(
         style |= _inside(colour, fill)
         return Line2D([], [], color=colour, marker=marker, label=label, **style)
 
-    order = [*METHODS, *methods]
+    order = [*LOOKS, *methods]
     handles = [entry(method, *looks[method]) for method in sorted(methods, key=order.index)]
     for ratio in ratios:
         handles.append(entry(f"kept: {ratio:.0%}", GREY, "h", _fill(ratio, ratios)))

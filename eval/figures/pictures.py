@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from PIL import Image, ImageFilter
@@ -127,13 +126,6 @@ def simplified(image: Image.Image) -> Image.Image:
 def _simplified(size: tuple[int, int], pixels: bytes) -> Image.Image:
     smooth = Image.frombytes("RGB", size, pixels).filter(ImageFilter.MedianFilter(3))
     return few_colours(smooth, _COLOURS).convert("RGB")
-
-
-def show(axes: Any, picture: Image.Image) -> None:
-    """Put a picture into a panel, pixel by pixel."""
-    extent = (0, 1, 0, picture.height / picture.width)
-    axes.imshow(picture, interpolation="nearest", extent=extent)
-    axes.set_axis_off()
 
 
 def verdict(given: Data) -> tuple[str, str]:

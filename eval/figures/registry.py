@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,56 +23,30 @@ from eval.figures.style import styled
 from llava_todre.errors import TodreError, unknown
 
 
-@dataclass(frozen=True)
 class FigureSpec:
     """A figure: what it shows, how its data come about, and how they are drawn."""
 
-    shows: str
-    gather: Callable[[Sources], Data]
-    draw: Callable[[Data], Any]
-    """From the data to a matplotlib Figure."""
-    live: bool = False
-    """Whether gathering runs a model; the others read stored results."""
+    def __init__(self, shows: str, module: Any, live: bool = False, **options: Any) -> None:
+        """Take ``gather`` and ``draw`` of a module."""
+        self.shows, self.live = shows, live
+        self.gather: Callable[[Sources], Data] = partial(module.gather, **options)
+        self.draw: Callable[[Data], Any] = partial(module.draw, **options)
 
 
-FIGURES: dict[str, FigureSpec] = {
-    "framework": FigureSpec(
-        "how ToDRE works, on a real question (Figure 4)", framework.gather, framework.draw, True
-    ),
-    "kept": FigureSpec(
-        "tokens that methods keep of one image (Figure 1)", kept.gather, kept.draw, True
-    ),
-    "scenes": FigureSpec(
-        "attention against diversity on several images (Figure 7)",
-        scenes.gather,
-        scenes.draw,
-        True,
-    ),
-    "video": FigureSpec("tokens kept over the frames of a video", video.gather, video.draw, True),
+FIGURES = {
+    "framework": FigureSpec("how ToDRE works, on a real question (Figure 4)", framework, True),
+    "kept": FigureSpec("tokens that methods keep of one image (Figure 1)", kept, True),
+    "scenes": FigureSpec("attention against diversity on several images (Figure 7)", scenes, True),
+    "video": FigureSpec("tokens kept over the frames of a video", video, True),
     "layers": FigureSpec(
-        "attention between text and image per layer, prefill (Figure 2)",
-        layers.gather,
-        layers.draw,
-        True,
+        "attention between text and image per layer, prefill (Figure 2)", layers, True
     ),
-    "decoding": FigureSpec(
-        "where generated tokens look, per layer (Figure 5)", decoding.gather, decoding.draw, True
-    ),
-    "radar": FigureSpec("methods over benchmarks (Figure 3)", radar.gather, radar.draw),
-    "pareto": FigureSpec(
-        "accuracy against tokens and against time, all methods", pareto.gather, pareto.draw
-    ),
-    "sweep_tau": FigureSpec(
-        "accuracy and cost over the threshold tau",
-        partial(sweeps.gather, table="5"),
-        partial(sweeps.draw, table="5"),
-    ),
-    "sweep_layers": FigureSpec(
-        "accuracy and cost over the probe layers",
-        partial(sweeps.gather, table="6"),
-        partial(sweeps.draw, table="6"),
-    ),
-    "time": FigureSpec("where the time goes, before and after", times.gather, times.draw),
+    "decoding": FigureSpec("where generated tokens look, per layer (Figure 5)", decoding, True),
+    "radar": FigureSpec("methods over benchmarks (Figure 3)", radar),
+    "pareto": FigureSpec("accuracy against tokens and against time, all methods", pareto),
+    "sweep_tau": FigureSpec("accuracy and cost over the threshold tau", sweeps, table="5"),
+    "sweep_layers": FigureSpec("accuracy and cost over the probe layers", sweeps, table="6"),
+    "time": FigureSpec("where the time goes, before and after", times),
 }
 
 

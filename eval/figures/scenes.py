@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import textwrap
+from functools import partial
 from typing import Any
 
+from eval.figures.canvas import panel, write_line
 from eval.figures.pictures import (
     MAX_NEW_TOKENS,
     cell,
     geometry,
     method_at,
-    show,
     verdict,
     views_of,
 )
 from eval.figures.sources import Data, Sources, opened
-from eval.figures.style import BLACK, PAGE, SMALL, TEXT, new_figure
+from eval.figures.style import PAGE, TEXT, new_figure
 from eval.mini import TEST_SEED, held_out
 from llava_todre.vlm import Request, answer
 
@@ -62,10 +63,7 @@ def draw(data: Data) -> Any:
     figure.set_layout_engine("none")
     images = [sample.image for sample in held_out(len(data["columns"]))]
 
-    def write(left: float, top: float, text: str, colour: str = BLACK, **style: Any) -> None:
-        style = {"fontsize": SMALL, "va": "baseline", **style}
-        figure.text(left / PAGE, 1 - top / HEIGHT, text, color=colour, **style)
-
+    write = partial(write_line, figure)
     for down, given in zip(_ROWS, data["columns"][0]["cells"], strict=True):
         name = ROWS.get(given["method"], "unpruned")
         middle = _TOP + down + SIDE / 2
@@ -78,17 +76,13 @@ def draw(data: Data) -> Any:
         for down, given in zip(_ROWS, shown["cells"], strict=True):
             top = _TOP + down
             small, large = views_of(images[column], shown["geometry"], given["keep_idx"])
-            show(_panel(figure, left, top, SIDE), large or small)
+            panel(figure, left, top, SIDE, large or small)
             words, colour = verdict(given)
             if down == 0:
-                write(left, top + SIDE + 0.1, words, colour, weight="bold")
+                write(left, top + SIDE + 0.1, words, colour=colour, weight="bold")
                 continue
-            show(_panel(figure, left, top + SIDE + 0.03, SIDE / 2 - 0.02), small)
+            panel(figure, left, top + SIDE + 0.03, SIDE / 2 - 0.02, small)
             for line, text in enumerate(textwrap.wrap(words, 10)):
                 place = left + SIDE / 2 + 0.03, top + SIDE + 0.13 + 0.11 * line
-                write(*place, text, colour, weight="bold")
+                write(*place, text, colour=colour, weight="bold")
     return figure
-
-
-def _panel(figure: Any, left: float, top: float, side: float) -> Any:
-    return figure.add_axes((left / PAGE, 1 - (top + side) / HEIGHT, side / PAGE, side / HEIGHT))

@@ -10,12 +10,13 @@ from typing import Any
 
 from eval import ROOT
 from eval.mini import TEST_SEED
-from eval.results.measured import checked_bench, checked_demo
+from eval.results.files import checked_bench, checked_demo
 from eval.results.schema import read_json
 from llava_todre.errors import TodreError
 from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.model.load import load_pretrained_model
+from llava_todre.settings import whole
 
 Data = dict[str, Any]
 """What a figure shows: plain numbers, lists and text, as they are in its JSON."""
@@ -41,8 +42,8 @@ class Sources:
 
     def __post_init__(self) -> None:
         """Check the number of pictures."""
-        if self.samples is not None and self.samples < 1:
-            raise TodreError(f"samples {self.samples} is out of range; allowed: 1 or more.")
+        if self.samples is not None:
+            whole("samples", self.samples, 1)
 
     def pictures(self, default: int) -> int:
         """Return how many held-out pictures a live run looks at."""

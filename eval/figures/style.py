@@ -24,7 +24,7 @@ ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 PALE = "#E8E8E8"
 
-METHODS: dict[str, tuple[str, str]] = {
+LOOKS: dict[str, tuple[str, str]] = {
     # unpruned, and the controls
     "vanilla": (BLACK, "*"),
     "random": (GREY, "o"),
@@ -84,7 +84,7 @@ _SETTINGS = {
     "errorbar.capsize": 1.5,
     "hatch.linewidth": 0.5,
     "svg.hashsalt": "llava_todre",  # else the ids of an SVG change from run to run
-    "svg.fonttype": "none",  # text that can be searched, and a third of the size
+    "svg.fonttype": "none",  # text that can be searched
     "image.composite_image": False,  # else an SVG has one picture, over everything between them
     "figure.dpi": 200,
 }
@@ -115,11 +115,6 @@ def new_figure(width: float, height: float, note: str) -> Any:
     """Return a figure with a note below that says what it was made from.
 
     Panels added to it are laid out above the note, without overlap.
-
-    Args:
-        width: inches; :data:`COLUMN` or :data:`PAGE`.
-        height: inches, the note included.
-        note: where the numbers come from.
     """
     figure = matplotlib().figure.Figure(figsize=(width, height))
     lines = textwrap.wrap(note, round(width * 24.5))
@@ -142,9 +137,9 @@ def few_colours(picture: Image.Image, count: int) -> Image.Image:
 
 def look_of(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Return colour and marker by method; methods outside the registry get those left over."""
-    strangers = [method for method in methods if method not in METHODS]
+    strangers = [method for method in methods if method not in LOOKS]
     given = {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(strangers)}
-    return {method: METHODS.get(method) or given[method] for method in methods}
+    return {method: LOOKS.get(method) or given[method] for method in methods}
 
 
 def some(layers: Sequence[int]) -> list[int]:
@@ -155,3 +150,28 @@ def some(layers: Sequence[int]) -> list[int]:
 def letter(axes: Any, text: str) -> None:
     """Put a title on the left over a panel, as papers do."""
     axes.set_title(text, loc="left", fontsize=TEXT, pad=4)
+
+
+def bands(
+    axes: Any, series: Any, look: tuple[str, str, str, str], alpha: float, **style: Any
+) -> None:
+    """Draw a mean per layer with a band from the 10th to the 90th percentile.
+
+    Args:
+        axes: the panel.
+        series: per layer ``mean``, ``p10`` and ``p90``.
+        look: label, colour, marker and line.
+        alpha: of the band.
+        style: of the line, as matplotlib takes it.
+    """
+    label, colour, marker, line = look
+    mean, low, high = ([layer[key] for layer in series] for key in ("mean", "p10", "p90"))
+    axes.fill_between(range(len(mean)), low, high, color=colour, alpha=alpha, linewidth=0)
+    axes.plot(range(len(mean)), mean, line, color=colour, marker=marker, label=label, **style)
+
+
+def legend_above(figure: Any, axes: Any, **style: Any) -> None:
+    """Put the legend of a panel above all of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    style = {"ncols": len(labels), **style}
+    figure.legend(handles, labels, loc="outside upper center", **style)

@@ -9,8 +9,8 @@ from typing import Any
 
 from eval.figures.sources import NOT_EVIDENCE, Data, Sources, made_by
 from eval.figures.style import BLUE, PAGE, VERMILION, letter, new_figure
-from eval.results.compare import groups_of, relative_interval
-from eval.results.files import Run, load_runs
+from eval.results.bootstrap import groups_of, relative_interval
+from eval.results.files import StoredRun, load_runs
 from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average, rows
 from eval.tables.paper import sheets
 from llava_todre.errors import TodreError
@@ -23,12 +23,7 @@ _LOOKS = {"v1": (BLUE, "s", "--"), "v2": (VERMILION, "o", "-")}
 
 
 def gather(sources: Sources, table: str) -> Data:
-    """Return what a sweep gave, and what the papers print for theirs.
-
-    Args:
-        sources: its ``runs``.
-        table: 5, over tau, or 6, over probe layers.
-    """
+    """Return what a sweep gave, and what the papers print for theirs."""
     sheet, *others = sheets(table, load_runs([sources.runs]), suite=SUITE, version=OURS)
     if others:
         models = ", ".join(each.model for each in (sheet, *others))
@@ -61,8 +56,8 @@ def _held(table: str) -> str:
     for version, method in (("ours and v2", Todre()), ("v1", TodreV1())):
         depths = ", ".join(f"{8 * depth:g}/8" for depth in method.probe_depths)
         parts.append(f"{version} {depths}" if table == "5" else f"{version} {method.tau:.2f}")
-    knob = "Probe layers" if table == "5" else "Threshold tau"
-    return f"{knob}, by default of each version: {'; '.join(parts)}."
+    option = "Probe layers" if table == "5" else "Threshold tau"
+    return f"{option}, by default of each version: {'; '.join(parts)}."
 
 
 def _setting(row: RowSpec) -> float | str:
@@ -71,7 +66,7 @@ def _setting(row: RowSpec) -> float | str:
     return row.label.split(" stage 2, ")[1] if tau is None else float(tau)
 
 
-def _scored(run: Run, full: Run) -> Data:
+def _scored(run: StoredRun, full: StoredRun) -> Data:
     parts = [(run["benchmarks"][key], full["benchmarks"][key]) for key in full["benchmarks"]]
     pairs = [(ours["items"], unpruned["items"]) for ours, unpruned in parts]
     scores = [

@@ -17,6 +17,7 @@ from eval.figures.style import (
     PURPLE,
     SKY,
     SMALL,
+    legend_above,
     letter,
     new_figure,
 )
@@ -96,6 +97,5 @@ def draw(data: Data) -> Any:
     for axes, text in ((seconds, "(a) time of one answer"), (shares, "(b) where it goes")):
         letter(axes, text)
         axes.grid(axis="y", visible=False)
-    handles, labels = seconds.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    legend_above(figure, seconds)
     return figure

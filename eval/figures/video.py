@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
+from eval.figures.canvas import panel, write_line
 from eval.figures.pictures import (
     MAX_NEW_TOKENS,
     cell,
     frame_of,
     method_at,
-    show,
     verdict,
 )
 from eval.figures.sources import Data, Sources, opened
-from eval.figures.style import BLACK, PAGE, SMALL, TEXT, new_figure
+from eval.figures.style import PAGE, TEXT, new_figure
 from eval.mini import TEST_SEED
 from eval.mini.render import Renderer
 from eval.mini.scenes import TILE_SIDE, Scene, SceneObject, SeedFamily, Sign, stream
@@ -87,10 +88,7 @@ def draw(data: Data) -> Any:
     figure.set_layout_engine("none")
     pictures = frames()
 
-    def write(left: float, top: float, text: str, colour: str = BLACK, **style: Any) -> None:
-        style = {"fontsize": SMALL, "va": "baseline", **style}
-        figure.text(left / PAGE, 1 - top / HEIGHT, text, color=colour, **style)
-
+    write = partial(write_line, figure)
     write(0.06, 0.15, f"{data['question']} ({data['expected']})", fontsize=TEXT)
     for row, given in enumerate(data["rows"]):
         top = _TOP + row * _ROW
@@ -98,13 +96,12 @@ def draw(data: Data) -> Any:
         words, colour = verdict(given)
         write(0.06, top + 0.3, name, weight="bold", fontsize=TEXT)
         write(0.06, top + 0.43, f"{len(given['keep_idx'])} tokens")
-        write(0.06, top + 0.56, words, colour, weight="bold")
+        write(0.06, top + 0.56, words, colour=colour, weight="bold")
         for column, picture in enumerate(pictures):
             first = column * data["per_frame"]
             kept = [i - first for i in given["keep_idx"] if first <= i < first + data["per_frame"]]
             left = _LEFT + column * PITCH
-            place = left / PAGE, 1 - (top + SIDE) / HEIGHT, SIDE / PAGE, SIDE / HEIGHT
-            show(figure.add_axes(place), frame_of(picture, data["side"], kept))
+            panel(figure, left, top, SIDE, frame_of(picture, data["side"], kept))
             write(left + SIDE / 2, top + SIDE + 0.078, f"{len(kept)}", ha="center", fontsize=5.5)
             if row == 0:
                 write(left + SIDE / 2, top - 0.04, f"frame {column + 1}", ha="center")

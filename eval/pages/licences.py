@@ -10,7 +10,7 @@ from importlib.metadata import Distribution, distributions
 from typing import Any
 
 from eval import ROOT
-from llava_todre.table import markdown_lines
+from eval.tables.render import markdown_lines
 
 PAGE = ROOT / "docs" / "licences.md"
 _NOT_LISTED = ("llava-todre", "pip")

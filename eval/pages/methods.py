@@ -15,14 +15,15 @@ from eval import ROOT
 from eval.mini import NUM_IMAGES
 from eval.pages import models as models_doc
 from eval.pages import performance
+from eval.pages.fill import filled
+from eval.results.bootstrap import difference
+from eval.tables.demo import columns, draws, note
+from eval.tables.render import markdown_lines
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
-from llava_todre.intervals import difference
 from llava_todre.pruners import PRUNERS, Need
-from llava_todre.table import markdown_lines, note, with_interval
 
 PAGE = ROOT / "docs" / "methods.md"
-TEMPLATE = ROOT / "eval" / "pages" / "methods.template.md"
 RESULTS = ROOT / "docs" / "results" / "methods_mini.json"
 REFERENCE = "todre"
 
@@ -36,17 +37,15 @@ def render() -> str:
             " there."
         )
     results = json.loads(RESULTS.read_text())
-    page = TEMPLATE.read_text()
-    for name, text in {
+    parts = {
         "methods": _methods(),
         "deviations": _deviations(),
         "results": _results(results),
         "resamples": f"{results['interval']['resamples']:,}",
         "note": note(results),
         "patch_tokens": f"{results['rows'][0]['kept_tokens']:.0f}",
-    }.items():
-        page = page.replace("{{" + name + "}}", text)
-    return page
+    }
+    return filled("methods", parts)
 
 
 def _methods() -> str:
@@ -92,23 +91,12 @@ def _results(results: dict[str, Any]) -> str:
 
 
 def _table(results: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[list[str]]:
-    yield [
-        *("method", "tokens", "per layer", "FLOPs", "mean", "relative", f"minus `{REFERENCE}`"),
-        *("prefill", "TTFT"),
-    ]
+    before, after = ("tokens", "per layer", "FLOPs", "mean", "relative"), ("prefill", "TTFT")
+    yield ["method", *before, f"minus `{REFERENCE}`", *after]
     for row in rows:
-        draws = f" (mean of {row['draws']})" if row["draws"] > 1 else ""
-        yield [
-            f"`{row['method']}`{draws}",
-            f"{row['kept_tokens']:.0f}",
-            f"{row['mean_visual_tokens_per_layer']:.0f}",
-            f"{row['flops_share']:.0%}",
-            f"{100 * row['average']:.1f}",
-            with_interval(row["relative_average"], row["relative_interval"]),
-            _lead(results, row, rows),
-            f"{row['prefill_speedup']['median']:.1f}x",
-            f"{row['first_token_speedup']['median']:.1f}x",
-        ]
+        numbers = columns(row)
+        label, lead = f"`{row['method']}`{draws(row)}", _lead(results, row, rows)
+        yield [label, *(numbers[k] for k in before), lead, *(numbers[k] for k in after)]
 
 
 def _lead(results: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -123,7 +111,7 @@ def _lead(results: dict[str, Any], row: dict[str, Any], rows: list[dict[str, Any
 
 
 def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[int]]]:
-    """Return the hits of every draw behind a row."""
+    """Return the hits of every draw of a row."""
     wanted = row["method"], row["retain_ratio"]
     return [
         stored["hits"]
@@ -132,25 +120,7 @@ def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[i
     ]
 
 
-def _pages() -> dict[Path, str]:
+def docs() -> dict[Path, str]:
+    """Return the generated pages of docs/."""
     pages = {models_doc.PAGE: models_doc.render(), performance.PAGE: performance.render()}
     return {PAGE: render(), **pages}
-
-
-def write_docs() -> int:
-    """Write the pages; returns the exit status."""
-    for page, text in _pages().items():
-        page.write_text(text)
-    return 0
-
-
-def check_docs() -> int:
-    """Return 1 and say so when a page is not what registry, templates and results give."""
-    stale = [
-        page.name
-        for page, text in _pages().items()
-        if not (page.exists() and page.read_text() == text)
-    ]
-    for name in stale:
-        print(f"docs/{name} is stale: run `make docs`.")
-    return 1 if stale else 0

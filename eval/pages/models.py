@@ -13,13 +13,13 @@ from statistics import fmean
 from typing import Any
 
 from eval import ROOT
+from eval.pages.fill import filled
+from eval.tables.render import markdown_lines
 from llava_todre.hf.families import FAMILIES
 from llava_todre.hf.family import Family
 from llava_todre.pruners import PRUNERS
-from llava_todre.table import markdown_lines
 
 PAGE = ROOT / "docs" / "models.md"
-TEMPLATE = ROOT / "eval" / "pages" / "models.template.md"
 REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
 STOCK = ROOT / "docs" / "results" / "stock_mini"
 """Made with: todre convert --model checkpoints/mini --out outputs/mini_hf, and for each method
@@ -76,7 +76,7 @@ _OVERVIEW = (
 _USUAL = dict.fromkeys(_WORKS, YES) | dict.fromkeys(_REFUSED, REFUSED)
 _IMAGES_ONLY = _USUAL | {"video": ABSENT}
 _QWEN3_LAYERS = (36, 3)
-"""Of Qwen3-VL-8B: decoder layers, and the first of them behind which features are added."""
+"""Of Qwen3-VL-8B: decoder layers, and how many of the first add features after them."""
 _NO_WINDOW = {feature: ABSENT for feature in FEATURES if feature.startswith("sliding window")}
 
 MATRIX: dict[str, dict[str, str]] = {
@@ -98,28 +98,20 @@ def missing_needs(family: Family, method: str) -> list[str]:
 
 
 def drops_too_early(method: str, num_layers: int, deep_layers: int) -> bool:
-    """Return whether a method, as it comes, drops tokens to which image features are still added.
-
-    Args:
-        method: its name.
-        num_layers: of the decoder.
-        deep_layers: the first decoder layers, behind which features are added.
-    """
+    """Return whether a method by default drops tokens to which image features are still added."""
     return min(PRUNERS[method]().probe_layers(num_layers), default=num_layers) < deep_layers
 
 
 def render() -> str:
     """Return the page."""
-    page = TEMPLATE.read_text()
-    for name, text in {
+    parts = {
         "families": _families(),
         "features": _features(),
         "methods": _methods(),
         "proxies": _proxies(),
         "scores": _scores(),
-    }.items():
-        page = page.replace("{{" + name + "}}", text)
-    return page
+    }
+    return filled("models", parts)
 
 
 def score_pairs() -> list[tuple[Record, Record]]:

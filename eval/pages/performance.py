@@ -10,13 +10,12 @@ from eval.bench import report
 from eval.bench.answers import QUESTION_TOKENS, SYSTEM_TOKENS
 from eval.bench.dims import SIZES
 from eval.bench.roofline import DEVICES, bound
+from eval.pages.fill import filled
 from eval.tables.efficiency import efficiencies, load_benches
-from eval.tables.render import as_markdown, stacked
+from eval.tables.render import as_markdown, markdown_lines, stacked
 from llava_todre.errors import TodreError
-from llava_todre.table import markdown_lines
 
 PAGE = ROOT / "docs" / "performance.md"
-TEMPLATE = ROOT / "eval" / "pages" / "performance.template.md"
 RESULTS = ROOT / "docs" / "results"
 CPU, GPU = "bench_cpu.json", "bench_gpu.json"
 TABLE3 = "table3"
@@ -32,11 +31,8 @@ def render() -> str:
             f"docs/results/{CPU} is missing; make it with `python -m eval bench --out"
             f" docs/results/{CPU}`."
         )
-    page = TEMPLATE.read_text()
     parts = {"cpu": _bench(CPU), "gpu": _gpu(), "table3": _table3(), "roofline": _roofline()}
-    for name, text in parts.items():
-        page = page.replace("{{" + name + "}}", text)
-    return page
+    return filled("performance", parts)
 
 
 def _bench(file: str) -> str:

@@ -1,28 +1,26 @@
-"""Put stored results and the names of the methods into the README and the tables beside them."""
+"""Put stored results and the names of the methods into the README and the tables next to them."""
 
 from __future__ import annotations
 
 import json
 import re
 import textwrap
+from pathlib import Path
 
 from eval import ROOT
+from eval.pages.fill import between
 from eval.pages.models import overview
 from eval.results.files import load_runs
 from eval.results.published import AVERAGE
+from eval.tables.demo import as_markdown
 from eval.tables.paper import sheets
-from eval.tables.render import name_of, render
+from eval.tables.render import markdown_lines, name_of, render
 from llava_todre.pruners import PRUNERS
-from llava_todre.table import as_markdown, markdown_lines
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results" / "demo_mini.json"
-TABLE = "<!-- demo table: make readme -->", "<!-- end of demo table -->"
 REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
 TABLES = REPRODUCED / "README.md"
-EVALUATED = "<!-- lmms-eval table: make readme -->", "<!-- end of lmms-eval table -->"
-FAMILIES = "<!-- families: make readme -->", "<!-- end of families -->"
-OTHERS = "<!-- other methods: make readme -->", "<!-- end of other methods -->"
 
 
 def readme() -> str:
@@ -32,14 +30,13 @@ def readme() -> str:
     explained = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
     others = [f"`{name}`" for name in PRUNERS if name not in explained]
     line = textwrap.fill(f"Also: {', '.join(others)}.", 100) + "\n" if others else ""
-    for marks, new in (
-        (OTHERS, line),
-        (TABLE, table),
-        (EVALUATED, _evaluated()),
-        (FAMILIES, overview()),
-    ):
-        text = _between(*marks, new, text)
-    return text
+    parts = {
+        "other methods": line,
+        "demo table": table,
+        "lmms-eval table": _evaluated(),
+        "families": overview(),
+    }
+    return between(text, parts)
 
 
 def tables() -> str:
@@ -66,23 +63,6 @@ def _evaluated() -> str:
     return f"{drawn}\n\nBundled mini model, not evidence about 7B models. {notes}\n"
 
 
-def _between(begin: str, end: str, new: str, text: str) -> str:
-    """Return the text with what stands between two marks replaced."""
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
-    return f"{before}{begin}\n{new}{end}{after}"
-
-
-def write_readme() -> int:
-    """Write the README and the tables; returns the exit status."""
-    README.write_text(readme())
-    TABLES.write_text(tables())
-    return 0
-
-
-def check_readme() -> int:
-    """Return 1 and say so when the README is not what results and registry give."""
-    if (readme(), tables()) == (README.read_text(), TABLES.read_text()):
-        return 0
-    print("README.md or the tables in docs/results are stale: run `make readme`.")
-    return 1
+def pages() -> dict[Path, str]:
+    """Return the README and the tables."""
+    return {README: readme(), TABLES: tables()}

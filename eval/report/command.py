@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report import charts, demo, runs
-from eval.results.measured import checked_demo
+from eval.results.files import checked_demo
 from eval.results.schema import read_json
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole

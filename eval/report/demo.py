@@ -10,9 +10,9 @@ from eval.report.answers import of_demo
 from eval.report.origin import origin
 from eval.report.page import Html, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, with_pictures
+from eval.tables.demo import LEGEND, cells
 from llava_todre.errors import TodreError
 from llava_todre.pruners import Pruner
-from llava_todre.table import LEGEND, cells
 
 
 def is_demo(results: Any) -> bool:

@@ -11,7 +11,7 @@ from eval.report.answers import of_runs
 from eval.report.origin import origin
 from eval.report.page import Html, folded, heading, page, paragraph, table
 from eval.report.scenes import NUM_SCENES, answers, with_pictures
-from eval.results.files import Run, load_runs
+from eval.results.files import StoredRun, load_runs
 from eval.results.lookup import model_key
 from eval.results.published import table_spec
 from eval.tables.all_runs import as_tables
@@ -34,7 +34,7 @@ _TABLES = {
 """Tables of the papers that runs fill, and which version of the paper where they differ."""
 
 
-def stored(folder: Path) -> list[Run]:
+def stored(folder: Path) -> list[StoredRun]:
     """Return the runs of a folder; raise a TodreError if there are none."""
     runs = load_runs([folder])
     if not runs:
@@ -46,7 +46,7 @@ def stored(folder: Path) -> list[Run]:
 
 
 def report(
-    runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any, charts: list[Html]
+    runs: Sequence[StoredRun], folder: Path, model: Any, tokenizer: Any, charts: list[Html]
 ) -> str:
     """Return the page.
 
@@ -73,7 +73,7 @@ def report(
     )
 
 
-def _lead(runs: Sequence[Run]) -> str:
+def _lead(runs: Sequence[StoredRun]) -> str:
     keys = sorted({model_key(run) for run in runs})
     suites = sorted({str(run["config"]["suite"]) for run in runs})
     caution = " The bundled mini model shows the mechanism and is no evidence about 7B models."
@@ -83,7 +83,7 @@ def _lead(runs: Sequence[Run]) -> str:
     )
 
 
-def _tables(runs: Sequence[Run]) -> list[Html]:
+def _tables(runs: Sequence[StoredRun]) -> list[Html]:
     """Return every table of the papers that shows a run which none before it does."""
     parts: list[Html] = []
     told: set[str] = set()
@@ -99,7 +99,7 @@ def _tables(runs: Sequence[Run]) -> list[Html]:
     return parts
 
 
-def _all(runs: Sequence[Run]) -> list[Html]:
+def _all(runs: Sequence[StoredRun]) -> list[Html]:
     """Return every run once, whether it is in one of the tables or not."""
     parts: list[Html] = []
     for made in as_tables(runs):
@@ -116,7 +116,7 @@ def _as_html(filled: Table) -> list[Html]:
     return [heading(filled.title), drawn, *(paragraph(note, "note") for note in filled.notes)]
 
 
-def _examples(runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any) -> list[Html]:
+def _examples(runs: Sequence[StoredRun], folder: Path, model: Any, tokenizer: Any) -> list[Html]:
     """Return the first items of the runs that differ in method and ratio only."""
     plain = {
         _label(run): run
@@ -134,25 +134,25 @@ def _examples(runs: Sequence[Run], folder: Path, model: Any, tokenizer: Any) -> 
     return with_pictures(model, tokenizer, held_out(NUM_SCENES), pruners, asked)
 
 
-def _place(run: Run) -> tuple[bool, float]:
+def _place(run: StoredRun) -> tuple[bool, float]:
     """Return where a run stands: the unpruned one, then by falling ratio."""
     return run["config"]["method"] != "vanilla", -_ratio(run)
 
 
-def _is_mini(run: Run) -> bool:
+def _is_mini(run: StoredRun) -> bool:
     return model_key(run) == _MINI and run["config"]["suite"] == _MINI
 
 
-def pruner_of(run: Run, doc_id: int) -> Pruner:
+def pruner_of(run: StoredRun, doc_id: int) -> Pruner:
     """Return the method as the run asked about one item: random draws belong to the item."""
     pruner = create_pruner(run["config"]["method"], **run["config"]["options"])
     seed = item_seed(run["config"]["seed"], doc_id)
     return with_seed(pruner, seed) if draws(pruner) else pruner
 
 
-def _label(run: Run) -> str:
+def _label(run: StoredRun) -> str:
     return f"{run['config']['method']} {_ratio(run):.0%}"
 
 
-def _ratio(run: Run) -> float:
+def _ratio(run: StoredRun) -> float:
     return float(run["config"]["options"].get("retain_ratio", 1.0))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
-from eval.results.compare import groups_of, is_mean, relative_interval
-from eval.results.files import Run
+from eval.results.bootstrap import Interval, groups_of, relative_interval
+from eval.results.compare import is_mean
+from eval.results.files import StoredRun
 from eval.results.published import relative_average
 from eval.results.seeds import members
-from llava_todre.intervals import Interval
 
 Stored = Mapping[str, Mapping[str, Any]]
 """Parts of a run's JSON, by benchmark."""
@@ -34,7 +34,7 @@ def score_of(part: Mapping[str, Any] | None) -> float | None:
 
 
 def counts(part: Mapping[str, Any]) -> bool:
-    """Return whether a benchmark counts in averages; MME's total does not, beside perception."""
+    """Return whether a benchmark counts in averages; MME's total does not, next to perception."""
     return bool(part.get("averaged", True))
 
 
@@ -63,7 +63,7 @@ def average_interval(ours: Stored, full: Stored, keys: Sequence[str]) -> Interva
     )
 
 
-def average_spread(run: Run, full: Stored, keys: Sequence[str]) -> float | None:
+def average_spread(run: StoredRun, full: Stored, keys: Sequence[str]) -> float | None:
     """Return the standard deviation over the seeds of a run's average; None of one seed."""
     parts = [relative(each["benchmarks"], full, keys) for each in members(run)]
     values = [part.value for part in parts if part is not None and set(part.keys) == set(keys)]

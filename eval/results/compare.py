@@ -1,13 +1,8 @@
 """Two runs on the same items: how far apart they are, and how much of that may be luck.
 
-Items are drawn with replacement, the same draw for both runs (paired bootstrap); an interval holds
-the middle 95 % of the resampled values. Where several items ask about one image, images are drawn,
-with all of their items: what makes an image hard is no news the second time. Benchmarks with the
-same items share a draw, others are drawn apart. For hits and misses there is McNemar's exact test
+Differences have intervals by paired bootstrap. For hits and misses there is McNemar's exact test
 as well: if the runs were equally good, each item that only one of them gets right would be a fair
 coin.
-
-Symbols: R resamples, T benchmarks, N items, G images or single items, C columns.
 """
 
 from __future__ import annotations
@@ -19,23 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from eval.results.bootstrap import (
+    RESAMPLES,
+    Groups,
+    Interval,
+    Items,
+    Pair,
+    difference_interval,
+    groups_of,
+    require_same_items,
+)
 from eval.results.files import read_run
 from llava_todre.errors import TodreError
-from llava_todre.intervals import LEVEL, RESAMPLES, SEED, Interval, relative_average
 
-Items = Sequence[tuple[int, float]]
-"""(doc_id, score) of every item, ascending doc_id; scores as fractions 0..1."""
-Pair = tuple[Items, Items]
-"""The same benchmark in two runs."""
-Groups = Mapping[int, int]
-"""doc_id -> number of its image."""
-_Array = NDArray[np.float64]
 UNKNOWN = "items, of unknown images"
-_CELLS = 4_000_000
-"""Draws held in memory at once."""
-_SHOWN_IDS = 3
 
 
 @dataclass(frozen=True)
@@ -62,12 +55,7 @@ class Comparison:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the exact two-sided p value of McNemar's test.
-
-    Args:
-        only_first: items that only the first run gets right.
-        only_second: items that only the second run gets right.
-    """
+    """Return the exact two-sided p value of McNemar's test."""
     tosses = only_first + only_second
     ways, tail = 1, 0
     for heads in range(min(only_first, only_second) + 1):
@@ -76,125 +64,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**tosses)
 
 
-def groups_of(*stored: Mapping[str, Any]) -> Groups | None:
-    """Return which items of a benchmark ask about the same image; None where none do.
-
-    Args:
-        stored: parts of runs with the same items; the first that knows of images is believed.
-    """
-    for each in stored:
-        if each.get("groups"):
-            groups = dict(zip((doc_id for doc_id, _ in each["items"]), each["groups"], strict=True))
-            return groups if len({*groups.values()}) < len(groups) else None
-    return None
-
-
 def drawn_over(*stored: Mapping[str, Any]) -> str:
     """Return what the bootstrap of a benchmark draws: images, or items; or that it cannot know."""
     if not any(each.get("groups") for each in stored):
         return UNKNOWN
     return "items" if groups_of(*stored) is None else "images"
-
-
-def mean_interval(items: Items, groups: Groups | None = None) -> Interval:
-    """Return the 95 % interval of the mean score, in percent."""
-    ordered = sorted(items)
-    scores = np.array([[score] for _, score in ordered], dtype=np.float64)
-    means = _resampled_means(scores, _numbers(ordered, groups), np.random.RandomState(SEED))
-    return _middle(100 * means)
-
-
-def difference_interval(
-    pairs: Sequence[Pair], groups: Sequence[Groups | None] | None = None
-) -> Interval:
-    """Return the 95 % interval of first - second, mean over benchmarks, in percent."""
-    means = paired_means(pairs, groups)
-    return _middle(100 * (means[..., 0] - means[..., 1]).mean(-1))
-
-
-def relative_interval(
-    pairs: Sequence[Pair], groups: Sequence[Groups | None] | None = None
-) -> Interval:
-    """Return the 95 % interval of the relative average, in percent.
-
-    Args:
-        pairs: per benchmark the items of a run, and those of the unpruned run.
-        groups: per benchmark the images of its items.
-    """
-    means = paired_means(pairs, groups)
-    return _middle(100 * relative_average(means[..., 0], means[..., 1]))
-
-
-def paired_means(pairs: Sequence[Pair], groups: Sequence[Groups | None] | None = None) -> _Array:
-    """Return the (R, T, 2) mean scores of both runs on every resample.
-
-    Raises:
-        TodreError: the runs of a pair did not score the same items.
-    """
-    shared: dict[tuple[Any, ...], list[int]] = {}
-    images = groups or [None] * len(pairs)
-    for index, (first, second) in enumerate(pairs):
-        require_same_items(first, second)
-        ids = tuple(sorted(doc_id for doc_id, _ in first))
-        of_image = images[index]
-        key = (ids, None if of_image is None else tuple(of_image[doc_id] for doc_id in ids))
-        shared.setdefault(key, []).append(index)
-    stream = np.random.RandomState(SEED)
-    means = np.empty((RESAMPLES, len(pairs), 2))
-    for members in shared.values():
-        both = [sorted(items) for index in members for items in pairs[index]]
-        columns = np.array([[score for _, score in items] for items in both], dtype=np.float64)
-        drawn = _resampled_means(columns.T, _numbers(both[0], images[members[0]]), stream)
-        means[:, members] = drawn.reshape(RESAMPLES, len(members), 2)
-    return means
-
-
-def _numbers(ordered: Items, groups: Groups | None) -> list[int] | None:
-    """Return the image of every item, in order."""
-    return None if groups is None else [groups[doc_id] for doc_id, _ in ordered]
-
-
-def require_same_items(first: Items, second: Items, benchmark: str = "") -> None:
-    """Raise a TodreError unless both runs scored the same items, one or more."""
-    ids, others = ({doc_id for doc_id, _ in items} for items in (first, second))
-    if ids == others and len(first) == len(second) == len(ids) > 0:
-        return
-    odd = sorted(ids ^ others)
-    shown = ", ".join(map(str, odd[:_SHOWN_IDS])) + (", ..." if len(odd) > _SHOWN_IDS else "")
-    apart = f", {len(odd)} of them in one run only (doc_id {shown})" if odd else ""
-    raise TodreError(
-        f"items {benchmark and f'of {benchmark!r} '}differ: {len(first)} against {len(second)}"
-        f"{apart}; allowed: two runs on the same items, each once."
-    )
-
-
-def _resampled_means(
-    scores: _Array, images: Sequence[int] | None, stream: np.random.RandomState
-) -> _Array:
-    """Return the means (R, C) of the columns of ``scores`` (N, C), rows drawn with replacement.
-
-    Rows with equal scores are drawn together: how often each distinct row turns up is multinomial,
-    and there are few of them (four for the hits of two runs). Of images, the sums of their items
-    are drawn, with how many they are.
-    """
-    sums = np.column_stack([scores, np.ones(len(scores))])  # (N, C + 1)
-    if images is not None:
-        _, place = np.unique(images, return_inverse=True)
-        of_items, sums = sums, np.zeros((place.max() + 1, sums.shape[1]))  # (G, C + 1)
-        np.add.at(sums, place, of_items)
-    rows, counts = np.unique(sums, axis=0, return_counts=True)
-    at_once = max(1, _CELLS // len(counts))
-    parts = []
-    for start in range(0, RESAMPLES, at_once):
-        size = min(at_once, RESAMPLES - start)
-        drawn = stream.multinomial(len(sums), counts / len(sums), size)
-        parts.append(drawn @ rows[:, :-1] / (drawn @ rows[:, -1:]))
-    return np.concatenate(parts)
-
-
-def _middle(values: _Array) -> Interval:
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def compare(first: dict[str, Any], second: dict[str, Any]) -> list[Comparison]:
@@ -280,7 +154,7 @@ def render(first: dict[str, Any], second: dict[str, Any]) -> str:
 
 
 def _how_drawn(first: dict[str, Any], second: dict[str, Any], shown: Sequence[str]) -> list[str]:
-    """Return what was drawn for the intervals, and what p stands on."""
+    """Return what was drawn for the intervals, and what p is based on."""
     kinds: dict[str, list[str]] = {}
     for key in (key for key in shown if key in first["benchmarks"]):
         kinds.setdefault(drawn_over(*_both(first, second, key)), []).append(key)

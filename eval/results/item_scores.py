@@ -1,6 +1,6 @@
 """What each item of a benchmark scored, from the sample records lmms-eval writes.
 
-A benchmark says where the number stands (``item_metric``):
+A benchmark says where the number is (``item_metric``):
 
     exact_match                   the record's value itself
     pope_f1_score.score           a field of it

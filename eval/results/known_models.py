@@ -1,7 +1,7 @@
 """The models of configs/models: how they are run, and facts about them, from their YAML files.
 
-A fact about a model stands in its file and nowhere else. ``num_layers`` is one; all other keys are
-settings of a run.
+A fact about a model is in its file and nowhere else (:data:`FACTS`); other keys are settings
+of a run.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from llava_todre.errors import TodreError
 from llava_todre.files import read_mapping
 
 FOLDER = ROOT / "configs" / "models"
-FACTS = ("num_layers",)
+FACTS = ("num_layers", "decoder")
 """Keys that say what a model is; they are no settings and in no result."""
 
 
 def known_models() -> Mapping[str, Mapping[str, Any]]:
-    """Return the content of every file by its name, as it stands now.
+    """Return the content of every file by its name, as it is now.
 
     Raises:
         TodreError: a file cannot be read, or a fact in it is wrong.

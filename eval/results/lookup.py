@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.results.files import Run
+from eval.results.files import StoredRun
 from eval.results.known_models import key_of, known_models
 from llava_todre.errors import TodreError
 from llava_todre.pruners import Pruner, create_pruner
@@ -21,7 +21,7 @@ UNREADABLE = (TodreError, TypeError, ValueError, OverflowError)
 _STAGE_TWO = ("probe_depths", "tau", "text_set")
 
 
-def model_key(run: Run) -> str:
+def model_key(run: StoredRun) -> str:
     """Return the key of a run's model: a known one, stated or by the name of its checkpoint."""
     model = run["config"]["model"]
     pretrained = str(model.get("pretrained", "")).rstrip("/")
@@ -40,8 +40,8 @@ def identity(method: str, options: Mapping[str, Any], num_layers: int | None) ->
         options: as in a run's JSON.
         num_layers: decoder layers, by which depths are compared; as they are when None.
     """
-    knobs = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-    pruner = create_pruner(method, **knobs)
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+    pruner = create_pruner(method, **given)
     if isinstance(pruner, Combined):
         return _stage_one(pruner.before), _stage_two(pruner.inside, num_layers)
     return _stage_one(pruner), _stage_two(pruner, num_layers)
@@ -65,22 +65,22 @@ def _stage_two(pruner: Pruner, num_layers: int | None) -> object:
 
 def _settings(pruner: Pruner, without: Sequence[str] = ()) -> object:
     name = "Todre" if isinstance(pruner, Todre) else type(pruner).__name__
-    knobs = dataclasses.asdict(pruner)
-    return name, *((key, knobs[key]) for key in knobs if key not in (*without, "seed"))
+    options = dataclasses.asdict(pruner)
+    return name, *((key, options[key]) for key in options if key not in (*without, "seed"))
 
 
-def ran(run: Run) -> tuple[str, Mapping[str, Any]]:
+def ran(run: StoredRun) -> tuple[str, Mapping[str, Any]]:
     """Return method and options of a run."""
     return run["config"]["method"], run["config"].get("options") or {}
 
 
-def concerns(run: Run, benchmark: str) -> bool:
+def concerns(run: StoredRun, benchmark: str) -> bool:
     """Return whether a run has, or failed before it had, a benchmark."""
     listed = run["benchmarks"] or run["config"].get("benchmarks")
     return benchmark in listed if listed else run["status"] != "complete"
 
 
-def rank_of(run: Run, benchmark: str = "") -> tuple[bool, bool, int, bool, str, str]:
+def rank_of(run: StoredRun, benchmark: str = "") -> tuple[bool, bool, int, bool, str, str]:
     """Return how gladly a run is shown: finished, no limit or a high one, with a score, newest."""
     limit = run["config"].get("limit")
     scored = run["benchmarks"].get(benchmark, {}).get("status") == "complete"

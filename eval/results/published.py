@@ -1,4 +1,4 @@
-"""The papers' tables row by row: what was printed, and the run that puts a number of ours beside.
+"""The papers' tables row by row: what was printed, and the run that gives a number of ours.
 
 Both versions of the ToDRE paper are read together: a row that both print (an unpruned model, a
 baseline) is one row here, and ToDRE itself is two, ``todre_v1`` with the numbers of v1 and
@@ -18,8 +18,8 @@ import numpy as np
 import yaml
 
 from eval import ROOT
+from eval.results import bootstrap
 from eval.results.known_models import num_layers_of
-from llava_todre import intervals
 from llava_todre.errors import unknown
 
 NUMBERS = ROOT / "configs" / "paper" / "published.yaml"
@@ -27,7 +27,6 @@ VERSIONS = {"v1": "arXiv 2505.18757v1", "v2": "arXiv 2505.18757v2"}
 ABLATED = "llava_next_7b"
 """The model of every table that names none."""
 AVERAGE = "average"
-EFFICIENCY = ("tflops", "memory_gb", "samples_per_s")
 SUITE_METHODS = ("random", "fastervlm", "divprune", "todre_v1", "todre")
 """Compared on a suite of our own, where no table of the papers says what to run."""
 SUITE_RATIOS = (0.25, 0.10)
@@ -41,6 +40,13 @@ _PIVOTS = {
 }
 
 
+@cache
+def numbers() -> dict[str, Any]:
+    """Return ``published.yaml``."""
+    loaded: dict[str, Any] = yaml.safe_load(NUMBERS.read_text(encoding="utf-8"))
+    return loaded
+
+
 @dataclass(frozen=True)
 class TableSpec:
     """One table of the papers."""
@@ -49,10 +55,10 @@ class TableSpec:
     sections: Mapping[str, str]
     """Paper version -> key in ``published.yaml``."""
     places: Mapping[str, str]
-    """Paper version -> where the table stands in it; the supplement of v2 counts anew."""
-    lists: tuple[str, ...]
+    """Paper version -> where the table is in it; the supplement of v2 counts anew."""
+    lists: Sequence[str]
     """Keys of the benchmarks whose scores are averaged."""
-    measures: tuple[str, ...] = ()
+    measures: Sequence[str] = ()
     """Columns before the benchmarks."""
     shows_scores: bool = True
 
@@ -63,60 +69,14 @@ class TableSpec:
 
     @property
     def number(self) -> str:
-        """Where the table stands in which version of the paper."""
+        """Where the table is in which version of the paper."""
         where: dict[str, list[str]] = {}
         for version, number in self.places.items():
             where.setdefault(number, []).append(version)
         return "; ".join(f"{number} of {' and '.join(found)}" for number, found in where.items())
 
 
-TABLES = {
-    "1": TableSpec(
-        "Image benchmarks",
-        {"v1": "table1_image", "v2": "table1_image"},
-        {"v1": "Table 1", "v2": "Table 1"},
-        ("image",),
-    ),
-    "2": TableSpec(
-        "Video benchmarks",
-        {"v1": "table2_video", "v2": "table2_video"},
-        {"v1": "Table 2", "v2": "Table 2"},
-        ("video",),
-    ),
-    "3": TableSpec(
-        "Efficiency",
-        {"v1": "table3_efficiency", "v2": "table3_efficiency"},
-        {"v1": "Table 3", "v2": "Table 4"},
-        ("image",),
-        measures=EFFICIENCY,
-        shows_scores=False,
-    ),
-    "4": TableSpec(
-        "Stages",
-        {"v1": "table4_stages", "v2": "stages"},
-        {"v1": "Table 4", "v2": "Table 5"},
-        ("ablation",),
-        measures=("time",),
-    ),
-    "5": TableSpec(
-        "Threshold tau",
-        {"v1": "table5_tau", "v2": "tau"},
-        {"v1": "Table 5", "v2": "supplement Table 2"},
-        ("ablation",),
-        measures=("time",),
-    ),
-    "6": TableSpec(
-        "Probe layers",
-        {"v1": "table6_layers", "v2": "layers"},
-        {"v1": "Table 6", "v2": "supplement Table 3"},
-        ("ablation",),
-        measures=("time",),
-    ),
-    "pivot": TableSpec("Pivot token", {"v2": "pivot"}, {"v2": "supplement Table 1"}, ("ablation",)),
-    "cross_model": TableSpec(
-        "Other models", {"v2": "cross_model"}, {"v2": "Table 3"}, ("image", "video")
-    ),
-}
+TABLES = {name: TableSpec(**spec) for name, spec in numbers()["tables"].items()}
 """Named by their numbers in v1; what v2 added has a name."""
 
 
@@ -130,13 +90,6 @@ class RowSpec:
     """Knobs to run with; the others at their defaults: ``create_pruner(method, **options)``."""
     published: Mapping[str, Mapping[str, float | str]]
     """Paper version -> column (benchmark, average, time, ...) -> what is printed there."""
-
-
-@cache
-def numbers() -> dict[str, Any]:
-    """Return ``published.yaml``."""
-    loaded: dict[str, Any] = yaml.safe_load(NUMBERS.read_text(encoding="utf-8"))
-    return loaded
 
 
 def table_spec(table: str) -> TableSpec:
@@ -178,12 +131,7 @@ def rows(
 
 
 def suite_rows(table: str, num_layers: int | None = None) -> list[RowSpec]:
-    """Return rows shaped like a table of the papers, for models the papers do not speak of.
-
-    Args:
-        table: 1 to 6, pivot or cross_model.
-        num_layers: decoder layers of the model, as in :func:`rows`.
-    """
+    """Return rows shaped like a table of the papers, for models the papers do not speak of."""
     table_spec(table)
     if table in ("4", "5", "6", "pivot"):
         return [replace(row, published={}) for row in _merged(table, None, ABLATED, num_layers)]
@@ -211,7 +159,7 @@ def budget_row(method: str, options: Mapping[str, Any]) -> RowSpec | None:
 
 
 def place(row: RowSpec) -> tuple[float, int, str]:
-    """Return where a row stands in a table of methods: by budget, then in the papers' order."""
+    """Return the place of a row in a table of methods: by budget, then in the papers' order."""
     order = [*_FIRST, row.method, *_LAST].index(row.method)
     if row.method in _LAST:
         order = len(_FIRST) + 1 + _LAST.index(row.method)
@@ -222,7 +170,7 @@ def place(row: RowSpec) -> tuple[float, int, str]:
 
 def relative_average(scores: Sequence[float], unpruned: Sequence[float]) -> float:
     """Return the papers' "Average": mean over benchmarks of score / unpruned score, in percent."""
-    return 100 * float(intervals.relative_average(np.array(scores), np.array(unpruned)))
+    return 100 * float(bootstrap.relative_average(np.array(scores), np.array(unpruned)))
 
 
 def _merged(table: str, version: str | None, model: str, num_layers: int | None) -> list[RowSpec]:
@@ -256,7 +204,7 @@ def _version_rows(
 
 
 def _printed(table: str, version: str, model: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of ``published.yaml``, with the unpruned one where it stands elsewhere."""
+    """Yield the rows of ``published.yaml``, with the unpruned one where it is printed elsewhere."""
     paper = numbers()[f"todre_{version}"]
     block = paper[TABLES[table].sections[version]]
     if isinstance(block, dict):
@@ -270,13 +218,7 @@ def _printed(table: str, version: str, model: str) -> Iterator[dict[str, Any]]:
 def _run(
     row: dict[str, Any], todre: str, num_layers: int | None
 ) -> tuple[str, str, dict[str, Any]] | None:
-    """Return (label, method, options) of a printed row.
-
-    Args:
-        row: of ``published.yaml``.
-        todre: the preset of the paper's version.
-        num_layers: decoder layers, if known.
-    """
+    """Return (label, method, options) of a printed row."""
     ratio = row.get("retain", SUITE_RATIOS[-1])  # the efficiency table is at 10 % throughout
     if row.get("method") == "vanilla" or row.get("stages") == "none":
         return "vanilla", "vanilla", {}

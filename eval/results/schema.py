@@ -1,7 +1,8 @@
 """Shapes of JSON: what stored results must look like, and the one line that says where they do not.
 
-A shape is a :class:`Value`, :class:`Each`, or a mapping of key to shape, where a key that ends in
-``?`` may be missing.
+A shape is a type (:data:`_KINDS`), a :class:`Value`, a tuple of what a value may be (texts, None,
+types), ``[shape]`` for a list, ``{...: shape}`` for keys with values of one shape, or a mapping of
+key to shape, where a key that ends in ``?`` may be missing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,6 @@ class Value:
     expected: str
 
 
-@dataclass(frozen=True)
-class Each:
-    """A mapping, or with ``listed`` a list, whose values all have the same shape."""
-
-    shape: Any
-    listed: bool = False
-
-
 def is_number(value: Any) -> bool:
     """Return whether a value is a finite number that fits a float."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -50,57 +43,18 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and not any(0xD800 <= ord(letter) < 0xE000 for letter in value)
 
 
-def _is_items(value: Any) -> bool:
-    """Return whether a value is null, or pairs of distinct ids and scores from 0 to 1."""
-    if value is None:
-        return True
-    if not isinstance(value, list) or not all(isinstance(p, list) and len(p) == 2 for p in value):
-        return False
-    sound = all(is_whole(i) and is_number(score) and 0 <= score <= 1 for i, score in value)
-    return sound and len({i for i, _ in value}) == len(value)
-
-
-def one_of(*allowed: str) -> Value:
-    """Return the shape of one of some words."""
-    return Value(lambda value: isinstance(value, str) and value in allowed, " or ".join(allowed))
-
-
-def or_null(kind: Value) -> Value:
-    """Return a shape that may be null instead."""
-    return Value(lambda v: v is None or kind.is_right(v), f"{kind.expected}, or null")
-
-
-TEXT = Value(_is_text, "text")
-TRUTH = Value(lambda value: isinstance(value, bool), "true or false")
-NUMBER = Value(is_number, "a finite number")
-WHOLE = Value(is_whole, "a whole number, 0 or more")
+_KINDS: dict[Any, Value] = {
+    str: Value(_is_text, "text"),
+    bool: Value(lambda value: isinstance(value, bool), "true or false"),
+    float: Value(is_number, "a finite number"),
+    int: Value(is_whole, "a whole number, 0 or more"),
+    dict: Value(lambda value: isinstance(value, dict), "keys with values"),
+    list: Value(lambda value: isinstance(value, list), "a list"),
+    None: Value(lambda value: value is None, "null"),
+}
 COUNT = Value(lambda value: is_whole(value, 1), "a whole number, 1 or more")
-KEYS = Value(lambda value: isinstance(value, dict), "keys with values")
-ITEMS = Value(_is_items, "null, or pairs of doc_id (each once) and score between 0 and 1")
-GROUPS = Value(
-    lambda value: value is None or (isinstance(value, list) and all(map(is_whole, value))),
-    "null, or a whole number for each item",
-)
-NUMBERS = Value(
-    lambda value: (
-        isinstance(value, dict) and all(v is None or is_number(v) for v in value.values())
-    ),
-    "keys with numbers",
-)
-WATCHED = Value(
-    lambda value: (
-        isinstance(value, dict) and _is_text(value.get("answer")) and is_number(value.get("share"))
-    ),
-    "an answer and its share",
-)
 ABSENT = Value(lambda value: False, "no such key in a file")
-HITS = Value(
-    lambda value: isinstance(value, list) and all(hit in (0, 1) for hit in value),
-    "a list of 0 and 1",
-)
-
-
-PERCENTILES = {"median": NUMBER, "p20": NUMBER, "p80": NUMBER, "count?": COUNT}
+PERCENTILES = {"median": float, "p20": float, "p80": float, "count?": COUNT}
 
 
 def read_json(file: Path) -> Any:
@@ -118,34 +72,45 @@ def checked(value: Any, shape: Any, file: Path) -> Any:
     return value
 
 
-def _check(value: Any, shape: Any, path: str, where: str) -> None:
+def _as_value(shape: Any) -> Value:
+    """Return a shape as what is looked at first."""
     if isinstance(shape, Value):
-        if not shape.is_right(value):
-            raise _wrong(where, path, value, shape.expected)
-        return
-    listed = isinstance(shape, Each) and shape.listed
-    if not isinstance(value, list if listed else dict):
-        raise _wrong(where, path, value, "a list" if listed else "keys with values")
-    if isinstance(shape, Each):
-        pairs: Iterable[tuple[Any, Any]] = enumerate(value) if listed else dict(value).items()
+        return shape
+    if isinstance(shape, str):
+        return Value(lambda value: value == shape, shape)
+    if isinstance(shape, tuple):
+        each = [_as_value(part) for part in shape]
+        words = [part.expected for part in each]
+        text = " or ".join(words) if None not in shape else f"{' or '.join(words[:-1])}, or null"
+        return Value(lambda value: any(part.is_right(value) for part in each), text)
+    return _KINDS[type(shape) if isinstance(shape, (dict, list)) else shape]
+
+
+def _check(value: Any, shape: Any, path: str, where: str) -> None:
+    kind = _as_value(shape)
+    if not kind.is_right(value):
+        raise TodreError(f"{where} has {_named(path)} {_shown(value)}; expected: {kind.expected}.")
+    if isinstance(shape, list) or (isinstance(shape, dict) and ... in shape):
+        listed = isinstance(shape, list)
+        place: Any = 0 if listed else ...
+        pairs: Iterable[tuple[Any, Any]] = enumerate(value) if listed else value.items()
         for key, each in pairs:
-            _check(each, shape.shape, f"{path}.{key}", where)
-        return
-    for name, inner in shape.items():
-        key = name.removesuffix("?")
-        if key in value:
-            _check(value[key], inner, f"{path}.{key}", where)
-        elif key == name:
-            expected = inner.expected if isinstance(inner, Value) else "keys with values"
-            raise TodreError(f"{where} has no {_named(f'{path}.{key}')}; expected: {expected}.")
+            _check(each, shape[place], f"{path}.{key}", where)
+    elif isinstance(shape, dict):
+        for name, part in shape.items():
+            key = name.removesuffix("?")
+            if key in value:
+                _check(value[key], part, f"{path}.{key}", where)
+            elif key == name:
+                text = _as_value(part).expected
+                raise TodreError(f"{where} has no {_named(f'{path}.{key}')}; expected: {text}.")
 
 
-def _wrong(where: str, path: str, value: Any, expected: str) -> TodreError:
+def _shown(value: Any) -> str:
     try:
-        shown = repr(value)[:_SHOWN]
+        return repr(value)[:_SHOWN]
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
-        shown = f"a {type(value).__name__}"
-    return TodreError(f"{where} has {_named(path)} {shown}; expected: {expected}.")
+        return f"a {type(value).__name__}"
 
 
 def _named(path: str) -> str:

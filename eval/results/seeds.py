@@ -7,19 +7,19 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from eval.results.files import Run
+from eval.results.files import StoredRun
 
 _MEANS = ("seconds", "cpu_seconds", "items_per_second")
 
 
-def over_seeds(runs: Sequence[Run]) -> list[Run]:
+def over_seeds(runs: Sequence[StoredRun]) -> list[StoredRun]:
     """Return the runs, those of several seeds as one whose scores are means.
 
     Of several runs with the same seed the newest counts; the others stay as they are. So do runs
     that failed.
     """
-    groups: dict[str, dict[int, Run]] = {}
-    found: list[Run] = []
+    groups: dict[str, dict[int, StoredRun]] = {}
+    found: list[StoredRun] = []
     for run in sorted(runs, key=lambda run: str(run.get("time_utc")), reverse=True):
         seeds = groups.setdefault(_same(run), {})
         if run["status"] == "complete" and seed_of(run) not in seeds:
@@ -30,23 +30,23 @@ def over_seeds(runs: Sequence[Run]) -> list[Run]:
     return sorted(found, key=lambda run: str(run["name"]))
 
 
-def seed_of(run: Run) -> int:
+def seed_of(run: StoredRun) -> int:
     """Return the seed of a run that is not put together."""
     return int(run["config"].get("seed") or 0)
 
 
-def members(run: Run) -> list[Run]:
-    """Return the runs behind one that was put together, by seed; of any other, itself."""
-    found: list[Run] = run.get("members", [run])
+def members(run: StoredRun) -> list[StoredRun]:
+    """Return the runs that one was put together from, by seed; of any other, itself."""
+    found: list[StoredRun] = run.get("members", [run])
     return found
 
 
-def _same(run: Run) -> str:
+def _same(run: StoredRun) -> str:
     config = {key: value for key, value in run["config"].items() if key != "seed"}
     return json.dumps([config, run.get("suite_digest")], sort_keys=True)
 
 
-def _together(seeds: list[Run]) -> Run:
+def _together(seeds: list[StoredRun]) -> StoredRun:
     if len(seeds) == 1:
         return seeds[0]
     ordered = sorted(seeds, key=seed_of)

@@ -12,7 +12,7 @@ from typing import Any
 
 from eval.results.files import read_run
 from eval.results.schema import is_number
-from eval.results.server_scores import require_submission, server_file, told
+from eval.results.server_scores import read_server_scores, require_submission, server_file
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
 
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "score-from-server",
         help="enter the score that a server gave to a run's submission",
-        description="Writes RUN.server.json beside the run, which itself is not changed.",
+        description="Writes RUN.server.json next to the run, which itself is not changed.",
     )
     add = parser.add_argument
     add("run", type=Path, help="JSON of the run")
@@ -38,10 +38,10 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     stored = read_run(options.run, with_servers=False)
-    beside = enter(
+    target = enter(
         stored, options.run, options.benchmark, options.score, options.source, options.replace
     )
-    print(f"eval: written to {beside}", file=sys.stderr)
+    print(f"eval: written to {target}", file=sys.stderr)
     return 0
 
 
@@ -53,15 +53,7 @@ def enter(
     source: str,
     replace: bool = False,
 ) -> Path:
-    """Write what a server said beside a run; returns the file.
-
-    Args:
-        run: as it is stored, without what was entered before.
-        file: where it is stored.
-        benchmark: whose status is ``submission``.
-        score: on the scale of the papers.
-        source: which server said so, and when.
-        replace: what was entered before.
+    """Write what a server said next to a run; returns the file.
 
     Raises:
         TodreError: no such submission, a score out of range, no source, entered before, or it
@@ -73,7 +65,7 @@ def enter(
         raise TodreError(f"score must be between 0 and {highest}, got {score}.")
     if not source.strip():
         raise TodreError("source must say which server gave the score, got nothing.")
-    known = told(run, file)
+    known = read_server_scores(run, file)
     if benchmark in known and not replace:
         before = known[benchmark]
         raise TodreError(
@@ -88,6 +80,6 @@ def enter(
         "run_time_utc": run.get("time_utc"),
         "benchmarks": {**known, benchmark: said},
     }
-    beside = server_file(file)
-    write_whole(beside, json.dumps(content, indent=1) + "\n")
-    return beside
+    target = server_file(file)
+    write_whole(target, json.dumps(content, indent=1) + "\n")
+    return target

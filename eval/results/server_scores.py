@@ -1,4 +1,4 @@
-"""Scores that servers gave to the submissions of a run, beside what was computed here.
+"""Scores that servers gave to the submissions of a run, next to what was computed here.
 
     <run>.json          what was computed here; a benchmark of status ``submission`` has no score
     <run>.server.json   what servers said about it since, with its source
@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.results.schema import NUMBER, TEXT, Each, checked, or_null, read_json
+from eval.results.schema import checked, read_json
 from llava_todre.errors import TodreError, unknown
 
 WAITING = "the server must give the score; it was not asked or did not answer"
 """Note of a benchmark whose submission nobody has scored yet."""
 SHAPE = {
-    "what": TEXT,
-    "run": TEXT,
-    "run_time_utc": or_null(TEXT),
-    "benchmarks": Each({"score": NUMBER, "source": TEXT, "entered_utc": TEXT}),
+    "what": str,
+    "run": str,
+    "run_time_utc": (str, None),
+    "benchmarks": {...: {"score": float, "source": str, "entered_utc": str}},
 }
 
 
@@ -30,19 +30,19 @@ def server_file(file: Path) -> Path:
     return file.with_name(f"{file.name.removesuffix('.json')}.server.json")
 
 
-def told(run: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return what is kept beside the run in ``file``: benchmark -> score, source and time.
+def read_server_scores(run: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return what is kept next to the run in ``file``: benchmark -> score, source and time.
 
     Raises:
         TodreError: it is damaged, or about another run.
     """
-    beside = server_file(file)
-    if not beside.exists():
+    target = server_file(file)
+    if not target.exists():
         return {}
-    kept = checked(read_json(beside), SHAPE, beside)
+    kept = checked(read_json(target), SHAPE, target)
     if (kept["run"], kept["run_time_utc"]) != (run["name"], run.get("time_utc")):
         raise TodreError(
-            f"result {str(beside)!r} is about another run than {str(file)!r}, or that was repeated"
+            f"result {str(target)!r} is about another run than {str(file)!r}, or that was repeated"
             " since; remove it and enter the scores of the new submission."
         )
     found: dict[str, Any] = kept["benchmarks"]
@@ -53,10 +53,10 @@ def joined(run: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return a run with what servers said about its submissions, noted with its source.
 
     Raises:
-        TodreError: what stands beside the run is damaged, or about another one.
+        TodreError: what is kept next to the run is damaged, or about another one.
     """
     benchmarks = dict(run["benchmarks"])
-    for key, said in told(run, file).items():
+    for key, said in read_server_scores(run, file).items():
         require_submission(run, key, server_file(file))
         benchmarks[key] = _scored(benchmarks[key], said)
     return {**run, "benchmarks": benchmarks}

@@ -1,7 +1,7 @@
 """Submissions padded to what their server demands: EvalAI takes VQAv2 whole or not at all.
 
 VQAv2's test-dev is a part of test2015, and the server wants an entry for every question of
-test2015; those that were not asked get an empty answer, as LLaVA's own conversion gives them.
+test2015; those that are missing get an empty answer, as LLaVA's own conversion gives them.
 """
 
 from __future__ import annotations
@@ -55,11 +55,6 @@ def complete_submissions(
 
 def pad(file: Path, questions: Sequence[int], entries: int = ENTRIES) -> Path:
     """Write a submission with an entry for every question; returns the new file.
-
-    Args:
-        file: list of ``question_id`` and ``answer``.
-        questions: ids of all questions that the server knows.
-        entries: how many there must be.
 
     Raises:
         TodreError: the file is something else, its questions are not among these, or the new file

@@ -1,7 +1,7 @@
-"""What became of a run: from the files lmms-eval left behind to the run's JSON.
+"""What became of a run: from the files lmms-eval left to the run's JSON.
 
 lmms-eval exits with 0 after almost any failure, so its exit status decides nothing. A run is
-complete when its results are there, hold every metric, and stand on all the items they should.
+complete when its results are there, hold every metric, and cover all the items they should.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from eval.results.files import FORMAT, read_run
 from eval.results.submissions import complete_submissions
+from eval.run.scoring import UNKNOWN, scores
 from eval.run.spec import Run
-from eval.run.suites import UNKNOWN, scores
 from llava_todre.errors import TodreError
 from llava_todre.files import write_whole
 from llava_todre.lmms_plugin.answer_log import read_answers
@@ -52,13 +52,13 @@ def complete(run: Run, work: Path, log_dir: Path, processes: int) -> dict[str, A
         TodreError: something is missing, damaged, or of the wrong number.
     """
     results = _read_results(work)
-    samples = {task: _read_samples(work, task) for task in run.suite.tasks}
+    samples = {task: _read_samples(work, task) for task in run.suite_spec.tasks}
     _check_counts(run, results, samples)
     lines = _scored_lines(log_dir, samples)
-    pictures = {(line["task"], line["doc_id"]): line.get("pictures", UNKNOWN) for line in lines}
-    benchmarks = scores(run.suite, results, samples, work, pictures)
+    images = {(line["task"], line["doc_id"]): line.get("pictures", UNKNOWN) for line in lines}
+    benchmarks = scores(run.suite_spec, results, samples, work, images)
     if run.limit is None:
-        complete_submissions(run.suite.benchmarks, benchmarks)
+        complete_submissions(run.benchmarks, benchmarks)
     _mark_failed(benchmarks, lines)
     seconds = sum(line["seconds"] for line in lines) / (1 if run.is_split else processes)
     return _record(
@@ -85,7 +85,7 @@ def _cpu_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
 def _tokens(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Return means over the prompts that show something: nothing is pruned where nothing is seen.
 
-    ``prompts`` counts all of them, ``prompts_with_visuals`` those behind the means.
+    ``prompts`` counts all of them, ``prompts_with_visuals`` those in the means.
     """
     seen = [line for line in lines if line["visual_tokens"] > 0]
     counts: dict[str, float | None] = {"prompts": len(lines), "prompts_with_visuals": len(seen)}
@@ -138,7 +138,7 @@ def lmms_eval_version() -> str | None:
 
 
 def last_error(log: Path, returncode: int) -> str:
-    """Return why a child failed, as far as its output tells: one line."""
+    """Return why a child failed, as far as its output says: one line."""
     try:
         text = log.read_text(errors="replace")
     except OSError:
@@ -162,9 +162,9 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 def is_current(record: Mapping[str, Any], run: Run) -> bool:
-    """Return whether a stored result is of the suite as it stands now, as far as it tells.
+    """Return whether a stored result is of the suite as it is now, as far as it says.
 
-    One from before results told that stays: it may have taken days, and nothing speaks against it.
+    One from before results said that stays: it may have taken days, and nothing speaks against it.
     """
     return record.get("suite_digest", run.suite_digest) == run.suite_digest
 
@@ -236,7 +236,7 @@ def _check_counts(
                 "run, whose answers are kept."
             )
         raise TodreError(
-            f"task {task!r}: {scored} items were scored; suite {run.suite_name!r} expects "
+            f"task {task!r}: {scored} items were scored; suite {run.suite!r} expects "
             f"{expected}.{hint}"
         )
 

@@ -11,26 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from eval.run.collect import lmms_eval_version
-from eval.run.launch import (
-    Launch,
-    Report,
-    command,
-    execute,
-    shell_line,
-    stop_on_signals,
-    visible_gpus,
-)
+from eval.run.launch import Report, execute, stop_on_signals, visible_gpus
+from eval.run.processes import Launch, command, shell_line
 from eval.run.slurm import submit
-from eval.run.suites import load_suite
 from eval.run.sweeps import plan
 from llava_todre.command import INTERRUPTED
 from llava_todre.errors import TodreError
 from llava_todre.files import parse_yaml
+from llava_todre.settings import whole
 
 OUT = Path("outputs/eval")
 
 
-def add_parsers(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """Add ``run`` and ``sweep`` to the commands of ``python -m eval``."""
     for name, text in (
         ("run", "evaluate what configs/runs/X.yaml describes: a run, or a table's rows"),
@@ -86,9 +79,9 @@ def run(options: argparse.Namespace) -> int:
     runs = plan(options.configs, changes)
     launch = Launch(
         out=_checked_out(options.out),
-        jobs=_positive("jobs", options.jobs),
+        jobs=None if options.jobs is None else whole("jobs", options.jobs, 1),
         gpus=_gpus(options.gpus, must_exist=not options.dry_run),
-        processes=_positive("processes", options.processes) or 1,
+        processes=whole("processes", options.processes, 1),
         offline=options.offline,
         retry_failed=options.retry_failed,
     )
@@ -96,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         slots = launch.slots(runs)
         for index, each in enumerate(runs):
             print(shell_line(*command(each, launch, slots[index % len(slots)], len(slots))))
-        if any(load_suite(each.suite_name).data for each in runs):
+        if any(each.suite_spec.data for each in runs):
             _say("these commands need data that is drawn first: python -m eval.mini.data")
         return 0
     if options.slurm is not None:
@@ -146,12 +139,6 @@ def _checked_out(out: Path) -> Path:
     if "," in str(out):  # lmms-eval splits its arguments there
         raise TodreError(f"out {str(out)!r} has a comma, which lmms-eval cannot take.")
     return out
-
-
-def _positive(key: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise TodreError(f"{key} {value} is out of range; allowed: 1 or more.")
-    return value
 
 
 def _gpus(text: str, must_exist: bool) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""How far the runs at work are, read from the logs of their answers."""
+"""How far the active runs are, read from the logs of their answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ class Progress:
     """A line with finished and total items, time left, and runs."""
 
     def __init__(self, runs: Sequence[Run], logs: Path) -> None:
-        """Count what earlier starts have answered.
-
-        Args:
-            runs: that are to be carried out.
-            logs: folder with a log of answers per run.
-        """
+        """Count what earlier starts have answered."""
         self._num_runs, self._ended = len(runs), 0
         self._sizes = {run.name: sum(run.expected.values()) for run in runs}
         self._counters = {run.name: _Counter(logs / run.name) for run in runs}
@@ -43,7 +38,7 @@ class Progress:
         return min(self._counters[name].read(), self._sizes[name])
 
     def count(self, names: Iterable[str]) -> None:
-        """Count the answers of the runs at work, now and then."""
+        """Count the answers of the active runs, now and then."""
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _COUNT_SECONDS
@@ -79,7 +74,7 @@ class _Counter:
         self._log_dir = log_dir
         self._seen: dict[Path, tuple[int, int]] = {}
         self._told: str | None = None
-        self.news()  # what an earlier start was told is none
+        self.news()  # what an earlier start reported is none
 
     def news(self) -> str:
         """Return what the log says about answers that do not count, once."""

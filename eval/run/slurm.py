@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from eval.run.launch import Launch, execute, visible_gpus
+from eval.run.launch import execute, visible_gpus
+from eval.run.processes import Launch
 from eval.run.spec import Run
 from llava_todre.errors import TodreError, unknown
+from llava_todre.settings import whole
 
 CLUSTERS = ("slurm", "local")
 _NO_CAP = 1_000_000
@@ -85,8 +87,4 @@ def _check_time(parameters: Mapping[str, Any]) -> None:
             "slurm-set timeout_min is missing; give the minutes after which a job goes back into "
             "the queue, to go on later, e.g. --slurm-set timeout_min=1440."
         )
-    if isinstance(minutes, bool) or not isinstance(minutes, int) or minutes < 1:
-        raise TodreError(
-            f"slurm-set timeout_min {minutes!r} is out of range; allowed: a whole number of "
-            "minutes, 1 or more."
-        )
+    whole("slurm-set timeout_min", minutes, 1)

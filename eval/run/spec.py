@@ -13,16 +13,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
 from eval import ROOT
 from eval.results.known_models import key_of, known_models, settings_of
-from eval.run.config_keys import check_keys
+from eval.run.checkpoints import fingerprint, local_folder, shown_path
+from eval.run.config import parsed
 from eval.run.suite_digest import suite_digest
-from eval.run.suites import Suite, check_limit, load_suite
+from eval.run.suites import Benchmark, Suite, check_limit, load_suite
 from llava_todre.errors import TodreError, unknown
 from llava_todre.hf.load import BACKENDS
 from llava_todre.model.chat_template import TEMPLATES, planned_template
@@ -32,33 +35,14 @@ from llava_todre.model.prompt import AUTO
 from llava_todre.pruners import Combined, Pruner, create_pruner
 
 CONFIGS = ROOT / "configs"
-RUN_KEYS = ("model", "method", "options", "suite", "limit", "seed", "batch_size")
-MODEL_DEFAULTS: dict[str, Any] = {
-    "pretrained": None,
-    "revision": None,
-    "dtype": "auto",
-    "protocol": "native",
-    "device_map": None,
-    "tp_plan": None,
-    "attn_implementation": "sdpa",
-    "backend": "auto",
-    "template": AUTO,
-    "max_new_tokens": 1024,
-    "clip_text": None,
-}
-"""Keys of a model config, as the lmms-eval model ``llava_todre`` knows them."""
-_ALLOWED = {
+_ALLOWED: dict[str, tuple[str | None, ...]] = {
     "dtype": ("auto", *DTYPES),
     "protocol": tuple(PROTOCOLS),
+    "tp_plan": (None, *TP_PLANS),
     "attn_implementation": ATTENTION,
     "backend": BACKENDS,
     "template": TEMPLATES,
 }
-_WEIGHTS = ("*.json", "*.jinja", "*.safetensors", "*.bin", "*.model")
-_LARGE_FILE = 64 * 2**20
-"""Bytes; of larger files a checkpoint's fingerprint takes the size and samples."""
-_SAMPLES, _SAMPLE = 512, 8192
-"""Places of a large file, and bytes at each: other weights of the same shapes differ in most."""
 _ADDED = (("cls_heads", "mean"), ("newlines", "row"))
 """Options that came later, at what was done before there was a choice: in no name, so that results
 from before are found."""
@@ -68,37 +52,70 @@ _LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Run:
-    """One method on one model and one suite."""
+class Model:
+    """Keys of a model config, as the lmms-eval model ``llava_todre`` knows them."""
 
-    model_key: str
-    """Name of the model config, or the last part of an inline model's path."""
-    model: Mapping[str, Any]
-    """All keys of :data:`MODEL_DEFAULTS`; for local folders ``fingerprint``s too."""
+    pretrained: str
+    revision: str | None = None
+    dtype: str = "auto"
+    protocol: str = "native"
+    device_map: str | None = None
+    tp_plan: str | None = None
+    attn_implementation: str = "sdpa"
+    backend: str = "auto"
+    template: str = AUTO
+    max_new_tokens: PositiveInt = 1024
+    clip_text: str | None = None
+
+
+MODEL_KEYS = tuple(field.name for field in dataclasses.fields(Model))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one model and one suite; its fields are the keys of a run config."""
+
+    model: Any
+    """Resolved: ``key``, all keys of :class:`Model`; for local folders ``fingerprint``s too."""
     method: str
-    options: Mapping[str, Any]
-    """The budget, and every knob that is not the method's default."""
-    suite_name: str
-    limit: int | None = None
+    suite: str
+    options: dict[str, Any] | None = None
+    """Resolved: the budget, and every option that is not the method's default."""
+    limit: PositiveInt | None = None
     """Items per task; None is all."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of lmms-eval, and of methods that draw at random."""
-    batch_size: int = 1
+    batch_size: PositiveInt = 1
 
     @property
-    def suite(self) -> Suite:
-        """The benchmarks."""
-        return load_suite(self.suite_name)
+    def model_key(self) -> str:
+        """Name of the model config, or the last part of an inline model's path."""
+        return str(self.model["key"])
+
+    @property
+    def pruner(self) -> Pruner:
+        """The method with its options."""
+        return create_pruner(self.method, **(self.options or {}))
+
+    @property
+    def suite_spec(self) -> Suite:
+        """The content of the suite's file."""
+        return load_suite(self.suite)
+
+    @property
+    def benchmarks(self) -> tuple[Benchmark, ...]:
+        """Of the suite."""
+        return self.suite_spec.benchmarks
 
     @property
     def suite_digest(self) -> str:
         """Hash of all in the suite that can change a score."""
-        return suite_digest(self.suite)
+        return suite_digest(self.suite_spec)
 
     @property
     def expected(self) -> dict[str, int]:
         """Number of items of each task."""
-        sizes = {k: n for mark in self.suite.benchmarks for k, n in mark.samples.items()}
+        sizes = {k: n for mark in self.benchmarks for k, n in mark.samples.items()}
         return {task: min(size, self.limit or size) for task, size in sizes.items()}
 
     @property
@@ -113,22 +130,19 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """Return what the result says about how it was made; JSON types only."""
-        return {
-            "model": {"key": self.model_key, **self.model},
-            "method": self.method,
-            "options": {key: _as_json(value) for key, value in self.options.items()},
-            "suite": self.suite_name,
-            "benchmarks": [mark.key for mark in self.suite.benchmarks],
-            "limit": self.limit,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
+        config = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in (self.options or {}).items()
         }
+        marks = [mark.key for mark in self.benchmarks]
+        return {**config, "options": options, "benchmarks": marks}
 
     @cached_property
     def name(self) -> str:
         """A name fit for a file: what a reader wants to know, then a hash of all of it."""
-        words = [self.model_key, self.suite_name, self.method]
-        for key, value in self.options.items():
+        words = [self.model_key, self.suite, self.method]
+        for key, value in (self.options or {}).items():
             known = key in ("retain_ratio", "retain_tokens")
             words.append(_short(value) if known else f"{key}-{_short(value)}")
         words += [f"seed{self.seed}"] * bool(self.seed)
@@ -142,36 +156,32 @@ class Run:
         Benchmarks that no average contains are left out: they can be added to a suite, and results
         from before are still known for its own. ``suite_digest`` tells them apart.
         """
-        knobs = {
+        options = {
             key: value
-            for key, value in knobs_of(create_pruner(self.method, **self.options)).items()
+            for key, value in options_of(self.pruner).items()
             if (key.rpartition(".")[2], value) not in _ADDED
         }
-        marks = [mark for mark in self.suite.benchmarks if mark.averaged]
+        marks = [mark for mark in self.benchmarks if mark.averaged]
         measured = [(m.key, m.tasks, m.metric, m.frames) for m in marks]
-        model = {**self.config()["model"], "device_map": None}  # where it computes is not what
+        model = {**self.model, "device_map": None}  # where it computes is not what
         del model["tp_plan"]
         if model["backend"] == "transformers":  # reads none; once the default was written there
             model["template"] = "vicuna_v1"
         if model["backend"] == "auto":  # what it was before there was a choice
             del model["backend"]
-        everything = {**self.config(), "model": model, "options": knobs, "benchmarks": measured}
+        everything = {**self.config(), "model": model, "options": options, "benchmarks": measured}
         text = json.dumps(everything, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def model_args(self, log_dir: str) -> str:
-        """Return what follows ``--model_args``.
-
-        Args:
-            log_dir: for the answers of an interrupted run.
-        """
-        frames = {mark.frames for mark in self.suite.benchmarks} - {None}
+        """Return what follows ``--model_args``."""
+        frames = {mark.frames for mark in self.benchmarks} - {None}
         folder = local_folder(self.model["pretrained"])
         arguments = {
-            **{key: self.model[key] for key in MODEL_DEFAULTS},
+            **{key: self.model[key] for key in MODEL_KEYS},
             "pretrained": self.model["pretrained"] if folder is None else shown_path(folder),
             "method": self.method,
-            **self.options,
+            **(self.options or {}),
             "seed": self.seed,
             "max_frames": frames.pop() if frames else None,
             "num_items": "".join(f"{task}:{count};" for task, count in self.expected.items()),
@@ -183,49 +193,37 @@ class Run:
         return ",".join(f"{key}={_as_argument(value)}" for key, value in given.items())
 
 
+RUN_KEYS = tuple(field.name for field in dataclasses.fields(Run))
+
+
 def resolve(config: Mapping[str, Any], where: str = "run") -> Run:
     """Return the run a config describes.
 
     Args:
-        config: keys of :data:`RUN_KEYS`; ``model``, ``method`` and ``suite`` are required.
+        config: keys of :class:`Run`; ``model``, ``method`` and ``suite`` are required.
         where: what to call the config in messages.
 
     Raises:
         TodreError: unknown key, method, option, suite or model; value of wrong type or range.
     """
-    check_keys(where, config, RUN_KEYS, required=("model", "method", "suite"))
-    model_key, model = resolve_model(config["model"])
-    options = config.get("options") or {}
-    if not isinstance(options, Mapping):
-        raise TodreError(f"{where}: options {options!r} is not a mapping of option to value.")
-    options = dict(_without_levels(options))
-    for key in ("method", "suite"):
-        if not isinstance(config[key], str):
-            raise TodreError(f"{where}: {key} {config[key]!r} is not a name.")
-    suite = load_suite(config["suite"])
-    frames = {mark.frames for mark in suite.benchmarks if mark.frames is not None}
+    run = parsed(Run, config, where)
+    key, model = resolve_model(run.model)
+    options = dict(_without_levels(run.options or {}))
+    frames = {mark.frames for mark in run.benchmarks if mark.frames is not None}
     if len(frames) > 1:
         raise TodreError(
-            f"{where}: suite {config['suite']!r} takes {sorted(frames)} frames; allowed: one count."
+            f"{where}: suite {run.suite!r} takes {sorted(frames)} frames; allowed: one count."
         )
     budget = [key for key in ("retain_ratio", "retain_tokens") if options.get(key) is not None]
     if len(budget) > 1:
         raise TodreError(f"{where}: options {' and '.join(budget)} were both given; allowed: one.")
     if "seed" in options:
         raise TodreError(f"{where}: option 'seed' is the key 'seed' of the run; give it there.")
-    limit = config.get("limit")
-    if limit is not None:
-        check_limit(where, suite, _integer(where, "limit", limit, 1))
-    return Run(
-        model_key=model_key,
-        model=model,
-        method=config["method"],
-        options=canonical_options(config["method"], options),
-        suite_name=config["suite"],
-        limit=limit,
-        seed=_integer(where, "seed", config.get("seed", 0), 0, _LARGEST_SEED),
-        batch_size=_integer(where, "batch_size", config.get("batch_size", 1), 1),
-    )
+    if run.limit is not None:
+        check_limit(where, run.suite_spec, run.limit)
+    if run.seed > _LARGEST_SEED:
+        raise TodreError(f"{where}: seed must be at most {_LARGEST_SEED}, got {run.seed}.")
+    return replace(run, model={"key": key, **model}, options=canonical_options(run.method, options))
 
 
 def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
@@ -233,39 +231,29 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
 
     Args:
         model: the name of a file of configs/models, a checkpoint's folder or hub id (with a slash),
-            or a mapping of :data:`MODEL_DEFAULTS`, which changes such a file if it has a ``key``. A
+            or a mapping of :class:`Model`'s keys, which changes such a file if it has a ``key``. A
             copy of a known checkpoint, by the last part of its path, has that one's settings. Of
             ``device_map`` and ``tp_plan``, the one that is given replaces the other of the file.
     """
     changes = dict(model) if isinstance(model, Mapping) else {"key": model}
     given = changes.pop("key", None)
-    if given is None:
-        base: dict[str, Any] = {}
-        key = Path(str(changes.get("pretrained"))).name
-    else:
+    base: dict[str, Any] = {}
+    key = Path(str(changes.get("pretrained"))).name
+    if given is not None:
         key, base = _known_model(given)
     where = f"model {key!r}"
     for name, other in (("device_map", "tp_plan"), ("tp_plan", "device_map")):
         if changes.get(name) is not None:
-            base = {key: value for key, value in base.items() if key != other}
-    given_keys = base | changes
-    check_keys(where, given_keys, tuple(MODEL_DEFAULTS), required=("pretrained",))
-    settings = MODEL_DEFAULTS | given_keys
+            base.pop(other, None)
+    settings = dataclasses.asdict(parsed(Model, base | changes, where))
     for name, allowed in _ALLOWED.items():
         if settings[name] not in allowed:
-            raise unknown(f"{where}: {name}", settings[name], allowed)
-    _integer(where, "max_new_tokens", settings["max_new_tokens"], 1)
-    if settings["tp_plan"] not in (None, *TP_PLANS):
-        raise unknown(f"{where}: tp_plan", settings["tp_plan"], TP_PLANS)
-    for name in ("pretrained", "revision", "device_map", "clip_text"):
-        value = settings[name]
-        if not isinstance(value, str) and (name == "pretrained" or value is not None):
-            raise TodreError(f"{where}: {name} {value!r} is not a text.")
+            raise unknown(f"{where}: {name}", settings[name], map(str, allowed))
     if settings["tp_plan"] is not None and settings["device_map"] is not None:
         raise TodreError(f"{where}: device_map and tp_plan were both given; allowed: one.")
     folder = local_folder(settings["pretrained"])
     if folder is not None:
-        settings["fingerprint"] = _fingerprint(folder)
+        settings["fingerprint"] = fingerprint(folder)
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", settings["pretrained"]):
         raise TodreError(
             f"{where}: pretrained {settings['pretrained']!r} does not exist; "
@@ -275,7 +263,7 @@ def resolve_model(model: Any) -> tuple[str, dict[str, Any]]:
         settings["template"] = planned_template(settings["pretrained"], folder)
     clip_text = local_folder(settings["clip_text"] or "")
     if clip_text is not None:
-        settings["clip_text_fingerprint"] = _fingerprint(clip_text)
+        settings["clip_text_fingerprint"] = fingerprint(clip_text)
     return key, settings
 
 
@@ -291,38 +279,6 @@ def _known_model(given: Any) -> tuple[str, dict[str, Any]]:
     return key, {**settings_of(key), "pretrained": given, "revision": None}
 
 
-def local_folder(pretrained: str) -> Path | None:
-    """Return the folder of a checkpoint on disk, sought here and in the checkout; else None."""
-    for folder in (Path(pretrained).expanduser(), ROOT / pretrained):
-        if pretrained and folder.is_dir():
-            return folder
-    return None
-
-
-def shown_path(path: Path) -> str:
-    """Return a path relative to the working directory if it lies below it."""
-    path = path.absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-@lru_cache
-def _fingerprint(folder: Path) -> str:
-    """Return a hash of a checkpoint, so that results of other weights are not taken for its own."""
-    files = sorted(file for pattern in _WEIGHTS for file in folder.rglob(pattern))
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {size} ".encode())
-        with file.open("rb") as stream:
-            if size <= _LARGE_FILE:
-                digest.update(stream.read())
-                continue
-            for place in range(_SAMPLES):
-                stream.seek((size - _SAMPLE) * place // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE))
-    return digest.hexdigest()[:12]
-
-
 def _without_levels(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield options as A+B calls them, also where ``--set options.inside.tau=`` made a level."""
     for key, value in options.items():
@@ -335,19 +291,19 @@ def _without_levels(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def canonical_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the same options in their one spelling: the budget, and what is not the default."""
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
-    knobs = knobs_of(create_pruner(method, **given))
-    defaults = knobs_of(create_pruner(method))
-    changed = {key: value for key, value in knobs.items() if value != defaults[key]}
+    every = options_of(create_pruner(method, **given))
+    defaults = options_of(create_pruner(method))
+    changed = {key: value for key, value in every.items() if value != defaults[key]}
     if "retain_tokens" in changed:
         return changed
-    return {"retain_ratio": knobs["retain_ratio"], **changed}
+    return {"retain_ratio": every["retain_ratio"], **changed}
 
 
-def knobs_of(pruner: Pruner) -> dict[str, Any]:
-    """Return all knobs of a method, spelled as ``create_pruner`` takes them."""
+def options_of(pruner: Pruner) -> dict[str, Any]:
+    """Return all options of a method, spelled as ``create_pruner`` takes them."""
     if not isinstance(pruner, Combined):
         return {field.name: getattr(pruner, field.name) for field in dataclasses.fields(pruner)}
-    before, inside = knobs_of(pruner.before), knobs_of(pruner.inside)
+    before, inside = options_of(pruner.before), options_of(pruner.inside)
     budget = {key: before.pop(key) for key in ("retain_ratio", "retain_tokens")}
     budget |= {f"before.{key}": value for key, value in before.items()}
     return budget | {f"inside.{key}": value for key, value in inside.items()}
@@ -359,23 +315,9 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _as_argument(value: Any) -> str:
     """Spell a value so that it survives lmms-eval's and the model's reading."""
     if isinstance(value, tuple):
         return "".join(f"{part!r};" for part in value) or "[]"
     text = str(value)
     return f"'{text}'" if "," in text else text
-
-
-def _integer(where: str, key: str, value: Any, least: int, most: int | None = None) -> int:
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    if not is_number or value < least or (most is not None and value > most):
-        allowed = f"{least} or more" if most is None else f"{least} to {most}"
-        raise TodreError(
-            f"{where}: {key} {value!r} is out of range; allowed: a whole number, {allowed}."
-        )
-    return int(value)

@@ -1,9 +1,9 @@
 """A hash of what turns answers into scores: of a suite, its own task files, and data drawn here.
 
 It is stored in every result and is no part of a run's name: after an edit of the suite the run goes
-on with the answers in its log, and only what is asked differently is computed again. (Tasks,
+on with the answers in its log, and only what is prompted differently is computed again. (Tasks,
 metrics and frames are in the name as well.) Not in it is lmms-eval itself, whose version every
-result tells.
+result states.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def suite_digest(suite: Suite) -> str:
 
 
 def _task_files(suite: Suite) -> Iterator[tuple[str, str]]:
-    """Yield name and hash of every file beside those that define tasks of the suite."""
+    """Yield name and hash of every file next to those that define tasks of the suite."""
     if suite.include is None:
         return
     folders = {

@@ -1,4 +1,4 @@
-"""What to run: the runs behind one run config, a table of the papers, or a grid of settings.
+"""What to run: the runs of one run config, a table of the papers, or a grid of settings.
 
     configs/runs/X.yaml      one run, or ``table``: the rows of a table on one model
     configs/sweeps/Y.yaml    ``base``: one run, and ``grid``: values for some of its keys
@@ -18,7 +18,7 @@ from typing import Any
 
 from eval.results.known_models import num_layers_of
 from eval.results.published import VERSIONS, RowSpec, models, rows, suite_rows
-from eval.run.config_keys import check_keys, with_changes, within
+from eval.run.config import check_keys, with_changes, within
 from eval.run.spec import RUN_KEYS, Run, resolve
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import read_mapping
@@ -38,10 +38,6 @@ _TABLE_KEYS = ("table", "version", *(key for key in RUN_KEYS if key not in ("met
 
 def plan(files: Iterable[Path], changes: Sequence[str] = ()) -> list[Run]:
     """Return the runs of config files, each once, checked.
-
-    Args:
-        files: of any of the three kinds.
-        changes: ``key=value`` lines for all of them; in a sweep they change its base.
 
     Raises:
         TodreError: a wrong key or value, in one line with the file's name.

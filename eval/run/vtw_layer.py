@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from llava_todre.model.images import load_image, process_images
 from llava_todre.model.load import load_pretrained_model
 from llava_todre.model.prompt import AUTO, build_prompt, tokenizer_image_token
 from llava_todre.pruners.vtw import VTW, search_layer
+from llava_todre.settings import whole
 
 CALIBRATION_SEED = TEST_SEED + 2
 """Scenes that no figure is measured on."""
@@ -40,8 +42,7 @@ def find_layer(
         eta: bound on the mean divergence, in nats.
         first: first layer to try.
     """
-    if num_samples < 1:
-        raise TodreError(f"num_samples {num_samples} is out of range; allowed: 1 or more.")
+    whole("num_samples", num_samples, 1)
     questions = _bundled(num_samples) if samples is None else _read(samples, num_samples)
     tokenizer, model, processor, _ = load_pretrained_model(model_path or bundled_checkpoint())
     template = find_template(AUTO, model, tokenizer)
@@ -69,6 +70,22 @@ def find_layer(
     found = {"layer": layer, "num_layers": num_layers, "eta": eta, "samples": len(prompts)}
     print(json.dumps(found | {"divergence": divergences}))
     return found | {"divergence": divergences}
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``vtw-layer`` to the commands of ``python -m eval``."""
+    search = commands.add_parser("vtw-layer", help="search the layer at which VTW withdraws")
+    search.add_argument("--model", help="checkpoint (default: the bundled one)")
+    search.add_argument("--samples", type=Path, help="JSON lines with the keys image and question")
+    search.add_argument("--num-samples", type=int, default=20)
+    search.add_argument("--eta", type=float, default=0.003, help="bound on the divergence, in nats")
+    search.add_argument("--first", type=int, default=5, help="first layer to try")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; returns the exit status."""
+    find_layer(options.model, options.samples, options.num_samples, options.eta, options.first)
+    return 0
 
 
 def _bundled(count: int) -> list[tuple[Image.Image, str]]:

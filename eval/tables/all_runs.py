@@ -7,6 +7,7 @@ is a table per model and suite; for machines one CSV with a column for every num
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,15 +20,15 @@ from eval.results.averages import (
     relative,
     score_of,
 )
-from eval.results.compare import drawn_over, groups_of, is_mean, mean_interval, over_what
-from eval.results.files import Run
+from eval.results.bootstrap import Interval, groups_of, mean_interval
+from eval.results.compare import drawn_over, is_mean, over_what
+from eval.results.files import StoredRun
 from eval.results.known_models import num_layers_of
 from eval.results.lookup import UNREADABLE, identity, model_key, ran, rank_of
 from eval.results.seeds import members, over_seeds, seed_of
+from eval.tables.cells import clock, mixed_settings, shown, watched, with_spread
 from eval.tables.render import Table, name_of
-from eval.tables.sheet import clock, mixed_settings, shown, watched, with_spread
 from llava_todre.errors import TodreError
-from llava_todre.intervals import Interval
 
 _TOKENS = {
     "kept": "kept_tokens",
@@ -45,8 +46,8 @@ _LEFT = 4
 class Row:
     """One run, or the seeds of one."""
 
-    run: Run
-    full: Run | None
+    run: StoredRun
+    full: StoredRun | None
     """The unpruned run of the same model with the same settings, suite and limit."""
 
     @property
@@ -100,10 +101,10 @@ class Row:
         )
 
 
-def rows_of(runs: Sequence[Run]) -> list[Row]:
+def rows_of(runs: Sequence[StoredRun]) -> list[Row]:
     """Return a row per run, in the order of model, suite, limit, budget and method."""
     merged = over_seeds(runs)
-    unpruned: dict[tuple[str, ...], list[Run]] = {}
+    unpruned: dict[tuple[str, ...], list[StoredRun]] = {}
     for run in filter(_is_unpruned, merged):
         unpruned.setdefault(_comparable(run), []).append(run)
     found = []
@@ -115,12 +116,12 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     return sorted(found, key=_order)
 
 
-def _comparable(run: Run) -> tuple[str, str, str, str]:
+def _comparable(run: StoredRun) -> tuple[str, str, str, str]:
     row, limit = Row(run, None), str(run["config"].get("limit"))
     return *row.place, json.dumps(row.settings, sort_keys=True), limit
 
 
-def _is_unpruned(run: Run) -> bool:
+def _is_unpruned(run: StoredRun) -> bool:
     if run["status"] != "complete":
         return False
     try:
@@ -136,13 +137,21 @@ def _order(row: Row) -> tuple[Any, ...]:
     budget = -float(1 if ratio is None else ratio)
     if isinstance(tokens, int) and tokens > 0:
         budget = 1 / tokens
-    return *_comparable(row.run), not _is_unpruned(row.run), budget, method, str(row.run["name"])
+    limit = row.run["config"].get("limit") or math.inf
+    return (
+        *_comparable(row.run)[:3],
+        limit,
+        not _is_unpruned(row.run),
+        budget,
+        method,
+        str(row.run["name"]),
+    )
 
 
 # ---------------------------------------------------------------------------------- for readers
 
 
-def as_tables(runs: Sequence[Run]) -> Iterator[Table]:
+def as_tables(runs: Sequence[StoredRun]) -> Iterator[Table]:
     """Yield a table per model, its settings, and suite."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     found = rows_of(runs)
@@ -250,7 +259,7 @@ def _notes(group: Sequence[Row]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------- for machines
 
 
-def as_flat_table(runs: Sequence[Run]) -> Table:
+def as_flat_table(runs: Sequence[StoredRun]) -> Table:
     """Return one table with a column for every number, to be written as CSV."""
     found = rows_of(runs)
     keys = list(dict.fromkeys(key for row in found for key in row.run["benchmarks"]))

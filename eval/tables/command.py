@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.results.files import Run, load_runs
+from eval.results.files import StoredRun, load_runs
 from eval.results.lookup import model_key
 from eval.results.published import TABLES, VERSIONS
 from eval.tables.all_runs import as_flat_table, as_tables
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     """Add ``table`` to the commands of ``python -m eval``."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "table",
-        help="a table of the papers, our results beside the published numbers; or all runs",
+        help="a table of the papers, our results next to the published numbers; or all runs",
         description="all: every run once, with method, options, cost, scores and intervals.",
     )
     parser.add_argument("table", choices=[*TABLES, ALL])
@@ -76,7 +76,7 @@ def _write(file: Path, key: str, text: str) -> None:
 
 
 _Found = tuple[list[str], Table, list[str]]
-"""Tables in the format asked for, all numbers in one, and what is said besides."""
+"""Tables in the requested format, all numbers in one, and further notes."""
 
 
 def _all_runs(options: argparse.Namespace, folders: Sequence[Path]) -> _Found:
@@ -88,7 +88,7 @@ def _all_runs(options: argparse.Namespace, folders: Sequence[Path]) -> _Found:
     return [style(table) for table in as_tables(runs)], as_flat_table(runs), []
 
 
-def _chosen(runs: list[Run], options: argparse.Namespace) -> list[Run]:
+def _chosen(runs: list[StoredRun], options: argparse.Namespace) -> list[StoredRun]:
     return [
         run
         for run in runs

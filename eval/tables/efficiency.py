@@ -1,6 +1,6 @@
-"""Table 3 from results of the bench: models by dimensions, beside what the papers printed.
+"""Table 3 from results of the bench: models by dimensions, next to what the papers printed.
 
-``eval.tables.paper`` fills Table 3 from runs over a benchmark; here stand FLOPs, memory and samples
+``eval.tables.paper`` fills Table 3 from runs over a benchmark; here are FLOPs, memory and samples
 per second of random weights, which need neither checkpoint nor data.
 """
 
@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.results.measured import checked_bench
+from eval.bench.dims import MODELS
+from eval.results.files import checked_bench
 from eval.results.published import ABLATED, VERSIONS, RowSpec, place, rows, table_spec
 from eval.results.schema import read_json
 from eval.tables.render import Cell
 
 Result = Mapping[str, Any]
 COLUMNS = ("paper_tflops", "tflops", "memory_gb", "samples_per_s")
-PRINTED = {"7b": ABLATED, "13b": "llava_next_13b"}
-"""Size of the bench -> model of the papers with these dimensions."""
 MISSING = "not measured"
 _WITHDRAWN = ", withdrawn"
 
@@ -57,14 +56,14 @@ def efficiencies(results: Mapping[str, Result], model: str | None = None) -> lis
     chosen = [
         (name, result)
         for name, result in results.items()
-        if model is None or PRINTED.get(result["size"]) == model
+        if model is None or MODELS.get(result["size"]) == model
     ]
     chosen.sort(key=lambda item: item[1]["methods"][0]["flops"]["prefill"])
     return [_table(name, result) for name, result in chosen]
 
 
 def _table(name: str, result: Result) -> Efficiency:
-    model = PRINTED.get(result["size"], "")
+    model = MODELS.get(result["size"], "")
     printed = {row.label: row.published for row in rows("3")} if model == ABLATED else {}
     weights = result["checkpoint"] or f"{result['size']} dimensions, random weights"
     body = []

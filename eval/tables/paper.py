@@ -1,4 +1,4 @@
-"""The papers' tables filled from runs: our numbers beside the published ones.
+"""The papers' tables filled from runs: our numbers next to the published ones.
 
 A table is there for every model that the papers have in it, and one of the same shape, per suite,
 for every other model that was run.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from eval.results.averages import counts
-from eval.results.files import Run
+from eval.results.files import StoredRun
 from eval.results.known_models import known_models, num_layers_of
 from eval.results.lookup import UNREADABLE, concerns, identity, model_key, ran
 from eval.results.published import (
@@ -34,7 +34,7 @@ OF_THEIR_BENCHMARKS = ("2", "cross_model")
 
 def sheets(
     table: str,
-    runs: Sequence[Run],
+    runs: Sequence[StoredRun],
     suite: str | None = None,
     model: str | None = None,
     version: str | None = None,
@@ -55,7 +55,7 @@ def sheets(
         if suite not in suites:
             raise unknown("suite", suite, suites)
         runs = [run for run in runs if run["config"]["suite"] == suite]
-    of_model: dict[str, list[Run]] = {}
+    of_model: dict[str, list[StoredRun]] = {}
     for run in over_seeds(runs):
         of_model.setdefault(model_key(run), []).append(run)
     papers = models(table)
@@ -78,13 +78,13 @@ def sheets(
     return made
 
 
-def unshown(found: Sequence[Sheet], runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that stand in no row of any of the tables."""
-    shown = {run for sheet in found for run in sheet.shown}
-    return [run for run in runs if id(run) not in shown]
+def unshown(found: Sequence[Sheet], runs: Sequence[StoredRun]) -> list[StoredRun]:
+    """Return the runs that fit no row of any of the tables."""
+    fitting = {run for sheet in found for run in sheet.fitting}
+    return [run for run in runs if id(run) not in fitting]
 
 
-def _papers_sheet(table: str, model: str, runs: Sequence[Run], version: str | None) -> Sheet:
+def _papers_sheet(table: str, model: str, runs: Sequence[StoredRun], version: str | None) -> Sheet:
     """Return a table of the papers; further methods that were run with a budget have rows too."""
     spec, num_layers = table_spec(table), num_layers_of(model)
     wanted = rows(table, version, model)
@@ -103,7 +103,9 @@ def _papers_sheet(table: str, model: str, runs: Sequence[Run], version: str | No
     )
 
 
-def _own_sheets(table: str, model: str, runs: Sequence[Run], version: str | None) -> list[Sheet]:
+def _own_sheets(
+    table: str, model: str, runs: Sequence[StoredRun], version: str | None
+) -> list[Sheet]:
     """Return a table per suite of a model that the papers do not speak of."""
     suites = dict.fromkeys(str(run["config"]["suite"]) for run in runs)
     found = []
@@ -116,7 +118,7 @@ def _own_sheets(table: str, model: str, runs: Sequence[Run], version: str | None
 
 
 def _own_sheet(
-    table: str, suite: str, model: str, runs: Sequence[Run], version: str | None
+    table: str, suite: str, model: str, runs: Sequence[StoredRun], version: str | None
 ) -> Sheet:
     """Return a table of a suite's own benchmarks, in the shape of one of the papers'."""
     other = {"v1": "todre", "v2": "todre_v1"}.get(version or "")
@@ -148,7 +150,7 @@ def _own_sheet(
 
 def _others(
     wanted: Sequence[RowSpec],
-    runs: Sequence[Run],
+    runs: Sequence[StoredRun],
     num_layers: int | None,
     benchmarks: Sequence[str],
 ) -> list[RowSpec]:

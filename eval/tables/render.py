@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from eval.results.published import RowSpec
 from llava_todre.errors import unknown
-from llava_todre.table import markdown_lines
 
 NAMES = {
     "mme": "MME",
@@ -118,6 +117,29 @@ def wide(found: Sequence[Drawn]) -> Table:
     return Table("", [*header, "runs", "commits"], body)
 
 
+def markdown_lines(table: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return the lines of a Markdown table: header, rule, rows.
+
+    Args:
+        table: header and rows.
+        left: columns aligned to the left; the others hold numbers.
+    """
+    rule = ["---"] * left + ["---:"] * (len(table[0]) - left)
+    return ["| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]]]
+
+
+def aligned(table: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return a line per row, in columns; arguments as of :func:`markdown_lines`."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
 def as_markdown(table: Table) -> str:
     """Return the table in Markdown."""
     cells = [
@@ -131,17 +153,10 @@ def as_markdown(table: Table) -> str:
 
 def as_text(table: Table) -> str:
     """Return the table with aligned columns."""
-    lines = [row for cells in [table.header, *table.rows] for row in _split(cells)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    drawn = [
-        "  ".join(
-            cell.ljust(width) if index < table.left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    lines = [line for row in [table.header, *table.rows] for line in _split(row)]
+    header, *rows = aligned(lines, table.left)
     notes = [textwrap.fill(note, 100) for note in table.notes]
-    return "\n".join([table.title, "", drawn[0], "-" * len(drawn[0]), *drawn[1:], "", *notes, ""])
+    return "\n".join([table.title, "", header, "-" * len(header), *rows, "", *notes, ""])
 
 
 def as_latex(table: Table) -> str:

@@ -18,14 +18,15 @@ from eval.results.averages import (
     relative,
     score_of,
 )
-from eval.results.compare import drawn_over, groups_of, is_mean, mean_interval, over_what
-from eval.results.files import Run
+from eval.results.bootstrap import groups_of, mean_interval
+from eval.results.compare import drawn_over, is_mean, over_what
+from eval.results.files import StoredRun
 from eval.results.lookup import UNREADABLE, concerns, identity, ran, rank_of
 from eval.results.published import AVERAGE, VERSIONS, RowSpec, relative_average
 from eval.results.seeds import members, seed_of
+from eval.tables.cells import clock, mixed_settings, shown, time_of, watched, with_spread
 from eval.tables.render import Cell, name_of
 from llava_todre.errors import TodreError
-from llava_todre.intervals import Interval
 
 NOT_RUN, FAILED, SERVER = "not run", "failed", "server"
 
@@ -35,7 +36,7 @@ class Entry:
     """What the runs say about one benchmark of one row."""
 
     text: str
-    run: Run | None = None
+    run: StoredRun | None = None
     stored: Mapping[str, Any] = field(default_factory=dict)
     """The benchmark's part of the run's JSON."""
 
@@ -55,7 +56,7 @@ class Sheet:
         row_specs: Sequence[RowSpec],
         columns: Sequence[str],
         benchmarks: Sequence[str],
-        runs: Sequence[Run],
+        runs: Sequence[StoredRun],
         num_layers: int | None,
         covered: bool = True,
         extras: Sequence[str] = (),
@@ -76,14 +77,14 @@ class Sheet:
         self.columns, self.benchmarks, self.covered = list(columns), benchmarks, covered
         self._scored = (*benchmarks, *extras)
         self.model, self.num_layers = model, num_layers
-        self.used: dict[str, Run] = {}
-        self.shown: set[int] = set()
-        """``id`` of all runs in the table, failed ones too."""
+        self.used: dict[str, StoredRun] = {}
+        self.fitting: set[int] = set()
+        """``id`` of all runs that fit a row, also where another run is shown in it."""
         self.remarks: dict[str, None] = {}
         self._noted: dict[str, dict[str, None]] = {}
         self._drawn: dict[str, dict[str, None]] = {}
         """What was drawn for intervals -> of which benchmarks."""
-        self._by_identity: dict[object, list[Run]] = {}
+        self._by_identity: dict[object, list[StoredRun]] = {}
         for run in runs:
             try:
                 key = identity(*ran(run), num_layers)
@@ -98,7 +99,7 @@ class Sheet:
         limits = sorted({run["config"].get("limit") for run in self.used.values()} - {None})
         self.title = title + (f", limit {', '.join(map(str, limits))}" if limits else "")
 
-    def _candidates(self, row: RowSpec) -> list[Run]:
+    def _candidates(self, row: RowSpec) -> list[StoredRun]:
         return self._by_identity.get(identity(row.method, row.options, self.num_layers), [])
 
     def _entries(self, row: RowSpec) -> dict[str, Entry]:
@@ -115,7 +116,7 @@ class Sheet:
         same = [run for run in found if rank_of(run, benchmark)[:4] == rank]
         if len(same) > 1:
             self.remark(f"{row.label}: {len(same)} runs fit; the newest is shown, {name}.")
-        self.shown |= {id(run) for run in members(best)}
+        self.fitting |= {id(each) for run in found for each in members(run)}
         if best["status"] != "complete":
             self.remark(f"{name} failed: {best['error']}")
             return Entry(FAILED, best)
@@ -233,7 +234,7 @@ class Sheet:
         return Cell(published=published)
 
     def _drop_empty(self, column: str) -> None:
-        """Leave out a column in which nothing stands."""
+        """Leave out an empty column."""
         if column in self.columns and all(c[column] == Cell() for _, c, _ in self.rows):
             self.columns.remove(column)
             for _, cells, _ in self.rows:
@@ -249,7 +250,7 @@ class Sheet:
             return Cell(FAILED if candidates else NOT_RUN, published=published)
         run = max(found, key=lambda run: (set(run["benchmarks"]) == {"pope"}, rank_of(run)))
         self.used[str(run["name"])] = run
-        self.shown |= {id(each) for each in members(run)}
+        self.fitting |= {id(each) for found in candidates for each in members(found)}
         ours = _measured(run, measure)
         text = "" if ours is None else _text(ours)
         differences = _each(printed, lambda value: _less(ours, value))
@@ -262,7 +263,7 @@ class Sheet:
 
     @property
     def notes(self) -> list[str]:
-        """What stands below the table."""
+        """Notes below the table."""
         notes = []
         versions = [v for v in VERSIONS if any(v in row.published for row, _, _ in self.rows)]
         if versions:
@@ -322,37 +323,7 @@ class Sheet:
         return [line, *mixed_settings(runs)]
 
 
-def mixed_settings(runs: Sequence[Run]) -> list[str]:
-    """Return a line about the settings in which runs differ, if they do."""
-    settings: dict[str, set[str]] = {}
-    for run in runs:
-        others = {"seed": run["config"].get("seed"), "suite_digest": run.get("suite_digest")}
-        for key, value in {**run["config"]["model"], **others}.items():
-            settings.setdefault(key, set()).add(str(value))
-    mixed = [f"{k} {' | '.join(sorted(v))}" for k, v in settings.items() if len(v) > 1]
-    return [f"These runs differ in: {'; '.join(mixed)}."] if mixed else []
-
-
-def time_of(run: Run) -> float | None:
-    """Return the seconds of a run that other work on the machine does not decide.
-
-    On a GPU by the clock, as a run has it for itself. None on a CPU, where even the CPU time of
-    runs one after the other depends on what else runs: there only interleaved times compare.
-    """
-    on_cpu = str(run.get("device")).endswith(" cores")
-    seconds: float | None = None if on_cpu else run.get("seconds")
-    return seconds
-
-
-def clock(seconds: float | None) -> str:
-    """Return minutes:seconds."""
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02}"
-
-
-def _measured(run: Run, measure: str) -> float | None:
+def _measured(run: StoredRun, measure: str) -> float | None:
     """Return what a run measured, in the unit of the table; no speed that other work decides."""
     if measure == "samples_per_s" and time_of(run) != run.get("seconds"):
         return None
@@ -377,25 +348,9 @@ def _text(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def with_spread(value: float, spread: float | None) -> str:
-    """Return a mean with its standard deviation over seeds, if there were several."""
-    return f"{value:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
-
-
-def watched(stored: Mapping[str, Any]) -> str:
-    """Return how often the watched answer was given, "" where none is watched."""
-    found = stored.get("watched_answer")
-    return f"{found['share']:.0%} {found['answer']}" if found else ""
-
-
 def _less(ours: float | None, published: float) -> str:
     """Return ours - published, "" without ours."""
     if ours is None:
         return ""
     text = f"{ours - published:+.1f}"
     return "0.0" if float(text) == 0 else text
-
-
-def shown(interval: Interval) -> str:
-    """Return an interval in brackets."""
-    return f"[{interval[0]:.1f}, {interval[1]:.1f}]"

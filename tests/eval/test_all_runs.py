@@ -111,6 +111,13 @@ def test_the_text_has_every_run_once(folder: Path, capsys: pytest.CaptureFixture
     assert "server" in text and " 1:30 " in text
 
 
+def test_limits_are_sorted_as_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for limit in (100, None, 9, 50):
+        (tmp_path / f"{limit}.json").write_text(json.dumps(pruned(limit=limit)))
+    assert main(["table", "all", "--results", str(tmp_path), "--format", "csv"]) == 0
+    assert [row["limit"] for row in lines_of(capsys.readouterr().out)] == ["9", "50", "100", ""]
+
+
 def test_the_table_can_be_narrowed_and_drawn_in_every_format(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

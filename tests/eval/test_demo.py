@@ -19,11 +19,11 @@ from eval.demo.run import run_demo
 from eval.demo.stored import finished as finished_run
 from eval.demo.stored import unused
 from eval.mini import TASKS
+from eval.results.bootstrap import intervals
+from eval.tables.demo import as_markdown, as_text, with_interval
 from llava_todre import TodreError
 from llava_todre.cli import main
-from llava_todre.intervals import intervals
 from llava_todre.pruners import PRUNERS
-from llava_todre.table import as_markdown, as_text, with_interval
 
 NUM_IMAGES = 2
 

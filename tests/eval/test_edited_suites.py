@@ -14,7 +14,8 @@ from eval.mini import data as mini_data
 from eval.results.files import load_runs
 from eval.run import launch, suites
 from eval.run.commands import _tell
-from eval.run.launch import Launch, Report, execute
+from eval.run.launch import Report, execute
+from eval.run.processes import Launch
 from eval.run.spec import ROOT, Run, resolve
 from eval.run.suite_digest import suite_digest
 from eval.run.suites import load_suite

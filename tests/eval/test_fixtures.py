@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from eval.mini.fixtures import HF_HOME, NUM_SCENES, make_fixtures
-from eval.run.suites import ROOT, load_suite, scores
+from eval.run.scoring import scores
+from eval.run.suites import ROOT, load_suite
 from llava_todre.model.checkpoint import bundled_checkpoint
 
 for package in ("lmms_eval", "datasets", "av", "cv2", "pandas", "openpyxl"):

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 
 from eval.run import collect as outcome
-from eval.run import commands, launch
+from eval.run import commands, launch, processes
 from eval.run.collect import complete, last_error, read_record
-from eval.run.launch import Launch, command, execute
+from eval.run.launch import execute
+from eval.run.processes import Launch, command
 from eval.run.spec import ROOT, Run, resolve
 from llava_todre import files
 from llava_todre.errors import TodreError
@@ -59,7 +60,7 @@ def evaluate(
         program = (str(FAKE), "--fault", fault, "--only", only, "--pause", str(pause))
         monkeypatch.setattr(commands, "Launch", functools.partial(Launch, program=program))
         parser = argparse.ArgumentParser()
-        commands.add_parsers(parser.add_subparsers(dest="command"))
+        commands.add_parser(parser.add_subparsers(dest="command"))
         given = ["sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), *arguments]
         capsys.readouterr()
         status = commands.run(parser.parse_args(given))
@@ -316,7 +317,7 @@ def test_the_last_error_is_what_the_child_said_last(tmp_path: Path) -> None:
 def test_a_dry_run_prints_commands_that_a_shell_runs_as_they_are(
     evaluate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_python", lambda: sys.executable)
+    monkeypatch.setattr(processes, "_python", lambda: sys.executable)
     status, printed, said = evaluate("--dry-run", "--offline", "--jobs", "2")
     assert status == 0 and "python -m eval.mini.data" in said
     assert not (tmp_path / "out").exists()
@@ -337,11 +338,11 @@ def test_a_dry_run_prints_commands_that_a_shell_runs_as_they_are(
 def test_the_program_is_lmms_eval_and_python_is_named_shortly_if_it_is_the_one_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.shutil, "which", lambda name: sys.executable)
+    monkeypatch.setattr(processes.shutil, "which", lambda name: sys.executable)
     environment, arguments = command(run_of(), Launch(tmp_path), (), 1)
     assert arguments[:5] == ["python", "-m", "lmms_eval", "--model", "llava_todre"]
     assert environment == {"HF_DATASETS_OFFLINE": "1"}, "the mini suite's data is drawn here"
-    monkeypatch.setattr(launch.shutil, "which", lambda name: "/elsewhere/python")
+    monkeypatch.setattr(processes.shutil, "which", lambda name: "/elsewhere/python")
     assert command(run_of(), Launch(tmp_path), (), 1)[1][0] == sys.executable
 
 
@@ -403,7 +404,7 @@ def test_a_model_that_is_split_takes_all_processes_of_its_run(tmp_path: Path) ->
         (["--processes", "0"], "processes 0 is out of range"),
         (["--gpus", "0"], "gpus '0': 0 not found here; allowed: none"),
         (["--gpus", "0,,1"], "gpus '0,,1' is not a list"),
-        (["--limit", "0"], "limit 0 is out of range"),
+        (["--limit", "0"], "limit must be a whole number, 1 or more or null, got 0"),
         (["--set", "base.limit=3"], "key 'base' is unknown"),
         (["--slurm", "slrum"], "slurm 'slrum' is unknown"),
         (["--slurm", "--slurm-set", "x"], "slurm-set 'x' is not of the form"),
@@ -516,7 +517,7 @@ def test_a_signal_stops_the_children_and_records_nothing(
     wait_for(lambda: any(file.read_text() for file in out.glob("logs/*/pid")))
     (pid,) = [int(file.read_text()) for file in out.glob("logs/*/pid")]
     os.kill(process.pid, number)
-    process.join(launch._GRACE_SECONDS - 3)
+    process.join(processes._GRACE_SECONDS - 3)
     assert process.exitcode == status, "without waiting for the children to be forced"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

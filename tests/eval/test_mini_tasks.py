@@ -19,7 +19,8 @@ import datasets
 
 from eval.mini import TASKS, TEST_SEED, held_out
 from eval.mini import data as mini_data
-from eval.run.suites import ROOT, load_suite, prepare, scores
+from eval.run.scoring import scores
+from eval.run.suites import ROOT, load_suite, prepare
 from llava_todre.errors import TodreError
 from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.model.load import load_pretrained_model

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from eval.run.collect import read_record
-from eval.run.launch import Launch, execute
+from eval.run.launch import execute
+from eval.run.processes import Launch
 from eval.run.spec import ROOT, Run, resolve
 from llava_todre.cli import main
 

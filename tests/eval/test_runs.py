@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eval.results import known_models
+from eval.run import checkpoints
 from eval.run import spec as runs
-from eval.run.config_keys import with_changes
+from eval.run.config import with_changes
 from eval.run.spec import resolve, resolve_model
 from llava_todre.errors import TodreError
 from llava_todre.files import read_mapping
@@ -31,17 +33,18 @@ def names(**changes: Any) -> set[str]:
         ({"methd": "todre"}, "key 'methd' is unknown. Did you mean 'method'?"),
         ({"method": "todray"}, "method 'todray' is unknown. Did you mean 'todre'?"),
         ({"method": None}, "key 'method' is missing"),
-        ({"method": ["todre"]}, "method ['todre'] is not a name"),
+        ({"method": ["todre"]}, "method must be text, got ['todre']"),
         ({"options": {"retain": 0.1}}, "'retain' is unknown. Did you mean 'retain_ratio'?"),
         ({"options": {"retain_ratio": 1.5}}, "0 < retain_ratio <= 1, got 1.5"),
         ({"options": {"seed": 3}}, "'seed' is the key 'seed' of the run"),
-        ({"options": [0.1]}, "options [0.1] is not a mapping"),
+        ({"options": [0.1]}, "options must be 'key: value' lines or null, got [0.1]"),
         ({"suite": "imagge"}, "suite 'imagge' is unknown. Did you mean 'image'?"),
-        ({"limit": 0}, "limit 0 is out of range; allowed: a whole number, 1 or more"),
-        ({"limit": 2.5}, "limit 2.5 is out of range"),
-        ({"batch_size": True}, "batch_size True is out of range"),
-        ({"seed": -1}, "seed -1 is out of range; allowed: a whole number, 0 to 4294967295"),
-        ({"seed": 2**32}, "seed 4294967296 is out of range"),
+        ({"limit": 0}, "limit must be a whole number, 1 or more or null, got 0"),
+        ({"limit": "4"}, "limit must be a whole number, 1 or more or null, got '4'"),
+        ({"limit": 2.5}, "limit must be a whole number, 1 or more or null, got 2.5"),
+        ({"batch_size": True}, "batch_size must be a whole number, 1 or more, got True"),
+        ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
+        ({"seed": 2**32}, "seed must be at most 4294967295, got 4294967296"),
         (
             {"options": {"retain_ratio": 0.25, "retain_tokens": 9}},
             "options retain_ratio and retain_tokens were both given",
@@ -53,8 +56,11 @@ def names(**changes: Any) -> set[str]:
         ({"model": {"key": "mini", "dtypes": "float32"}}, "Did you mean 'dtype'?"),
         ({"model": {"key": "mini", "dtype": "float8"}}, "dtype 'float8' is unknown"),
         ({"model": {"key": "mini", "protocol": "papr"}}, "Did you mean 'paper'?"),
-        ({"model": {"key": "mini", "max_new_tokens": 0}}, "max_new_tokens 0 is out of range"),
-        ({"model": {"key": "mini", "revision": 7}}, "revision 7 is not a text"),
+        (
+            {"model": {"key": "mini", "max_new_tokens": 0}},
+            "max_new_tokens must be a whole number, 1 or more, got 0",
+        ),
+        ({"model": {"key": "mini", "revision": 7}}, "revision must be text or null, got 7"),
         ({"model": {"dtype": "float32"}}, "key 'pretrained' is missing"),
     ],
 )
@@ -84,8 +90,8 @@ def test_a_run_is_known_by_what_it_computes() -> None:
 
 def test_a_changed_default_of_a_method_makes_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resolve(CONFIG).name
-    knobs = runs.knobs_of
-    monkeypatch.setattr(runs, "knobs_of", lambda pruner: knobs(pruner) | {"tau": 0.2})
+    knobs = runs.options_of
+    monkeypatch.setattr(runs, "options_of", lambda pruner: knobs(pruner) | {"tau": 0.2})
     assert resolve(CONFIG).name != before
 
 
@@ -133,7 +139,7 @@ def test_a_checkpoint_with_other_weights_is_another_model(tmp_path: Path) -> Non
     for content, readme in ((b"one", "one"), (b"two", "one"), (b"two", "two")):
         weights.write_bytes(content)
         (tmp_path / "README.md").write_text(readme)
-        runs._fingerprint.cache_clear()
+        checkpoints.fingerprint.cache_clear()
         prints.append(resolve_model(str(tmp_path))[1]["fingerprint"])
     assert prints[0] != prints[1] == prints[2]
 
@@ -141,14 +147,14 @@ def test_a_checkpoint_with_other_weights_is_another_model(tmp_path: Path) -> Non
 def test_other_weights_of_the_same_size_are_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "_LARGE_FILE", 1000)
-    monkeypatch.setattr(runs, "_SAMPLE", 4)
+    monkeypatch.setattr(checkpoints, "_LARGE_FILE", 1000)
+    monkeypatch.setattr(checkpoints, "_SAMPLE", 4)
     (tmp_path / "config.json").write_text("{}")
     weights = tmp_path / "model.safetensors"
     prints = set()
     for content in (b"0" * 9000, b"1" * 9000, b"1" * 4500 + b"0" * 4500, b"1" * 8999 + b"0"):
         weights.write_bytes(content)
-        runs._fingerprint.cache_clear()
+        checkpoints.fingerprint.cache_clear()
         prints.add(resolve_model(str(tmp_path))[1]["fingerprint"])
     assert len(prints) == 4
 
@@ -157,7 +163,7 @@ def test_another_clip_in_the_same_folder_is_another_run(tmp_path: Path) -> None:
     found = set()
     for content in (b"one", b"two"):
         (tmp_path / "model.safetensors").write_bytes(content)
-        runs._fingerprint.cache_clear()
+        checkpoints.fingerprint.cache_clear()
         run = resolve(CONFIG | {"model": {"key": "mini", "clip_text": str(tmp_path)}})
         assert "fingerprint" not in run.model_args("log")
         found.add(run.name)
@@ -218,7 +224,7 @@ def test_a_model_is_a_name_a_path_a_hub_id_or_keys() -> None:
     assert settings["pretrained"] == "llava-hf/llava-v1.6-vicuna-13b-hf"
     assert resolve_model("owner/some-llava") == (
         "some-llava",
-        runs.MODEL_DEFAULTS | {"pretrained": "owner/some-llava"},
+        asdict(runs.Model("owner/some-llava")),
     )
     assert resolve_model({"key": "mini", "dtype": "float16"})[1]["dtype"] == "float16"
     assert resolve_model({"pretrained": "owner/some-llava"})[0] == "some-llava"
@@ -287,13 +293,14 @@ def test_lmms_eval_and_the_model_read_the_same_run_out_of_model_args(
     run = resolve(CONFIG | {"method": method, "options": options, "seed": 5})
     given = simple_parse_args_string(run.model_args("out, put/log"))
     assert given["log_dir"] == "'out, put/log'", "its quotes are taken off by the model"
-    own = [*runs.MODEL_DEFAULTS, "method", "seed", "log_dir", "max_frames", "num_items"]
+    own = [*runs.MODEL_KEYS, "method", "seed", "log_dir", "max_frames", "num_items"]
     knobs = {key: value for key, value in given.items() if key not in own}
     pruner, seed = build_pruner(given["method"], knobs, given["seed"], own)
     assert seed == 5
     wanted = create_pruner(method, **dict(run.options))
     assert (
-        runs.knobs_of(pruner) | {"seed": 0} == runs.knobs_of(wanted) | {"seed": 0} or "+" in method
+        runs.options_of(pruner) | {"seed": 0} == runs.options_of(wanted) | {"seed": 0}
+        or "+" in method
     )
     if "+" in method:
         assert pruner.before == wanted.before and pruner.inside.tau == 0.2

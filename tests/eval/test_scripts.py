@@ -144,6 +144,25 @@ def test_table_3_times_models_by_dimensions_and_shows_them(
     assert len(capsys.readouterr().out.splitlines()) == 2 * 9
 
 
+@pytest.mark.parametrize("script", ["pivot", "smoke", "cross_model"])
+def test_a_failed_run_does_not_hide_the_table_of_the_others(script: str, tmp_path: Path) -> None:
+    """The script then fails as the runs did; one that was interrupted stops."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/usr/bin/env bash\necho "$3"\n[[ $3 == table ]] || exit $FAILS\n')
+    stub.chmod(0o755)
+    (tmp_path / "run.json").write_text("{}")
+    given = {"PYTHON": str(stub), "OUT": str(tmp_path)}
+    for status, shown in (("1", True), ("130", False)):
+        with pytest.raises(subprocess.CalledProcessError) as raised:
+            _bash(script, **given, FAILS=status)
+        assert raised.value.returncode == int(status)
+        assert ("table" in raised.value.stdout) == shown
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        _bash(script, **given, FAILS="1")
+    assert "table" not in raised.value.stdout
+
+
 def test_a_script_really_runs_and_stops_at_the_first_error() -> None:
     for script in (*SCRIPTS, "table3_efficiency"):
         lines = (ROOT / "scripts" / f"{script}.sh").read_text().splitlines()

@@ -16,7 +16,8 @@ import yaml
 from eval.mini import TASKS
 from eval.results.item_scores import item_scores
 from eval.run import suites
-from eval.run.suites import ROOT, Benchmark, Suite, load_suite, scores, suite_names
+from eval.run.scoring import UNKNOWN, scores
+from eval.run.suites import ROOT, Benchmark, Suite, load_suite, suite_names
 from llava_todre.errors import TodreError
 
 PUBLISHED = yaml.safe_load((ROOT / "configs" / "paper" / "published.yaml").read_text())
@@ -110,34 +111,46 @@ def test_a_suite_is_read_with_its_defaults(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("scale: percent", "scale: per cent", "scale 'per cent' is unknown. Did you mean 'perc"),
+        (
+            "scale: percent",
+            "scale: per cent",
+            "scale must be 'percent' or 'points', got 'per cent'",
+        ),
         ("combine: single", "combine: mean", "combine 'mean' does not fit 1 tasks"),
         ("one_task: 4", "one_task: 4, two: 4", "combine 'single' does not fit 2 tasks"),
         ("media: image", "media: video", "do not fit media 'video'"),
         ("frames: null", "frames: 5", "do not fit media 'image'"),
         ("sampling: null", "sampling: uniform", "do not fit media 'image'"),
-        ("sampling: null", "sampling: random", "sampling 'random' is unknown"),
-        ("factor: 1", "factor: 0", "factor 0 is of the wrong kind"),
-        ("factor: 1", "factor: true", "factor True is of the wrong kind"),
-        ("judge: false", "judge: 0", "judge 0 is of the wrong kind"),
-        ("split: test", "split: 3", "split 3 is of the wrong kind"),
-        ("item_metric: null", "item_metric: 3", "item_metric 3 is of the wrong kind"),
-        ("note: null", "note: 3", "note 3 is of the wrong kind"),
-        ("note: null", "note: null, averaged: 1", "averaged 1 is of the wrong kind"),
-        ("note: null", "note: null, watched_answer: 1", "watched_answer 1 is of the wrong kind"),
-        ("note: null", "note: null, submission_entries: 0", "submission_entries 0 is of the wrong"),
+        ("sampling: null", "sampling: random", "sampling must be 'uniform' or null, got 'random'"),
+        ("factor: 1", "factor: 0", "factor must be a number above 0, got 0"),
+        ("factor: 1", "factor: true", "factor must be a number above 0, got True"),
+        ("judge: false", "judge: 0", "judge must be true or false, got 0"),
+        ("split: test", "split: 3", "split must be text, got 3"),
+        ("item_metric: null", "item_metric: 3", "item_metric must be text or null, got 3"),
+        ("note: null", "note: 3", "note must be text or null, got 3"),
+        ("note: null", "note: null, averaged: 1", "averaged must be true or false, got 1"),
+        (
+            "note: null",
+            "note: null, watched_answer: 1",
+            "watched_answer must be text or null, got 1",
+        ),
+        (
+            "note: null",
+            "note: null, submission_entries: 0",
+            "submission_entries must be a whole number, 1",
+        ),
         ("metric: m,", "", "key 'metric' is missing"),
         ("note: null", "note: null, nte: 1", "key 'nte' is unknown. Did you mean 'note'"),
         ("{one_task: 4}", "{}", "tasks {} must give a number of items"),
         ("{one_task: 4}", "one_task", "tasks must hold 'key: value' lines"),
         ("one_task: 4", "one_task: 0", "must give a number of items"),
         ("configs/tasks", "configs/none", "include 'configs/none' is not a folder"),
-        ("data: null", "data: maxi", "data 'maxi' is unknown"),
+        ("data: null", "data: maxi", "data must be 'mini' or null, got 'maxi'"),
         ("defaults:", "default:", "key 'default' is unknown. Did you mean 'defaults'"),
         ("one: {tasks: {one_task: 4}}", "one: 4", "benchmark 'one' must hold"),
         ("benchmarks:", "benchmarks: [", "is not valid YAML"),
         ("factor: 1", "factor: 1, factor: 2", "key 'factor' is there twice"),
-        ("note: null", "note: null, block: 0", "block 0 is of the wrong kind"),
+        ("note: null", "note: null, block: 0", "block must be a whole number, 1 or more, got 0"),
         ("data: null", "base: none", "base 'none' is unknown"),
         ("data: null", "only: [two]", "only 'two' is unknown"),
         ("data: null", "only: []", "has no benchmarks"),
@@ -297,7 +310,7 @@ def test_items_about_the_same_picture_are_told_across_tasks() -> None:
         return scores(suite, results, samples, None, pictures)["one"]["groups"]
 
     assert groups(shown) == [0, 1, 1, 2, 0], "an item without a picture is by itself"
-    assert groups(shown | {("b", 2): suites.UNKNOWN}) is None
+    assert groups(shown | {("b", 2): UNKNOWN}) is None
     assert groups(None) is None, "logs of earlier versions do not tell"
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from eval.run import launch, slurm
 from eval.run.collect import read_record
-from eval.run.launch import Launch
+from eval.run.processes import Launch
 from eval.run.spec import CONFIGS, Run
 from eval.run.sweeps import plan
 from llava_todre.errors import TodreError
@@ -137,7 +137,7 @@ def test_table_1_is_every_row_the_papers_print(model: str, count: int, methods: 
     assert len(found) == count
     pairs = {(run.method, run.options["retain_ratio"]) for run in found}
     assert pairs == {("vanilla", 1.0)} | {(m, r) for m in methods.split() for r in (0.25, 0.10)}
-    assert {run.suite_name for run in found} == {"image"}
+    assert {run.suite for run in found} == {"image"}
 
 
 def test_a_version_picks_the_rows_of_one_paper() -> None:

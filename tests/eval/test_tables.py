@@ -247,8 +247,9 @@ def test_identity_tells_apart_what_differs_and_ignores_a_seed() -> None:
 
 def test_of_two_runs_that_fit_the_newest_is_shown_and_it_is_said() -> None:
     old = pruned(scores=LESS | {"gqa": 1.0}, name="z old", time_utc="2026-10-01")
-    found = sheet([old, pruned(name="a new")])
+    found = sheet(runs := [old, pruned(name="a new")])
     assert cells(found, "todre 10%")["gqa"].ours == "54.0"
+    assert unshown([found], runs) == [], "the older one fits the row too"
     assert "todre 10%: 2 runs fit; the newest is shown, a new." in said(found)
 
 

@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from llava_todre import TodreError, intervals
-from llava_todre.intervals import difference, relative_average
+from eval.results import bootstrap
+from eval.results.bootstrap import difference, intervals, relative_average
+from llava_todre import TodreError
 
 Hits = dict[str, list[int]]
 
@@ -23,10 +24,10 @@ CHANCES = {"a": 0.9, "b": 0.6, "c": 0.3}
 def slow_scores(draws: list[Hits], unpruned: Hits) -> tuple[list[float], list[float]]:
     """Return mean and relative average of every resample, question by question."""
     num_images = len(unpruned["a"])
-    pictures, repeats = intervals._resample(num_images, len(draws))
+    images, repeats = bootstrap._resample(num_images, len(draws))
     averages, relatives = [], []
-    for r in range(intervals.RESAMPLES):
-        seen = [i for i in range(num_images) for _ in range(int(pictures[r, i]))]
+    for r in range(bootstrap.RESAMPLES):
+        seen = [i for i in range(num_images) for _ in range(int(images[r, i]))]
         used = [d for d in range(len(draws)) for _ in range(int(repeats[r, d]))]
         assert len(seen) == num_images and len(used) == len(draws)
         accuracies, ratios = [], []
@@ -60,7 +61,7 @@ def test_intervals_are_those_of_a_plain_loop(num_draws: int, rare: float) -> Non
     unpruned = drawn(rng, 12, CHANCES | {"c": rare})  # rare: some resamples have no hit of c
     draws = [drawn(rng, 12, CHANCES) for _ in range(num_draws)]
     averages, relatives = slow_scores(draws, unpruned)
-    found = intervals.intervals(draws, unpruned)
+    found = intervals(draws, unpruned)
     assert found["average"] == pytest.approx(slow_middle(averages))
     assert found["relative"] == pytest.approx(slow_middle(relatives))
 
@@ -73,22 +74,22 @@ def test_intervals_are_those_of_a_plain_loop(num_draws: int, rare: float) -> Non
     assert found["relative"] == pytest.approx(slow_middle(leads))
 
 
-def test_pictures_are_drawn_with_replacement_and_equally_often() -> None:
-    pictures, repeats = intervals._resample(50, 3)
-    assert pictures.shape == (2_000, 50) and repeats.shape == (2_000, 3)
-    assert (pictures.sum(1) == 50).all() and (repeats.sum(1) == 3).all()
-    assert pictures.mean(0) == pytest.approx(1, abs=0.1)
-    assert (pictures == 0).mean() == pytest.approx(0.98**50, abs=0.01)
+def test_images_are_drawn_with_replacement_and_equally_often() -> None:
+    images, repeats = bootstrap._resample(50, 3)
+    assert images.shape == (2_000, 50) and repeats.shape == (2_000, 3)
+    assert (images.sum(1) == 50).all() and (repeats.sum(1) == 3).all()
+    assert images.mean(0) == pytest.approx(1, abs=0.1)
+    assert (images == 0).mean() == pytest.approx(0.98**50, abs=0.01)
     assert (repeats == 0).mean() == pytest.approx((2 / 3) ** 3, abs=0.03)
-    again, _ = intervals._resample(50, 1)
-    assert (again == pictures).all(), "methods with other numbers of draws see the same pictures"
+    again, _ = bootstrap._resample(50, 1)
+    assert (again == images).all(), "methods with other numbers of draws see the same images"
 
 
 def test_a_method_that_answers_like_the_unpruned_model_has_no_spread() -> None:
     unpruned = drawn(np.random.default_rng(2), 96, CHANCES)
-    assert intervals.intervals([unpruned], unpruned)["relative"] == (1.0, 1.0)
-    assert intervals.intervals([unpruned] * 3, unpruned)["relative"] == (1.0, 1.0)
-    low, high = intervals.intervals([unpruned], unpruned)["average"]
+    assert intervals([unpruned], unpruned)["relative"] == (1.0, 1.0)
+    assert intervals([unpruned] * 3, unpruned)["relative"] == (1.0, 1.0)
+    low, high = intervals([unpruned], unpruned)["average"]
     assert low < 0.6 < high
     assert difference([unpruned], [unpruned], unpruned) == {
         "average": (0.0, 0.0),
@@ -99,33 +100,12 @@ def test_a_method_that_answers_like_the_unpruned_model_has_no_spread() -> None:
 def test_the_same_hits_give_the_same_interval_in_every_order() -> None:
     rng = np.random.default_rng(3)
     unpruned, method = drawn(rng, 40, CHANCES), drawn(rng, 40, CHANCES)
-    first = intervals.intervals([method], unpruned)
+    first = intervals([method], unpruned)
     random.seed(99)
     np.random.seed(99)
-    assert intervals.intervals([method], unpruned) == first
+    assert intervals([method], unpruned) == first
     swapped = {task: method[task] for task in reversed(method)}
-    assert intervals.intervals([swapped], unpruned) == first
-
-
-def test_pairing_makes_the_interval_of_a_ratio_narrow() -> None:
-    """Half of the pictures are hopeless for both; that is no doubt about the method."""
-    rng = np.random.default_rng(4)
-    hard = np.arange(200) % 2
-    unpruned = {task: hard.tolist() for task in "ab"}
-    method = {task: (hard * rng.binomial(1, 0.97, 200)).tolist() for task in "ab"}
-    low, high = intervals.intervals([method], unpruned)["relative"]
-    assert high - low < 0.06
-    low, high = intervals.intervals([method], unpruned)["average"]
-    assert high - low > 0.12
-
-
-def test_questions_of_a_picture_stay_together() -> None:
-    """Nine questions that fall together are worth one."""
-    once = {"a": drawn(np.random.default_rng(5), 100, {"a": 0.5})["a"]}
-    nine = {str(task): once["a"] for task in range(9)}
-    full = [1] * 100
-    one = intervals.intervals([once], {"a": full})["average"]
-    assert intervals.intervals([nine], dict.fromkeys(nine, full))["average"] == pytest.approx(one)
+    assert intervals([swapped], unpruned) == first
 
 
 @pytest.mark.parametrize("num_draws", [1, 3])
@@ -139,7 +119,7 @@ def test_95_percent_intervals_hold_the_truth_about_95_times_in_100(num_draws: in
             {task: [h and int(rng.random() < 0.8) for h in unpruned[task]] for task in full}
             for _ in range(num_draws)
         ]
-        low, high = intervals.intervals(pruned, unpruned)["relative"]
+        low, high = intervals(pruned, unpruned)["relative"]
         inside += low <= 0.8 <= high
     assert inside >= 108 and (num_draws > 1 or inside <= 119)
 
@@ -150,13 +130,13 @@ def test_tasks_the_unpruned_model_never_gets_right_are_left_out() -> None:
     assert relative_average(np.array([0.5]), np.array([0.0])) == 0
     unpruned = {"a": [1, 1, 1, 0], "b": [0, 0, 0, 0]}
     method = {"a": [1, 1, 1, 0], "b": [1, 1, 1, 1]}
-    # (0.25 ** 4 of the resamples hold the last picture only and have no task left)
-    assert intervals.intervals([method], unpruned)["relative"] == (1.0, 1.0)
+    # (0.25 ** 4 of the resamples hold the last image only and have no task left)
+    assert intervals([method], unpruned)["relative"] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("draws", [[], [{"a": [1]}], [{"a": [1, 0]}, {"a": [1]}], [{"b": [1, 0]}]])
-def test_hits_of_other_pictures_are_refused(draws: list[Hits]) -> None:
-    with pytest.raises(TodreError, match="pictures per task"):
-        intervals.intervals(draws, {"a": [1, 0]})
-    with pytest.raises(TodreError, match="pictures per task"):
-        intervals.intervals([{"a": []}], {"a": []})
+def test_hits_of_other_images_are_refused(draws: list[Hits]) -> None:
+    with pytest.raises(TodreError, match="images per task"):
+        intervals(draws, {"a": [1, 0]})
+    with pytest.raises(TodreError, match="images per task"):
+        intervals([{"a": []}], {"a": []})

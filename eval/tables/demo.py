@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from eval.tables.render import aligned, markdown_lines
+
 LEGEND = (
     "tokens: patch tokens that enter the decoder; per layer: visual tokens that a decoder layer"
     " processes, newlines included, mean over the layers (papers say equivalent tokens); mean:"
@@ -19,24 +21,32 @@ LEGEND = (
 def cells(results: dict[str, Any], per_task: bool) -> list[list[str]]:
     """Return header and rows of a demo's results; ``per_task`` adds a column for every task."""
     tasks = results["tasks"] if per_task else []
-    header = ["method", "tokens", "per layer", "mean", "relative", "FLOPs", "prefill", "TTFT"]
-    table = [[*header, *tasks]]
+    header = ["tokens", "per layer", "mean", "relative", "FLOPs", "prefill", "TTFT"]
+    table = [["method", *header, *tasks]]
     for row in results["rows"]:
-        draws = f" (mean of {row['draws']})" if row["draws"] > 1 else ""
-        table.append(
-            [
-                f"{row['method']} {row['retain_ratio']:.0%}{draws}",
-                f"{row['kept_tokens']:.0f}",
-                f"{row['mean_visual_tokens_per_layer']:.0f}",
-                f"{100 * row['average']:.1f}",
-                with_interval(row["relative_average"], row.get("relative_interval")),
-                f"{row['flops_share']:.0%}",
-                f"{row['prefill_speedup']['median']:.1f}x",
-                f"{row['first_token_speedup']['median']:.1f}x",
-                *(f"{100 * row['accuracy'][task]:.1f}" for task in tasks),
-            ]
-        )
+        numbers = columns(row)
+        scores = (f"{100 * row['accuracy'][task]:.1f}" for task in tasks)
+        label = f"{row['method']} {row['retain_ratio']:.0%}{draws(row)}"
+        table.append([label, *(numbers[name] for name in header), *scores])
     return table
+
+
+def draws(row: dict[str, Any]) -> str:
+    """Return over how many draws a row is, if several."""
+    return f" (mean of {row['draws']})" if row["draws"] > 1 else ""
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """Return the numbers of a row of a demo's results, by header."""
+    return {
+        "tokens": f"{row['kept_tokens']:.0f}",
+        "per layer": f"{row['mean_visual_tokens_per_layer']:.0f}",
+        "mean": f"{100 * row['average']:.1f}",
+        "relative": with_interval(row["relative_average"], row.get("relative_interval")),
+        "FLOPs": f"{row['flops_share']:.0%}",
+        "prefill": f"{row['prefill_speedup']['median']:.1f}x",
+        "TTFT": f"{row['first_token_speedup']['median']:.1f}x",
+    }
 
 
 def with_interval(value: float, interval: Sequence[float] | None) -> str:
@@ -49,29 +59,13 @@ def with_interval(value: float, interval: Sequence[float] | None) -> str:
 
 def as_text(results: dict[str, Any]) -> str:
     """Return the table with aligned columns."""
-    table = cells(results, per_task=True)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table
-    ]
-    rule, legend = "-" * len(lines[0]), textwrap.fill(LEGEND, 100)
-    return "\n".join([lines[0], rule, *lines[1:], "", legend])
+    header, *rows = aligned(cells(results, per_task=True))
+    return "\n".join([header, "-" * len(header), *rows, "", textwrap.fill(LEGEND, 100)])
 
 
 def as_markdown(results: dict[str, Any], per_task: bool = True) -> str:
     """Return the table in Markdown, with how it was made below."""
     return "\n".join([*markdown_lines(cells(results, per_task)), "", note(results), ""])
-
-
-def markdown_lines(table: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Return the lines of a Markdown table: header, rule, rows.
-
-    Args:
-        table: header and rows.
-        left: columns aligned to the left; the others hold numbers.
-    """
-    rule = ["---"] * left + ["---:"] * (len(table[0]) - left)
-    return ["| " + " | ".join(row) + " |" for row in [table[0], rule, *table[1:]]]
 
 
 def note(results: dict[str, Any]) -> str:

@@ -1,0 +1,46 @@
+"""Pages of docs/ and parts of README.md: generated text put into templates and between marks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from eval import ROOT
+
+
+def template(name: str) -> str:
+    """Return the text of ``eval/pages/NAME.template.md``."""
+    return (Path(__file__).parent / f"{name}.template.md").read_text()
+
+
+def filled(name: str, parts: Mapping[str, str]) -> str:
+    """Return a template with ``{{key}}`` replaced by each part."""
+    page = template(name)
+    for key, text in parts.items():
+        page = page.replace("{{" + key + "}}", text)
+    return page
+
+
+def between(text: str, parts: Mapping[str, str]) -> str:
+    """Return a text with what is between the marks of each part replaced."""
+    for name, new in parts.items():
+        begin, end = f"<!-- {name}: make readme -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{new}{end}{rest.split(end)[1]}"
+    return text
+
+
+def write(pages: Mapping[Path, str]) -> int:
+    """Write pages; returns the exit status."""
+    for page, text in pages.items():
+        page.write_text(text)
+    return 0
+
+
+def check(pages: Mapping[Path, str], command: str) -> int:
+    """Return 1 and say so where a page is not what registry, templates and results give."""
+    stale = [page for page, text in pages.items() if not page.exists() or page.read_text() != text]
+    for page in stale:
+        shown = page.relative_to(ROOT) if page.is_relative_to(ROOT) else page
+        print(f"{shown} is stale: run `{command}`.")
+    return 1 if stale else 0
