@@ -411,7 +411,8 @@ def with_window(family: str) -> Any:
 def window(family: str) -> None:
     model = with_window(family)
     assert any(DynamicCache(config=model.model.language_model.config).is_sliding)
-    assert_follows(model, inputs_for(model, ONE), STAGE_1, STEPS)  # the pruned prompt fits the window
+    # The pruned prompt fits the window.
+    assert_follows(model, inputs_for(model, ONE), STAGE_1, STEPS)
 
 
 def assert_refused(
