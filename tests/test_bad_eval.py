@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,25 +273,3 @@ def test_results_that_are_no_json(content: str, capsys: pytest.CaptureFixture[st
     Path("run.json").write_text(content)
     line = refused(main, ["compare", "run.json", "run.json"], capsys)
     assert "run.json" in line
-
-
-# --------------------------------------------------------------------- streams of a real process
-
-
-def test_a_reader_that_leaves_early_is_no_traceback() -> None:
-    command = f"{sys.executable} -m eval table 1 --results docs/results/reproduce_mini | head -1"
-    ended = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert "Traceback" not in ended.stderr and "Exception" not in ended.stderr
-
-
-def test_a_full_disk_is_one_line() -> None:
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-m", "eval", "table", "1", "--results", str(STORED)],
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert ended.returncode == 1
-    assert len(ended.stderr.strip().splitlines()) == 1 and "No space left" in ended.stderr
