@@ -73,7 +73,7 @@ OLDEST_AT := $(VENV)/transformers-$(OLDEST)
 # Not again: what hooks into nothing of transformers, and what hf/test_matrix.py compares, too.
 NOT_AGAIN := $(addprefix --ignore=tests/hf/test_,$(addsuffix .py,calls_at_once finite original \
   stock_flops)) $(addprefix --ignore=tests/model/test_,$(addsuffix .py,against_original config_check \
-  images memory prompt rgb shard_names sources tensor_parallel)) \
+  images memory prompt rgb shard_names sources)) \
   --deselect=tests/hf/test_equality.py::test_both_stages
 
 test-oldest: $(STAMP) ## models and decoders again, with the oldest supported transformers
