@@ -57,20 +57,30 @@ demo: $(STAMP) ## compare methods on the bundled model (METHODS=all, RATIOS, IMA
 	@$(PY) -m llava_todre.cli demo $(DEMO_OPTIONS)
 	@$(PY) -m eval report "$(or $(OUT),outputs/demo)"
 
+# Each worker takes half of the tests, in their order, and what is left of the other's half: files are
+# torn apart, and their fixtures made twice, as seldom as can be.
+PYTEST := $(PY) -m pytest -q
+SHARED := -n auto --dist worksteal
+
 test: $(STAMP) ## run the tests (offline, CPU)
-	@$(PY) -m pytest -q -n auto
+	@$(PYTEST) $(SHARED)
 
 # Beside the tested version: the oldest that is supported, for everything that hooks into it, and the
 # oldest hub package; the others of the environment suit them.
 OLDEST := 5.17.0
 OLDEST_HUB := 1.31.0
 OLDEST_AT := $(VENV)/transformers-$(OLDEST)
+# Not again: what hooks into nothing of transformers, and what hf/test_matrix.py compares, too.
+NOT_AGAIN := $(addprefix --ignore=tests/hf/test_,$(addsuffix .py,calls_at_once finite original \
+  stock_flops)) $(addprefix --ignore=tests/model/test_,$(addsuffix .py,against_original config_check \
+  images memory prompt rgb shard_names sources)) \
+  --deselect=tests/hf/test_equality.py::test_both_stages
 
 test-oldest: $(STAMP) ## models and decoders again, with the oldest supported transformers
 	@[ -d $(OLDEST_AT) ] || { $(PIP) --no-deps --target $(OLDEST_AT).part transformers==$(OLDEST) \
 	  huggingface_hub==$(OLDEST_HUB) && mv $(OLDEST_AT).part $(OLDEST_AT); }
-	@PYTHONPATH=$(OLDEST_AT) $(PY) -m pytest -q -n auto tests/hf tests/model \
-	  tests/test_in_decoder.py tests/test_withdrawal.py
+	@PYTHONPATH=$(OLDEST_AT) $(PYTEST) $(SHARED) tests/hf tests/model tests/test_in_decoder.py \
+	  tests/test_withdrawal.py $(NOT_AGAIN)
 
 # Not in the environment: beside a CPU build of torch PyPI's torchvision cannot be imported as it is.
 TORCHVISION := 0.28.0
@@ -79,7 +89,7 @@ TORCHVISION_AT := $(VENV)/torchvision-$(TORCHVISION)
 test-processors: $(STAMP) ## stock models through processors that need torchvision, with PyPI's
 	@[ -d $(TORCHVISION_AT) ] || { $(PIP) --no-deps --target $(TORCHVISION_AT).part \
 	  torchvision==$(TORCHVISION) && mv $(TORCHVISION_AT).part $(TORCHVISION_AT); }
-	@PYTHONPATH=$(TORCHVISION_AT):tests/hf $(PY) -m pytest -q -p torchvision_operators \
+	@PYTHONPATH=$(TORCHVISION_AT):tests/hf $(PYTEST) -p torchvision_operators \
 	  tests/hf/test_processors.py
 
 # Not in the environment: without a GPU its import prints warnings at every start.
@@ -89,7 +99,8 @@ TORCHAO_AT := $(VENV)/torchao-$(TORCHAO)
 test-torchao: $(STAMP) ## models quantised by torchao
 	@[ -d $(TORCHAO_AT) ] || { $(PIP) --no-deps --target $(TORCHAO_AT).part torchao==$(TORCHAO) \
 	  && mv $(TORCHAO_AT).part $(TORCHAO_AT); }
-	@PYTHONPATH=$(TORCHAO_AT) $(PY) -m pytest -q -n auto -k torchao tests/model tests/hf tests/test_lock.py
+	@PYTHONPATH=$(TORCHAO_AT) $(PYTEST) -k torchao tests/model/test_quantised.py \
+	  tests/hf/test_quantised_stock.py tests/test_lock.py
 
 check: lint types test ## what a pull request must pass: lint, format, types, tests
 

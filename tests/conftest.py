@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,13 @@ from llava_todre.spans import TokenType, VisualTokens, is_visual
 
 # Matrices this small are faster without handing work to a second thread.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Take all that was imported out of garbage collection: a tenth of the time goes there."""
+    gc.collect()
+    gc.freeze()
+
 
 VISION = {
     "hidden_size": 32,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,15 @@ def _torchao(name: str) -> Any:
 
 
 def _quanto(weights: str) -> Any:
+    from optimum.quanto.library.extensions.cpp import ext
     from transformers import QuantoConfig
 
+    # The package's own, in C++, is compiled when it is first used, which takes a minute.
+    ext._lib = SimpleNamespace(
+        unpack=lambda packed, bits: torch.cat(
+            [packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
+        )
+    )
     return QuantoConfig(weights=weights)
 
 

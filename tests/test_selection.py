@@ -73,7 +73,8 @@ def test_equals_the_algorithm_of_the_paper(objective, path, features, data):
 
 @pytest.mark.parametrize(
     ("num_tokens", "budget", "path"),
-    [(576, 58, path) for path in ALL_PATHS]
+    [(576, 58, path) for path in [*PATHS, "fused"]]
+    + [(200, 40, "fused in blocks")]  # without a GPU it is interpreted, block by block
     + [(577, 144, path) for path in PATHS]
     + [(2880, 288, path) for path in ("one by one", "ahead")],
 )
@@ -171,11 +172,11 @@ def test_equal_tokens_take_their_turns_in_the_order_of_their_index(objective, pa
 @pytest.mark.parametrize("path", ALL_PATHS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_duplicates_wait_for_all_others(objective, path):
-    features = random_features(40).repeat(3, 1)
-    picked = pick(features, 120, 5, objective, path)
-    assert len(set(picked)) == 120
+    kinds = 16 if path in FUSED else 40
+    picked = pick(random_features(kinds).repeat(3, 1), 3 * kinds, 5, objective, path)
+    assert len(set(picked)) == 3 * kinds
     if objective == "max_min":
-        assert sorted(token % 40 for token in picked[:40]) == list(range(40))
+        assert sorted(token % kinds for token in picked[:kinds]) == list(range(kinds))
 
 
 def test_rows_that_share_their_ends_are_not_equal(draw):

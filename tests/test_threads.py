@@ -20,7 +20,7 @@ from llava_todre.model.prompt import build_prompt, tokenizer_image_token
 from llava_todre.stats import PruneStats
 
 GOLDEN = Path(__file__).parent / "golden"
-THREADS = 12
+THREADS = 6
 FEW: dict[str, Any] = {"max_new_tokens": 3}
 QUESTIONS = ["what is in this picture", "how many cat is left ?", "yes or no"]
 METHODS = [
@@ -39,7 +39,7 @@ def loaded() -> tuple[Any, LlavaLlamaForCausalLM]:
 
 @pytest.fixture(scope="module")
 def requests(loaded: tuple[Any, LlavaLlamaForCausalLM]) -> list[Request]:
-    images = [Image.open(GOLDEN / f"v16_{i}.png").convert("RGB") for i in range(4)]
+    images = [Image.open(GOLDEN / f"v16_{i}.png").convert("RGB") for i in range(2)]
     asked = [Request(text, [image]) for text in QUESTIONS for image in images]
     return [prepare(loaded[1], request) for request in asked]
 

@@ -23,7 +23,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from eval.bench.answers import SYSTEM_TOKENS
+from eval.bench.answers import SYSTEM_TOKENS, random_image
 from eval.bench.throughput import NEW_TOKENS, PER_PICTURE, RETAIN_RATIO, lengths_of
 from eval.bench.timing import in_turns, percentiles, ratios, say, seconds
 from llava_todre.hf.stock import StockModel

@@ -1,14 +1,9 @@
-"""The bundled model's tasks: the data, and lmms-eval's own run on it from a strange folder."""
+"""The bundled model's tasks: their data and files; lmms-eval runs them in ``test_fixtures``."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,53 +14,15 @@ import datasets
 
 from eval.mini import TASKS, TEST_SEED, held_out
 from eval.mini import data as mini_data
-from eval.run.scoring import scores
 from eval.run.suites import ROOT, load_suite, prepare
 from llava_todre.errors import TodreError
-from llava_todre.model.checkpoint import bundled_checkpoint
-from llava_todre.model.load import load_pretrained_model
-from llava_todre.vlm import Request, answer
 
 NUM_IMAGES = 3
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the task files, with data of their own."""
-    folder = tmp_path_factory.mktemp("mini") / "tasks"
-    shutil.copytree(ROOT / "configs" / "tasks", folder, ignore=shutil.ignore_patterns("data"))
-    mini_data.prepare(folder / "mini" / "data", NUM_IMAGES)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(tasks: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Results and samples of lmms-eval on the group of all nine tasks, from another folder."""
-    out = tasks.parent / "out"
-    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
-    environment = {**os.environ, **offline, "HF_HOME": str(out / "hf"), "OMP_NUM_THREADS": "1"}
-    model = f"pretrained={bundled_checkpoint()},method=vanilla"
-    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_todre", "--model_args", model]
-    command += ["--tasks", "todre_mini", "--include_path", str(tasks), "--batch_size", "1"]
-    command += ["--output_path", str(out), "--log_samples"]
-    done = subprocess.run(
-        command, cwd=tasks.parent, env=environment, capture_output=True, text=True, timeout=600
-    )
-    found = list(out.rglob("*_results.json"))
-    assert len(found) == 1, done.stdout[-3000:] + done.stderr[-3000:]
-    samples = {
-        f"todre_mini_{task}": [
-            json.loads(line)
-            for line in next(out.rglob(f"*_samples_todre_mini_{task}.jsonl")).open()
-        ]
-        for task in TASKS
-    }
-    return json.loads(found[0].read_text()), samples
-
-
-def test_data_holds_the_pictures_and_questions_of_the_demo(tasks: Path) -> None:
-    file = tasks / "mini" / "data" / "mini.parquet"
-    table = datasets.Dataset.from_parquet(str(file), cache_dir=str(tasks.parent / "cache"))
+def test_data_holds_the_pictures_and_questions_of_the_demo(tmp_path: Path) -> None:
+    file = mini_data.prepare(tmp_path / "data", NUM_IMAGES)
+    table = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache"))
     expected = held_out(NUM_IMAGES, TEST_SEED)
     assert len(table) == NUM_IMAGES
     for row, sample in zip(table, expected, strict=True):
@@ -145,29 +102,3 @@ def test_task_files_suite_and_data_agree() -> None:
         columns = content["doc_to_text"], content["doc_to_target"]
         assert columns == (f"{task}_question", f"{task}_answer")
     assert set(load_suite("mini").benchmarks[0].samples.values()) == {mini_data.NUM_IMAGES}
-
-
-def test_lmms_eval_gives_the_answers_and_the_accuracy_of_the_library(run: Any) -> None:
-    results, samples = run
-    tokenizer, model, _, _ = load_pretrained_model(bundled_checkpoint())
-    pictures = held_out(NUM_IMAGES)
-    scored = scores(load_suite("mini"), results, samples)
-    assert tuple(scored) == TASKS
-    right = 0
-    for place, task in enumerate(TASKS):
-        questions = [(picture.image, picture.questions[place]) for picture in pictures]
-        requests = [Request(question.text, [image]) for image, question in questions]
-        given = [answer(model, tokenizer, [one], max_new_tokens=8)[0].text for one in requests]
-        records = sorted(samples[f"todre_mini_{task}"], key=lambda record: record["doc_id"])
-        assert [record["filtered_resps"] for record in records] == given
-        hits = [
-            float(text.strip().lower() == question.answer.lower())
-            for text, (_, question) in zip(given, questions, strict=True)
-        ]
-        assert scored[task]["items"] == [[number, hit] for number, hit in enumerate(hits)]
-        assert scored[task]["score"] == pytest.approx(100 * sum(hits) / NUM_IMAGES)
-        assert scored[task]["num_samples"] == NUM_IMAGES
-        right += sum(hits)
-    assert right > 0.5 * NUM_IMAGES * len(TASKS)
-    group = results["results"]["todre_mini"]["exact_match,none"]
-    assert group == pytest.approx(right / NUM_IMAGES / len(TASKS))

@@ -102,22 +102,23 @@ def planned(
 
 
 def run(
-    model: Any, inputs: dict[str, Any], method: str | Pruner, **knobs: Any
+    model: Any, inputs: dict[str, Any], method: str | Pruner, steps: int = STEPS, **knobs: Any
 ) -> tuple[Any, tuple[PruneStats, ...]]:
     """Return the greedy answer with its logits, and what happened."""
+    more = {"max_new_tokens": steps, "output_logits": True, "return_dict_in_generate": True}
     with hf.prune(model, method, **knobs):
-        output = model.generate(
-            **inputs, **GREEDY, output_logits=True, return_dict_in_generate=True
-        )
+        output = model.generate(**inputs, **(GREEDY | more))
         return output, hf.last_stats(model)
 
 
-def assert_follows(model: Any, inputs: dict[str, Any], method: Strides) -> tuple[PruneStats, ...]:
+def assert_follows(
+    model: Any, inputs: dict[str, Any], method: Strides, steps: int = STEPS
+) -> tuple[PruneStats, ...]:
     """Compare greedy answers of a plan with the oracle."""
-    output, stats = run(model, inputs, method)
+    output, stats = run(model, inputs, method, steps)
     rows = range(len(stats))
     stages = [method.stages(stats[row], text_behind(inputs, row)) for row in rows]
-    assert_equals_oracle(model, inputs, output, stages, method.newlines)
+    assert_equals_oracle(model, inputs, output, stages, steps, method.newlines)
     return stats
 
 
@@ -126,12 +127,13 @@ def assert_equals_oracle(
     inputs: dict[str, Any],
     output: Any,
     stages: Sequence[list[Stage]],
+    steps: int = STEPS,
     newlines: str = "row",
 ) -> None:
     """Compare every token and logit of greedy answers."""
     length = inputs["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
-    assert output.sequences.shape[1] == length + STEPS
+    assert output.sequences.shape[1] == length + steps
     logits = torch.stack(output.logits, dim=1)
     oracle = Oracle(model, inputs, newlines)
     for row, of_row in enumerate(stages):

@@ -38,7 +38,7 @@ def model_and_inputs(family: str) -> tuple[Any, dict[str, Tensor]]:
 def answer(model: Any, inputs: dict[str, Tensor], method: str) -> tuple[Tensor, Any]:
     pruner, knobs = METHODS[method]
     with hf.prune(model, pruner, **knobs):
-        found = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        found = model.generate(**inputs, max_new_tokens=3, do_sample=False)
         return found.cpu(), kept(hf.last_stats(model))
 
 

@@ -10,9 +10,7 @@ import tiny
 import torch
 from checks import (
     ANY,
-    GREEDY,
     PROBES,
-    STEPS,
     Strides,
     assert_equals_oracle,
     assert_follows,
@@ -54,6 +52,9 @@ from llava_todre.errors import TodreError
 from llava_todre.hf.families import FAMILIES, family_of
 from llava_todre.pruners import PRUNERS
 
+STEPS = 6
+"""More of them, of every family, are in ``test_equality``."""
+GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 Check = Callable[[str], None]
 CHECKS: dict[str, Check] = {}
 REFUSALS: set[str] = set()
@@ -128,7 +129,7 @@ def assert_right(
     """
     model = model_of(family)
     inputs = inputs_for(model, samples, side)
-    assert_follows(model, inputs, planned(inputs, 0.25, *plan))
+    assert_follows(model, inputs, planned(inputs, 0.25, *plan), STEPS)
 
 
 def greedy(model: Any, inputs: dict[str, Any], method: Strides, **options: Any) -> Any:
@@ -192,7 +193,7 @@ def conversation(family: str) -> None:
     first = greedy(model, inputs, STAGE_2)
     longer = with_ids(model, inputs, torch.cat([first, torch.tensor([[7, 8]])], dim=1))
     assert longer["input_ids"].shape[1] == inputs["input_ids"].shape[1] + STEPS + 2
-    assert_follows(model, longer, planned(longer, 0.25, (0, 4, 0)))
+    assert_follows(model, longer, planned(longer, 0.25, (0, 4, 0)), STEPS)
 
 
 # ---------------------------------------------------------------- what a method does
@@ -208,9 +209,9 @@ def withdrawal(family: str) -> None:
     model = model_of(family)
     inputs, tau = inputs_for(model, ONE), tau_between(model, ONE, 0.25)
     knobs = {"retain_ratio": 0.25, "probe_depths": PROBES, "tau": tau}
-    output, stats = run(model, inputs, "todre", **knobs)
+    output, stats = run(model, inputs, "todre", STEPS, **knobs)
     assert stats[0].withdrawn_from is not None
-    assert_equals_oracle(model, inputs, output, [stages_of(stats[0])])
+    assert_equals_oracle(model, inputs, output, [stages_of(stats[0])], STEPS)
 
 
 @check("dropping a part inside the decoder")
@@ -250,12 +251,12 @@ def beams(family: str) -> None:
     model = model_of(family)
     inputs = inputs_for(model, [[5, 7], *ONE])
     with hf.prune(model, STAGE_2):
-        found = model.generate(**inputs, num_beams=3, max_new_tokens=6, do_sample=False)
+        found = model.generate(**inputs, num_beams=3, max_new_tokens=4, do_sample=False)
         stats = hf.last_stats(model)
     oracle = Oracle(model, inputs)
     for row, stages in enumerate([[(0, [])], STAGE_2.stages(stats[1], ANY)]):
         decoder, embeds, present = oracle.pruned(row, stages)
-        expected = decoder.beams(embeds, 6, 3, present)
+        expected = decoder.beams(embeds, 4, 3, present)
         assert found[row, inputs["input_ids"].shape[1] :].tolist() == expected
     assert stats[1].withdrawn_from == 4 and stats[0].images == ()
 
@@ -265,7 +266,7 @@ def several_answers(family: str) -> None:
     model = model_of(family)
     inputs = inputs_for(model, [*ONE, [5, 7]])
     length = inputs["input_ids"].shape[1]
-    beams = {"num_beams": 3, "max_new_tokens": 6}
+    beams = {"num_beams": 3, "max_new_tokens": 4}
     best = greedy(model, inputs, STAGE_2, **beams)
     pairs = greedy(model, inputs, STAGE_2, num_return_sequences=2, **beams)
     assert torch.equal(pairs[::2], best)
@@ -294,9 +295,10 @@ def penalty(family: str) -> None:
     model = model_of(family)
     inputs = inputs_for(model, ONE)
     length = inputs["input_ids"].shape[1]
-    found = greedy(model, inputs, STAGE_2, repetition_penalty=1.8)
-    assert not torch.equal(found, greedy(model, inputs, STAGE_2))
-    _, stats = run(model, inputs, STAGE_2)
+    steps = {"max_new_tokens": 16}
+    found = greedy(model, inputs, STAGE_2, repetition_penalty=1.8, **steps)
+    assert not torch.equal(found, greedy(model, inputs, STAGE_2, **steps))
+    _, stats = run(model, inputs, STAGE_2, 1)
     decoder, embeds, present = Oracle(model, inputs).pruned(0, STAGE_2.stages(stats[0], ANY))
     said = set(inputs["input_ids"][0].tolist())
     for token in found[0, length:].tolist():
@@ -315,17 +317,17 @@ def lengths(family: str) -> None:
     length = inputs["input_ids"].shape[1]
     expected = greedy(model, inputs, STAGE_2)
     end = int(expected[0, length + 2])
-    late = greedy(model, inputs, STAGE_2, eos_token_id=end, min_new_tokens=9)
-    assert late.shape[1] > length + 9
+    late = greedy(model, inputs, STAGE_2, eos_token_id=end, min_new_tokens=4)
+    assert late.shape[1] > length + 4
 
     def again(**options: Any) -> Tensor:
         with hf.prune(model, STAGE_2):
             return model.generate(**inputs, **options)
 
-    assert torch.equal(again(max_length=length + 6), expected[:, : length + 6])
-    config = GenerationConfig(max_length=length + 6, pad_token_id=0, do_sample=False)
-    assert torch.equal(again(generation_config=config), expected[:, : length + 6])
-    limits = {"max_length": length + STEPS, "min_length": length + 9, "eos_token_id": end}
+    assert torch.equal(again(max_length=length + 3), expected[:, : length + 3])
+    config = GenerationConfig(max_length=length + 3, pad_token_id=0, do_sample=False)
+    assert torch.equal(again(generation_config=config), expected[:, : length + 3])
+    limits = {"max_length": length + STEPS, "min_length": length + 4, "eos_token_id": end}
     assert torch.equal(again(**limits), late)
     with pytest.raises(ValueError, match="max_length"):
         again(max_length=length)
@@ -372,7 +374,8 @@ def hidden_states(family: str) -> None:
 def bfloat16(family: str) -> None:
     model = build(family, USUAL_DECODER.get(family)).bfloat16()
     inputs = inputs_for(model, ONE)
-    output, stats = run(model, inputs, "todre", retain_ratio=0.25, probe_depths=PROBES, tau=1.0)
+    knobs = {"retain_ratio": 0.25, "probe_depths": PROBES, "tau": 1.0}
+    output, stats = run(model, inputs, "todre", STEPS, **knobs)
     assert output.sequences.shape[1] == inputs["input_ids"].shape[1] + STEPS
     assert stats[0].withdrawn_from == 4
 
@@ -408,7 +411,8 @@ def with_window(family: str) -> Any:
 def window(family: str) -> None:
     model = with_window(family)
     assert any(DynamicCache(config=model.model.language_model.config).is_sliding)
-    assert_follows(model, inputs_for(model, ONE), STAGE_1)  # the pruned prompt fits the window
+    # The pruned prompt fits the window.
+    assert_follows(model, inputs_for(model, ONE), STAGE_1, STEPS)
 
 
 def assert_refused(
@@ -482,9 +486,9 @@ def test_a_method_runs_or_says_what_it_lacks(family, method):
         return
     inputs = inputs_for(model, BATCH)
     with hf.prune(model, method, **({} if method == "vanilla" else {"retain_ratio": 0.5})):
-        answer = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        answer = model.generate(**inputs, max_new_tokens=1, do_sample=False)
         stats = hf.last_stats(model)
-    assert answer.shape[1] == inputs["input_ids"].shape[1] + 2
+    assert answer.shape[1] == inputs["input_ids"].shape[1] + 1
     if method != "vanilla":
         fewer = [sum(s.visual_tokens_per_layer) < 8 * s.visual_tokens for s in stats[:2]]
         assert all(fewer) or method in ("todre", "todre_v1")

@@ -19,19 +19,15 @@ from llava_todre.model.load import load_pretrained_model
 from llava_todre.pruners import PRUNERS, Pruner, create_pruner
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    build(request.param, num_hidden_layers=4).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", params=MAIN)
-def pair(saved: Path, request: pytest.FixtureRequest) -> tuple[Any, Any]:
+@pytest.fixture(params=zip(MAIN, ["llava", "llava_next"] * 2, strict=True), ids=MAIN)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
+    name, family = request.param
+    configured = configuration(name)
+    build(family, num_hidden_layers=4).save_pretrained(tmp_path)
     load = AutoModelForImageTextToText.from_pretrained
-    model = load(saved, quantization_config=configuration(request.param)).eval()
-    twin = load(saved).eval()
-    assert make_twin(model, twin, FORMATS[request.param].rounds_inputs) == 4 * 7 + 4 * 6 + 2
+    model = load(tmp_path, quantization_config=configured).eval()
+    twin = load(tmp_path).eval()
+    assert make_twin(model, twin, FORMATS[name].rounds_inputs) == 4 * 7 + 4 * 6 + 2
     return model, twin
 
 

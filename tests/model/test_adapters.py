@@ -141,6 +141,13 @@ def test_lora_is_merged_before_it_is_quantised(tmp_path: Path) -> None:
     assert (weight_of(layer) - right).norm() / right.norm() < 0.02
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    _lora(folder)
+    return folder
+
+
 def _without(name: str) -> Any:
     return lambda folder: (folder / name).unlink()
 
@@ -172,16 +179,16 @@ def _whole(folder: Path) -> None:
         (_whole, "holds a whole model and adapter_config.json; move one"),
     ],
 )
-def test_damaged_adapters(change: Any, message: str, tmp_path: Path) -> None:
-    _lora(tmp_path / "lora")
+def test_damaged_adapters(change: Any, message: str, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "lora")
     change(tmp_path / "lora")
     with pytest.raises(TodreError, match=message) as caught:
         load_pretrained_model(tmp_path / "lora", V15)
     assert "\n" not in str(caught.value)
 
 
-def test_a_part_without_its_base_says_what_to_give(tmp_path: Path) -> None:
-    _lora(tmp_path / "lora")
+def test_a_part_without_its_base_says_what_to_give(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "lora")
     _edit(base_model_name_or_path="lmsys/vicuna-7b-v1.5")(tmp_path / "lora")
     with pytest.raises(TodreError, match="as model_base, 'lmsys/vicuna-7b-v1.5' by its adapter"):
         load_pretrained_model(tmp_path / "lora")

@@ -1,12 +1,12 @@
-"""A model split over two processes says what a whole one says: CPU, gloo, started by torchrun."""
+"""A model split over two processes says what a whole one says: CPU, gloo."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,20 +41,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def one_of_two(rank: int, port: int, checkpoint: Path) -> None:
+    """Be a process that torchrun has started."""
+    torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {name: str(value) for name, value in torchrun.items()}
+    observed = observe(str(checkpoint), tp_plan="auto")
+    torch.save(observed, checkpoint.parent / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def split(checkpoint: Path) -> list[dict[str, Any]]:
-    """What each of the two processes saw."""
-    program = Path(__file__).with_name("two_processes.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        + [str(program), str(checkpoint), str(checkpoint.parent)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    """What each of the two processes saw; forked, they import nothing again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    start = multiprocessing.get_context("fork").Process
+    processes = [start(target=one_of_two, args=(rank, port, checkpoint)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        process.kill()
+        assert process.exitcode == 0
     return [torch.load(checkpoint.parent / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -1,10 +1,8 @@
-"""What test_tensor_parallel.py looks at, in this process or in each of several under torchrun."""
+"""What test_tensor_parallel.py looks at, in this process or in each of two."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,10 +84,3 @@ def observe(checkpoint: str, **arguments: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     drawn = [each.text for each in answer(model, tokenizer, requests, **SAMPLED)]
     return {"sizes": sizes, "seen": seen, "shown": look.shown, "drawn": drawn}
-
-
-if __name__ == "__main__":
-    checkpoint, folder = sys.argv[1:]
-    observed = observe(checkpoint, tp_plan="auto")
-    torch.save(observed, Path(folder) / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
