@@ -25,7 +25,7 @@ from eval.demo.plan import plan as plan_demo
 from eval.run.spec import CONFIGS
 from eval.run.suites import load_suite
 from llava_todre import cli
-from llava_todre.lmms_plugin.arguments import build_pruner
+from llava_todre.lmms_plugin.arguments import LOADING, build_pruner
 from llava_todre.pruners import create_pruner
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +190,7 @@ def _lmms_eval(words: Words, settings: Settings) -> None:
     from llava_todre.lmms_plugin.model import LlavaTodre
 
     own = [key for key in inspect.signature(LlavaTodre).parameters if key != "options"]
+    own += [each.name for each in LOADING]
     arguments = dict(pair.split("=", 1) for pair in given.model_args.split(","))
     options = {key: value for key, value in arguments.items() if key not in own}
     build_pruner(arguments.get("method", "todre"), options, None, own)
@@ -217,7 +218,7 @@ def _torchrun(words: Words, settings: Settings) -> None:
 def _pip(words: Words, settings: Settings) -> None:
     """Check that what is installed is ours, with extras there are, or pinned."""
     del settings
-    assert words[0] == "install", words
+    assert words[0] in ("install", "wheel"), words
     project = (ROOT / "pyproject.toml").read_text()
     locks = ("requirements.txt", "requirements-torch.txt")
     pins = "".join((ROOT / name).read_text() for name in locks)

@@ -1,8 +1,8 @@
 """README's commands as a newcomer types them: in order, in one new shell with the system's PATH.
 
-Two things differ. ``make`` says what it would do: what it does takes half an hour, and this test is
-part of it. And the hub cannot be asked: lmms-eval comes as far as our plug-in, which does not find
-the 7B checkpoint.
+Three things differ. ``make`` and ``pip`` say what they would do: what ``make`` does takes half an
+hour, and this test is part of it. And the hub cannot be reached: lmms-eval comes as far as our
+plug-in, which does not find the 7B checkpoint.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def new_shell(script: str, folder: Path) -> str:
 
 def test_readme_from_top_to_bottom(checkout: Path) -> None:
     typed = "".join(block.code for block in pages.blocks(ROOT / "README.md", "bash"))
-    said = new_shell(f'make() {{ command make -n "$@" > /dev/null; }}\n{typed}', checkout)
+    stubs = """
+        make() { command make -n "$@" > /dev/null; }
+        pip() { command pip "$1" --dry-run --no-deps --no-build-isolation --quiet "${@:2}"; }
+    """
+    said = new_shell(f"{stubs}\n{typed}", checkout)
     assert "visual tokens kept" in said, "todre generate"
     assert "before the decoder" in said, "todre list"
     assert "TodreError: model_path 'liuhaotian/llava-v1.6-vicuna-7b'" in said, "lmms-eval"

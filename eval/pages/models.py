@@ -67,12 +67,6 @@ _REFUSED = (
     "training mode",
 )
 FEATURES = (*_WORKS, *_REFUSED)
-_OVERVIEW = (
-    "several images",
-    "video",
-    "pruning before the decoder",
-    "withdrawal inside the decoder",
-)
 _USUAL = dict.fromkeys(_WORKS, YES) | dict.fromkeys(_REFUSED, REFUSED)
 _IMAGES_ONLY = _USUAL | {"video": ABSENT}
 _QWEN3_LAYERS = (36, 3)
@@ -162,16 +156,6 @@ def _features() -> str:
     for feature in FEATURES:
         table.append([feature, *(of_family.get(feature, ABSENT) for of_family in MATRIX.values())])
     return "\n".join(markdown_lines(table, left=len(table[0])))
-
-
-def overview() -> str:
-    """Return the README's table: families, and in short what works on them."""
-    table = [["family", "images", "video", "Stage 1", "Stage 2", "methods"]]
-    for family in FAMILIES:
-        cells = [MATRIX[family.name][feature] for feature in _OVERVIEW]
-        fit = sum(_fit(family, method) == YES for method in PRUNERS)
-        table.append([f"`{family.name}`", *cells, f"{fit} of {len(PRUNERS)}"])
-    return "\n".join(markdown_lines(table, left=len(table[0]) - 1)) + "\n"
 
 
 def _methods() -> str:

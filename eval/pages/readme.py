@@ -9,34 +9,44 @@ from pathlib import Path
 
 from eval import ROOT
 from eval.pages.fill import between
-from eval.pages.models import overview
 from eval.results.files import load_runs
-from eval.results.published import AVERAGE
 from eval.tables.demo import as_markdown
 from eval.tables.paper import sheets
-from eval.tables.render import markdown_lines, name_of, render
+from eval.tables.render import render
+from llava_todre.catalogue import where
 from llava_todre.pruners import PRUNERS
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results" / "demo_mini.json"
 REPRODUCED = ROOT / "docs" / "results" / "reproduce_mini"
 TABLES = REPRODUCED / "README.md"
+_PLACES = {
+    "both": "Both stages",
+    "before": "Before the decoder",
+    "inside": "Inside the decoder",
+    "-": "Nothing, for comparison",
+}
 
 
 def readme() -> str:
-    """Return the README with the tables of the stored results and the names of all methods."""
-    text = README.read_text()
+    """Return the README with the stored results of the demo and the names of all methods."""
     table = as_markdown(json.loads(RESULTS.read_text()), per_task=False)
-    explained = set(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE))
-    others = [f"`{name}`" for name in PRUNERS if name not in explained]
-    line = textwrap.fill(f"Also: {', '.join(others)}.", 100) + "\n" if others else ""
-    parts = {
-        "other methods": line,
-        "demo table": table,
-        "lmms-eval table": _evaluated(),
-        "families": overview(),
-    }
-    return between(text, parts)
+    return between(README.read_text(), {"demo table": table, "methods": _methods()})
+
+
+def _methods() -> str:
+    """Return the methods with links to their papers, by where they drop tokens."""
+    lines = []
+    for place, words in _PLACES.items():
+        names = [_linked(name) for name, method in PRUNERS.items() if where(method) == place]
+        line = f"- {words}: {', '.join(names)}."
+        lines += textwrap.wrap(line, 120, subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+def _linked(name: str) -> str:
+    paper = re.search(r"arXiv (\S+)", PRUNERS[name].about.paper)
+    return f"[`{name}`](https://arxiv.org/abs/{paper[1]})" if paper else f"`{name}`"
 
 
 def tables() -> str:
@@ -48,19 +58,6 @@ def tables() -> str:
     ]
     head = "What `make reproduce-mini` made of the runs in this folder; written by `make readme`."
     return "\n".join([f"{head}\n", *drawn])
-
-
-def _evaluated() -> str:
-    """Return the stored runs in the shape of Table 1, one line for each method."""
-    (sheet,) = sheets("1", load_runs([REPRODUCED]), suite="mini")
-    lines = [["method", *map(name_of, sheet.columns)]]
-    for row, cells, _ in sheet.rows:
-        average = cells[AVERAGE]
-        scores = [cells[column].ours for column in sheet.columns if column != AVERAGE]
-        lines.append([row.label, *scores, f"{average.ours} {average.interval}".strip()])
-    notes = " ".join(note.removesuffix(".") + "." for note in sheet.notes)
-    drawn = "\n".join(markdown_lines(lines, left=1))
-    return f"{drawn}\n\nBundled mini model, not evidence about 7B models. {notes}\n"
 
 
 def pages() -> dict[Path, str]:
