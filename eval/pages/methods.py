@@ -1,4 +1,4 @@
-"""Write ``docs/methods.md`` from the registry, a template and the stored results.
+"""Write ``docs/methods.md`` and ``configs/methods`` from the registry and the stored results.
 
 ``docs/performance.md`` and ``docs/models.md`` are written along with it, see
 :mod:`eval.pages.performance` and :mod:`eval.pages.models`.
@@ -19,10 +19,12 @@ from llava_todre.errors import TodreError
 from llava_todre.intervals import difference
 from llava_todre.mini import NUM_IMAGES
 from llava_todre.pruners import PRUNERS, Need
+from llava_todre.pruners.method_file import method_yaml
 from llava_todre.table import markdown_lines, note, with_interval
 
 PAGE = ROOT / "docs" / "methods.md"
-TEMPLATE = ROOT / "eval" / "methods.template.md"
+TEMPLATE = ROOT / "eval" / "pages" / "methods.template.md"
+METHOD_FILES = ROOT / "configs" / "methods"
 RESULTS = ROOT / "docs" / "results" / "methods_mini.json"
 REFERENCE = "todre"
 
@@ -133,8 +135,9 @@ def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[i
 
 
 def _pages() -> dict[Path, str]:
+    files = {METHOD_FILES / f"{name}.yaml": method_yaml(name) for name in PRUNERS}
     pages = {models_doc.PAGE: models_doc.render(), performance.PAGE: performance.render()}
-    return {PAGE: render(), **pages}
+    return {PAGE: render(), **pages, **files}
 
 
 def write_docs() -> int:
@@ -147,10 +150,10 @@ def write_docs() -> int:
 def check_docs() -> int:
     """Return 1 and say so when a page is not what registry, templates and results give."""
     stale = [
-        page.name
+        str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else page.name
         for page, text in _pages().items()
         if not (page.exists() and page.read_text() == text)
     ]
     for name in stale:
-        print(f"docs/{name} is stale: run `make docs`.")
+        print(f"{name} is stale: run `make docs`.")
     return 1 if stale else 0
