@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.options import option, options_of
+from llava_todre.pruners.options import option as option
+from llava_todre.pruners.options import options_of
 from llava_todre.relevance import attention_mass, attention_rows
 from llava_todre.spans import TokenType, VisualTokens, is_visual
 
@@ -39,6 +40,7 @@ NEEDS = frozenset({"text_embeds", "clip_similarity", "vision_features", "resized
 :class:`~llava_todre.spans.VisualTokens`."""
 
 Need = str | tuple[str, int | float]
+Needs = Set[Need]
 Count = Literal["exact", "at most", "own"]
 
 
@@ -244,7 +246,7 @@ class Pruner:
     about: ClassVar[About] = About(paper="", budget_note="")
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """What :meth:`select` reads besides features: names of :data:`NEEDS`, or (name, layer)."""
         return frozenset()
 

@@ -6,15 +6,13 @@ text.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -60,7 +58,7 @@ class CDPruner(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """What the relevance is read from."""
         sources = {"clip": "clip_similarity", "text_embeds": "text_embeds"}
         return {sources[self.relevance]} if self.relevance in sources else set()

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, LayerView, option, top
 from llava_todre.pruners.staged import StagedPruner
 
 

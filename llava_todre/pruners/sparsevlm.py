@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import (
-    About,
-    Keep,
-    LayerView,
-    top,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Keep, LayerView, option, top
 from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import check_finite
 from llava_todre.spans import TokenType

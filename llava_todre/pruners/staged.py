@@ -11,8 +11,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import Keep, LayerView, Pruner, round_half_up
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import Keep, LayerView, Pruner, option, round_half_up
 
 BudgetRule = Literal["count", "mean"]
 

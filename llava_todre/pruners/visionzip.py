@@ -6,22 +6,13 @@ Symbols: N tokens, n tokens of one view, T tokens it keeps, m not dominant, c co
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn.functional import one_hot
 
-from llava_todre.pruners.base import (
-    About,
-    Keep,
-    Need,
-    Pruner,
-    round_half_up,
-    top,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Keep, Needs, Pruner, option, round_half_up, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -66,7 +57,7 @@ class VisionZip(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention, keys, and what the projector is given."""
         attention, keys = ("cls_attention", self.cls_layer), ("keys", self.cls_layer)
         return {attention, keys, "vision_features"}
