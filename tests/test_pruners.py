@@ -192,18 +192,6 @@ def test_methods_are_frozen_dataclasses_that_can_be_keys(method):
 # ---------------------------------------------------------------- Stage 1
 
 
-@pytest.mark.parametrize("method", ["todre", "todre_v1", "random"])
-@pytest.mark.parametrize("budget", [1, 7, 79])
-def test_selections_are_ascending_unique_and_exact(method, budget):
-    tokens = visual_tokens(num_views=5)
-    selection = selected(create_pruner(method), tokens, budget)
-    assert selection.features is None
-    assert selection.indices.dtype == torch.int64
-    assert len(selection.indices) == budget
-    assert (selection.indices.diff() > 0).all()
-    assert torch.equal(selection.indices, selected(create_pruner(method), tokens, budget).indices)
-
-
 @pytest.mark.parametrize("objective", ["max_sum", "max_min"])
 def test_todre_grows_its_set_from_the_pivot(objective):
     tokens = tokens_whose_best_is(11)
