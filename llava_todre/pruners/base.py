@@ -32,7 +32,7 @@ VISION_NEEDS = {
     "received_attention": "(N,) attention a token receives, mean over queries and heads",
     "keys": "(N, heads, head width)",
 }
-"""What one layer of the vision tower can be asked for, as ``(quantity, layer)``. Layer -1 is the
+"""What one layer of the vision tower can give, as ``(quantity, layer)``. Layer -1 is the
 last, 0.5 the one half-way up; softmax is over [CLS] and all patches of a view."""
 
 NEEDS = frozenset({"text_embeds", "clip_similarity", "vision_features", "resized"})
@@ -247,7 +247,7 @@ class Pruner:
 
     @property
     def needs(self) -> Needs:
-        """What :meth:`select` reads besides features: names of :data:`NEEDS`, or (name, layer)."""
+        """What :meth:`select` reads: names of :data:`NEEDS`, or (name, layer); features always are."""
         return frozenset()
 
     @property
@@ -264,7 +264,7 @@ class Pruner:
     def withdraws_all(self) -> bool:
         """Whether :meth:`at_layer` keeps all visual tokens or none.
 
-        It must then read no rows but those of the text behind the last visual token.
+        It must then read no rows but those of the text after the last visual token.
         """
         return False
 

@@ -40,7 +40,7 @@ class CDPruner(Pruner):
             "The default relevance comes from the decoder's own text embeddings, not negated; the "
             "authors' needs the text tower of CLIP and is the option relevance=clip.",
             "Once no token adds to the determinant, the released code returns fewer tokens than "
-            "asked for; here the most relevant of the rest make up the number.",
+            "requested; here the most relevant of the rest make up the number.",
             "The released code never unpads and gives every view the same number.",
             "Relevance is scaled to [0, 1] within each image, not over the whole batch.",
             "With relevance=clip, each chunk of a question too long for CLIP has its own marks of "

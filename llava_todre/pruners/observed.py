@@ -1,4 +1,4 @@
-"""A method as it is, and the two ratios of ToDRE Eq. 8 after every decoder layer besides."""
+"""A method as it is, with a function that sees every decoder layer: by default, Eq. 8 of ToDRE."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class VisionZip(Pruner):
             "contextual token in the place of the patch it grew from, [CLS] in the place of the "
             "first patch of its view that is merged away.",
             "The release keeps the padding of crops and drops newline tokens.",
-            "The release takes any two counts (191 + 30 unless told); here they are a share of T.",
+            "The release takes any two counts (191 + 30 by default); here they are a share of T.",
         ),
     )
 
