@@ -247,7 +247,7 @@ class Pruner:
 
     @property
     def needs(self) -> Needs:
-        """What :meth:`select` reads: names of :data:`NEEDS`, or (name, layer); features always are."""
+        """What :meth:`select` reads but the features: names of :data:`NEEDS`, or (name, layer)."""
         return frozenset()
 
     @property
