@@ -14,7 +14,6 @@ from types import ModuleType
 import pages
 import pytest
 import shell_lines
-import yaml
 
 from llava_todre import load_pretrained_model
 from llava_todre.catalogue import where
@@ -26,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "docs" / "add_a_method.md"
 PAGE = FILE.read_text()
 FILES = dict(re.findall(r"^`(\S+)`[^\n]*:\n\n```\w+\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
-METHOD, YAML = "llava_todre/pruners/norm.py", "configs/methods/norm.yaml"
+METHOD = "llava_todre/pruners/norm.py"
 REGISTRY, TEST = "llava_todre/pruners/__init__.py", "tests/methods/test_norm.py"
 (GLANCE,) = (block.code for block in pages.blocks(FILE, "python") if "Glance" in block.code)
 COMMANDS = [block.code for block in pages.blocks(FILE, "bash")]
@@ -49,7 +48,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in which the steps of the page have been done."""
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     (tmp_path / "configs" / "methods").mkdir(parents=True)
-    (tmp_path / YAML).write_text(FILES[YAML])
     module("llava_todre.pruners.norm", FILES[METHOD], tmp_path, monkeypatch)
     imports, _, lines = FILES[REGISTRY].partition("\n\n")
     names: dict[str, object] = {}
@@ -64,7 +62,9 @@ def test_the_commands_run_and_keep_what_was_asked_for(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (code,) = COMMANDS
-    generate, demo = (words[1:] for words in shell_lines.lines_of(code))
+    listing, generate, demo = (words[1:] for words in shell_lines.lines_of(code))
+    assert listing[2] == ">" and main(listing[:2]) == 0
+    Path(listing[3]).write_text(capsys.readouterr().out)
     assert main([*generate, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept_tokens"] == 80
     demo[demo.index("--num-images") + 1] = "1"
@@ -76,10 +76,7 @@ def test_the_commands_run_and_keep_what_was_asked_for(
     assert (project / "outputs" / "norm" / "runs" / "norm-todre_0.25.json").exists()
 
 
-def test_the_file_the_yaml_and_the_knobs_agree(project: Path) -> None:
-    knobs = yaml.safe_load(FILES[YAML])
-    assert create_pruner(knobs.pop("method"), **knobs) == create_pruner("norm")
-    assert set(knobs) == set(vars(create_pruner("norm")))
+def test_a_bad_option_is_refused_and_the_catalogue_knows_the_method(project: Path) -> None:
     with pytest.raises(ValueError, match=r"p must be a number, p >= 1, got 0\.5"):
         create_pruner("norm", p=0.5)
     assert where(PRUNERS["norm"]) == "before" and not PRUNERS["norm"].about.reads_text
@@ -92,7 +89,7 @@ def test_the_test_passes_and_would_notice_a_wrong_order(
     (name,) = (name for name in vars(test) if name.startswith("test_"))
     function = getattr(test, name)
     function()
-    shortest = FILES[METHOD].replace("top(length", "top(-length")
+    shortest = FILES[METHOD].replace("length.topk", "(-length).topk")
     wrong = module("llava_todre.pruners.norm", shortest, project, monkeypatch)
     monkeypatch.setitem(PRUNERS, "norm", wrong.Norm)
     with pytest.raises(AssertionError):
@@ -115,6 +112,6 @@ def test_the_method_inside_the_decoder_drops_there(
 
 
 def test_the_page_is_short_and_all_of_its_code_is_run_here() -> None:
-    assert set(FILES) == {METHOD, REGISTRY, YAML, TEST}
+    assert set(FILES) == {METHOD, REGISTRY, TEST}
     assert {block.code for block in pages.blocks(FILE)} == {*FILES.values(), GLANCE, *COMMANDS}
     assert len(PAGE.splitlines()) <= 130

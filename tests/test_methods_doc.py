@@ -65,6 +65,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the page goes; its results are made up and know three methods."""
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "PAGE", tmp_path / "methods.md")
+    monkeypatch.setattr(docs, "METHOD_FILES", tmp_path)
     monkeypatch.setattr(performance, "PAGE", tmp_path / "performance.md")
     monkeypatch.setattr(docs, "RESULTS", tmp_path / "results.json")
     (tmp_path / "results.json").write_text(json.dumps(stored(["todre", "random", "todre_v1"])))

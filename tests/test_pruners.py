@@ -15,7 +15,16 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.model import vision
-from llava_todre.pruners import PRUNERS, LayerView, Pruner, Random, Todre, TodreV1, create_pruner
+from llava_todre.pruners import (
+    PRUNERS,
+    LayerView,
+    Pruner,
+    Random,
+    Todre,
+    TodreV1,
+    create_pruner,
+    resolve,
+)
 from llava_todre.pruners.base import NEEDS, VISION_NEEDS, layers_at
 from llava_todre.pruners.vanilla import Vanilla
 from llava_todre.spans import VisualTokens
@@ -190,18 +199,6 @@ def test_methods_are_frozen_dataclasses_that_can_be_keys(method):
 
 
 # ---------------------------------------------------------------- Stage 1
-
-
-@pytest.mark.parametrize("method", ["todre", "todre_v1", "random"])
-@pytest.mark.parametrize("budget", [1, 7, 79])
-def test_selections_are_ascending_unique_and_exact(method, budget):
-    tokens = visual_tokens(num_views=5)
-    selection = selected(create_pruner(method), tokens, budget)
-    assert selection.features is None
-    assert selection.indices.dtype == torch.int64
-    assert len(selection.indices) == budget
-    assert (selection.indices.diff() > 0).all()
-    assert torch.equal(selection.indices, selected(create_pruner(method), tokens, budget).indices)
 
 
 @pytest.mark.parametrize("objective", ["max_sum", "max_min"])
@@ -444,3 +441,16 @@ def test_without_visual_tokens_nothing_is_measured():
 def test_a_prompt_that_ends_with_an_image_keeps_it(kinds, text_set):
     """Its last token predicts the answer (and Eq. 8 has no value for an empty T)."""
     assert Todre(text_set=text_set).at_layer(measured_view(kinds, 0.0, 0.0)) is None
+
+
+# ---------------------------------------------------------------- names and objects
+
+
+def test_options_next_to_an_object_replace_its_own():
+    assert resolve("todre", {"tau": 0.2}) == Todre(tau=0.2)
+    assert resolve(Todre(retain_ratio=0.5), {"tau": 0.2}) == Todre(retain_ratio=0.5, tau=0.2)
+    assert resolve(Todre(), {}) == Todre()
+    with pytest.raises(TodreError, match="option of method 'Todre': 'tua' is unknown"):
+        resolve(Todre(), {"tua": 0.2})
+    with pytest.raises(TodreError, match="expected none next to the object, .* got tau"):
+        resolve(create_pruner("random+todre"), {"tau": 0.2})

@@ -15,7 +15,7 @@ from llava_todre.source import what_changed
 ROOTS = ("llava_todre.lmms_plugin.model",)
 NOT_NEEDED = ("ui/page.py", "cli.py", "viz.py", "ui/drawing.py")
 CHANGES = (
-    ("pruners/todre.py", "tau: float = 0.10", "tau: float = 0.11"),
+    ("pruners/todre.py", "tau: float = option(0.10", "tau: float = option(0.11"),
     ("selection_triton.py", "import triton", "import triton, torch"),  # imported in a function
     ("hf/qwen.py", "_MAX_ENTRIES = 2**26", "_MAX_ENTRIES = 2**25"),
     ("stage2/probe.py", "self._num_stored", "self._number_stored"),

@@ -1,4 +1,4 @@
-"""Write ``docs/methods.md`` from the registry, a template and the stored results.
+"""Write ``docs/methods.md`` and ``configs/methods`` from the registry and the stored results.
 
 ``docs/performance.md`` and ``docs/models.md`` are written along with it, see
 :mod:`eval.pages.performance` and :mod:`eval.pages.models`.
@@ -22,8 +22,10 @@ from eval.tables.render import markdown_lines
 from llava_todre.catalogue import where
 from llava_todre.errors import TodreError
 from llava_todre.pruners import PRUNERS, Need
+from llava_todre.pruners.method_file import method_yaml
 
 PAGE = ROOT / "docs" / "methods.md"
+METHOD_FILES = ROOT / "configs" / "methods"
 RESULTS = ROOT / "docs" / "results" / "methods_mini.json"
 REFERENCE = "todre"
 
@@ -122,5 +124,6 @@ def _hits(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, list[i
 
 def docs() -> dict[Path, str]:
     """Return the generated pages of docs/."""
+    files = {METHOD_FILES / f"{name}.yaml": method_yaml(name) for name in PRUNERS}
     pages = {models_doc.PAGE: models_doc.render(), performance.PAGE: performance.render()}
-    return {PAGE: render(), **pages}
+    return {PAGE: render(), **pages, **files}

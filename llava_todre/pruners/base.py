@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.options import option, options_of
+from llava_todre.pruners.options import option as option
+from llava_todre.pruners.options import options_of
 from llava_todre.relevance import attention_mass, attention_rows
 from llava_todre.spans import NewlineRule, TokenType, VisualTokens, is_visual
 
@@ -31,7 +32,7 @@ VISION_NEEDS = {
     "received_attention": "(N,) attention a token receives, mean over queries and heads",
     "keys": "(N, heads, head width)",
 }
-"""What one layer of the vision tower can be asked for, as ``(quantity, layer)``. Layer -1 is the
+"""What one layer of the vision tower can give, as ``(quantity, layer)``. Layer -1 is the
 last, 0.5 the one half-way up; softmax is over [CLS] and all patches of a view."""
 
 NEEDS = frozenset({"text_embeds", "clip_similarity", "vision_features", "resized"})
@@ -39,6 +40,7 @@ NEEDS = frozenset({"text_embeds", "clip_similarity", "vision_features", "resized
 :class:`~llava_todre.spans.VisualTokens`."""
 
 Need = str | tuple[str, int | float]
+Needs = Set[Need]
 Count = Literal["exact", "at most", "own"]
 
 
@@ -250,8 +252,8 @@ class Pruner:
     about: ClassVar[About] = About(paper="", budget_note="")
 
     @property
-    def needs(self) -> Set[Need]:
-        """What :meth:`select` reads besides features: names of :data:`NEEDS`, or (name, layer)."""
+    def needs(self) -> Needs:
+        """What :meth:`select` reads but the features: names of :data:`NEEDS`, or (name, layer)."""
         return frozenset()
 
     @property
@@ -268,7 +270,7 @@ class Pruner:
     def withdraws_all(self) -> bool:
         """Whether :meth:`at_layer` keeps all visual tokens or none.
 
-        It must then read no rows but those of the text behind the last visual token.
+        It must then read no rows but those of the text after the last visual token.
         """
         return False
 

@@ -6,15 +6,13 @@ text.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -42,7 +40,7 @@ class CDPruner(Pruner):
             "The default relevance comes from the decoder's own text embeddings, not negated; the "
             "authors' needs the text tower of CLIP and is the option relevance=clip.",
             "Once no token adds to the determinant, the released code returns fewer tokens than "
-            "asked for; here the most relevant of the rest make up the number.",
+            "requested; here the most relevant of the rest make up the number.",
             "The released code never unpads and gives every view the same number.",
             "Relevance is scaled to [0, 1] within each image, not over the whole batch.",
             "With relevance=clip, each chunk of a question too long for CLIP has its own marks of "
@@ -60,7 +58,7 @@ class CDPruner(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """What the relevance is read from."""
         sources = {"clip": "clip_similarity", "text_embeds": "text_embeds"}
         return {sources[self.relevance]} if self.relevance in sources else set()

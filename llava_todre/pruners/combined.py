@@ -2,36 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import About, Count, Keep, LayerView, Need, Pruner
+from llava_todre.pruners.base import About, Count, Keep, LayerView, Needs, Pruner
 from llava_todre.pruners.vanilla import Vanilla
 from llava_todre.spans import NewlineRule, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Combined(Pruner):
+class Wrapper(Pruner):
+    """Base: what happens before the decoder, and its budget, are those of another method."""
+
+    about: ClassVar[About] = About(paper="-", budget_note="that of the methods it is made of")
+
+    retain_ratio: float = field(init=False, default=1.0, repr=False)
+    retain_tokens: int | None = field(init=False, default=None, repr=False)
+    newlines: NewlineRule = field(init=False, default="row", repr=False)
+
+    @property
+    def _first(self) -> Pruner:
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> Needs:
+        """What that method needs."""
+        return self._first.needs
+
+    @property
+    def count(self) -> Count:
+        """What it promises."""
+        return self._first.count
+
+    def num_keep(self, num_tokens: int) -> int:
+        """Return its number."""
+        return self._first.num_keep(num_tokens)
+
+    def will_select(self, num_tokens: int) -> bool:
+        """Return whether it will."""
+        return self._first.will_select(num_tokens)
+
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep | Tensor:
+        """Let it select."""
+        return self._first.select(tokens, num_keep)
+
+    def select_all(
+        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
+    ) -> Sequence[Keep | Tensor]:
+        """Let it select."""
+        return self._first.select_all(images, num_keeps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined(Wrapper):
     """``before`` selects before the decoder, ``inside`` prunes inside it; the budget is before's.
 
     Either may be :class:`~llava_todre.pruners.vanilla.Vanilla`, which leaves that stage out. A
     budget of ``inside`` counts from the tokens that enter the decoder.
     """
 
-    about: ClassVar[About] = About(paper="-", budget_note="that of each stage")
-
     before: Pruner
     """Whose ``select`` is used."""
     inside: Pruner
     """Whose ``probe_layers`` and ``at_layer`` are used."""
-    retain_ratio: float = field(init=False, default=1.0, repr=False)
-    retain_tokens: int | None = field(init=False, default=None, repr=False)
-    newlines: NewlineRule = field(init=False, default="row", repr=False)
-    """That of both stages."""
 
     def __post_init__(self) -> None:
         """Refuse a method in a place where it does nothing."""
@@ -54,33 +91,13 @@ class Combined(Pruner):
         object.__setattr__(self, "newlines", self.before.newlines)
 
     @property
-    def needs(self) -> Set[Need]:
-        """What ``before`` needs."""
-        return self.before.needs
+    def _first(self) -> Pruner:
+        return self.before
 
     @property
     def withdraws_all(self) -> bool:
         """What ``inside`` does."""
         return self.inside.withdraws_all
-
-    @property
-    def count(self) -> Count:
-        """What ``before`` promises."""
-        return self.before.count
-
-    def num_keep(self, num_tokens: int) -> int:
-        """Return the number of ``before``."""
-        return self.before.num_keep(num_tokens)
-
-    def select(self, tokens: VisualTokens, num_keep: int) -> Keep | Tensor:
-        """Let ``before`` select."""
-        return self.before.select(tokens, num_keep)
-
-    def select_all(
-        self, images: Sequence[VisualTokens], num_keeps: Sequence[int]
-    ) -> Sequence[Keep | Tensor]:
-        """Let ``before`` select."""
-        return self.before.select_all(images, num_keeps)
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of ``inside``."""

@@ -11,8 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_layer, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, LayerView, option, require_layer, top
 from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import unit_rows
 from llava_todre.spans import TokenType

@@ -5,14 +5,13 @@ Symbols: V views, N tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Keep, Need, Pruner
+from llava_todre.pruners.base import About, Keep, Needs, Pruner
 from llava_todre.spans import VisualTokens
 
 
@@ -38,7 +37,7 @@ class Downsample(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """The way to encode again."""
         return {"resized"}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -40,7 +38,7 @@ class FasterVLM(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention."""
         return {("cls_attention", self.cls_layer)}
 

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, require_layer, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, LayerView, option, require_layer, top
 from llava_todre.pruners.staged import StagedPruner
 
 

@@ -6,7 +6,6 @@ Symbols: N tokens of the image, n tokens of one crop, side patches along one sid
 from __future__ import annotations
 
 import math
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,14 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from llava_todre.pruners.base import (
-    About,
-    Need,
-    Pruner,
-    round_half_up,
-    top,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, round_half_up, top
 from llava_todre.pruners.per_view import apportion, by_view
 from llava_todre.spans import VisualTokens
 
@@ -59,7 +51,7 @@ class GlobalCom2(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention before the softmax."""
         return {("cls_logits", self.cls_layer)}
 

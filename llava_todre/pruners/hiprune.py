@@ -5,7 +5,6 @@ Symbols: N tokens of the image or video, n tokens of one view, A anchors.
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import About, Need, Pruner, require, require_int, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, require, require_int, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -70,7 +68,7 @@ class HiPrune(Pruner):
         require_int("register_layer", self.register_layer)
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """Attention received in the two layers."""
         return {("received_attention", at) for at in (self.object_depth, self.register_layer)}
 

@@ -6,15 +6,14 @@ Symbols: N tokens of the image or video, m tokens of one run, D feature width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, top
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -57,7 +56,7 @@ class HoloV(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention."""
         return {("cls_attention", self.cls_layer)}
 

@@ -7,23 +7,13 @@ Symbols: N tokens, n tokens of one view, T tokens it keeps, k of them chosen, W 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import (
-    About,
-    Count,
-    Keep,
-    Need,
-    Pruner,
-    round_half_up,
-    top,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Count, Keep, Needs, Pruner, option, round_half_up, top
 from llava_todre.pruners.per_view import by_view, view_groups
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -71,7 +61,7 @@ class PruMerge(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention, keys, and what the projector is given."""
         attention, keys = ("cls_attention_unsplit", self.cls_layer), ("keys", self.cls_layer)
         return {attention, keys, "vision_features"}

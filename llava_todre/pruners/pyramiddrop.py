@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, LayerView, option, top
 from llava_todre.pruners.staged import StagedPruner
 
 
@@ -24,7 +23,7 @@ class PyramidDrop(StagedPruner):
     about: ClassVar[About] = About(
         paper="PyramidDrop, CVPR 2025, arXiv 2410.17247",
         reads_text=True,
-        budget_note="share of the patch tokens behind the last stage, reached in equal factors; "
+        budget_note="share of the patch tokens after the last stage, reached in equal factors; "
         "the default is the authors' 50, 25 and 12.5 %, a mean of 46.9 % over 32 layers",
         deviations=(
             "Tokens keep their positions; the released code renumbers them after each stage.",

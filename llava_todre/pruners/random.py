@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Pruner, random_generator
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Pruner, option, random_generator
 from llava_todre.spans import VisualTokens
 
 

@@ -14,13 +14,7 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import (
-    About,
-    Keep,
-    LayerView,
-    top,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Keep, LayerView, option, top
 from llava_todre.pruners.staged import StagedPruner
 from llava_todre.selection import check_finite
 from llava_todre.spans import TokenType
@@ -33,7 +27,7 @@ class _RatedByText(StagedPruner):
     """What both versions share: the stages and the raters."""
 
     published_counts: ClassVar[tuple[int, ...]]
-    """Tokens behind each stage in the authors' table for 192 of 576."""
+    """Tokens after each stage in the authors' table for 192 of 576."""
 
     prune_depths: tuple[float, ...] = option(
         (2 / 32, 6 / 32, 15 / 32),
@@ -80,7 +74,7 @@ class SparseVLM(_RatedByText):
             "Other published budgets (128, 96, 64) have tables that are not in proportion to each "
             "other; here there is one.",
             "Tokens keep their positions, and a merged token stands at the centre of its cluster. "
-            "The released code puts merged tokens behind the kept ones and renumbers all.",
+            "The released code puts merged tokens after the kept ones and renumbers all.",
             "The released code breaks ties between cluster centres with unseeded noise; here the "
             "first token wins.",
         ),

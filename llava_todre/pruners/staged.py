@@ -11,28 +11,27 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import Keep, LayerView, Pruner, round_half_up
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import Keep, LayerView, Pruner, option, round_half_up
 
 BudgetRule = Literal["count", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagedPruner(Pruner):
-    """Keep a known share of the patch tokens behind each of a few decoder layers.
+    """Keep a known share of the patch tokens after each of a few decoder layers.
 
     All images of a prompt form one pool.
     """
 
     budget_rule: BudgetRule = option(
         "count",
-        "What `retain_ratio` is a share of: `count`, the patch tokens behind the last stage; "
+        "What `retain_ratio` is a share of: `count`, the patch tokens after the last stage; "
         "`mean`, the mean over all decoder layers, each charged with what it processes.",
         choices=get_args(BudgetRule),
     )
 
     def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
-        """Return, by layer, the share of the patch tokens that layer 0 read to keep behind it.
+        """Return, by layer, the share of the patch tokens that layer 0 read to keep after it.
 
         The shares grow with ``ratio``, are 0 at 0 and reach 1 (at 1 or above); they fall from
         layer to layer.
@@ -42,7 +41,7 @@ class StagedPruner(Pruner):
     def choose(self, view: LayerView, count: int) -> Keep | Tensor:
         """Return which ``count`` patch tokens stay; called only to drop some.
 
-        A method that merges may keep others besides.
+        A method that merges may keep others as well.
         """
         raise NotImplementedError
 
@@ -52,7 +51,7 @@ class StagedPruner(Pruner):
         return share
 
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Return the layers of the stages; one behind the last layer would have no effect."""
+        """Return the layers of the stages; one after the last layer would have no effect."""
         if self.retain_ratio == 1.0 and self.retain_tokens is None:
             return ()
         return tuple(
@@ -60,7 +59,7 @@ class StagedPruner(Pruner):
         )
 
     def at_layer(self, view: LayerView) -> Keep | Tensor | None:
-        """Drop what the stage behind this layer drops."""
+        """Drop what the stage after this layer drops."""
         total = sum(view.visual_counts)
         wanted = sum(self.num_keep(num_patches) for num_patches in view.visual_counts)
         if wanted == total:

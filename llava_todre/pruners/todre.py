@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import (
-    About,
-    LayerView,
-    Need,
-    Pruner,
-    random_generator,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, LayerView, Needs, Pruner, option, random_generator
 from llava_todre.selection import Objective, greedy_diverse_batch, unit_rows
 from llava_todre.spans import TokenType, VisualTokens
 
@@ -99,7 +92,7 @@ class Todre(Pruner):
     seed: int = option(0, "For pivot = random.")
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention, when it chooses the pivot."""
         return {self._cls_need} if self.pivot == "cls" else set()
 

@@ -5,21 +5,13 @@ Symbols: N tokens of all views or frames, M tokens of text, D width of the decod
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import (
-    About,
-    Need,
-    Pruner,
-    round_half_up,
-    top,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, round_half_up, top
 from llava_todre.selection import check_finite, greedy_diverse, unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -54,7 +46,7 @@ class TrimTokenator(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """The text after the image."""
         return {"text_embeds"}
 

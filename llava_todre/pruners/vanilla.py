@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import About, Pruner
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Pruner, option
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,22 +6,13 @@ Symbols: N tokens, n tokens of one view, T tokens it keeps, m not dominant, c co
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn.functional import one_hot
 
-from llava_todre.pruners.base import (
-    About,
-    Keep,
-    Need,
-    Pruner,
-    round_half_up,
-    top,
-)
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Keep, Needs, Pruner, option, round_half_up, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -46,7 +37,7 @@ class VisionZip(Pruner):
             "contextual token in the place of the patch it grew from, [CLS] in the place of the "
             "first patch of its view that is merged away.",
             "The release keeps the padding of crops and drops newline tokens.",
-            "The release takes any two counts (191 + 30 unless told); here they are a share of T.",
+            "The release takes any two counts (191 + 30 by default); here they are a share of T.",
         ),
     )
 
@@ -66,7 +57,7 @@ class VisionZip(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention, keys, and what the projector is given."""
         attention, keys = ("cls_attention", self.cls_layer), ("keys", self.cls_layer)
         return {attention, keys, "vision_features"}

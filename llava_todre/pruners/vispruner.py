@@ -5,15 +5,13 @@ Symbols: n tokens of one view, R of them still in question, W width of the visio
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Need, Pruner, top
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import About, Needs, Pruner, option, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -55,7 +53,7 @@ class VisPruner(Pruner):
     )
 
     @property
-    def needs(self) -> Set[Need]:
+    def needs(self) -> Needs:
         """[CLS] attention, and the features before the projector."""
         return {("cls_attention", self.cls_layer), "vision_features"}
 

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import About, LayerView, Pruner, require, require_int, round_half_up
-from llava_todre.pruners.options import option
+from llava_todre.pruners.base import (
+    About,
+    LayerView,
+    Pruner,
+    option,
+    require,
+    require_int,
+    round_half_up,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ def test_stages_leave_out_what_they_do_not_name(tmp_path: Path) -> None:
             "retain_ratio and retain_tokens were both given",
         ),
         ({"base": BASE, "grid": {"layers": [["1e999999999"]]}}, "0 < each <= 1, got .inf"),
-        ({"base": BASE, "grid": {"layers": [["1/1e999999999"]]}}, "0 < each <= 1, got .0.0,"),
+        ({"base": BASE, "grid": {"layers": [["1/1e999999999"]]}}, "0 < each <= 1, got .0.0"),
         ({"base": BASE, "grid": {"layers": [["nan"]]}}, "0 < each <= 1, got .nan"),
         ({"base": BASE, "grid": {"layers": [["1/0"]]}}, "a list of depths"),
         ({"base": BASE, "grid": {"layers": ["55"]}}, "layers '55'; allowed: a list of depths"),

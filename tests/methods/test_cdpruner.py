@@ -101,13 +101,6 @@ def test_every_pick_is_the_best_one_in_float64(shape, ratio, source):
     assert worst_gap(tokens, kept, source) < 1e-5
 
 
-@pytest.mark.parametrize("padding", [0, 5])
-def test_every_pick_is_the_best_one_at_full_size(padding):
-    tokens = visual_tokens(grid=(2, 2), padding=padding, width=192, num_text=3)
-    kept = select(tokens, round(0.1 * len(tokens)))
-    assert worst_gap(tokens, kept, "text_embeds") < 1e-5
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_every_pick_makes_the_largest_determinant(seed):
     tokens = with_clip(visual_tokens(side=4, width=12, seed=seed))
@@ -237,15 +230,3 @@ def test_length_of_features_does_not_matter():
     scale = torch.linspace(0.1, 10, len(tokens))[:, None]
     longer = dataclasses.replace(tokens, features=tokens.features * scale)
     assert select(longer, 30) == select(tokens, 30)
-
-
-def test_one_token_and_all_but_one_are_possible_budgets():
-    tokens = visual_tokens(grid=(2, 2), side=6, width=64)
-    assert worst_gap(tokens, select(tokens, 1), "text_embeds") < 1e-5
-    assert len(select(tokens, len(tokens) - 1)) == 179
-
-
-def test_needs_what_the_relevance_is_read_from():
-    assert CDPruner().needs == {"text_embeds"}
-    assert CDPruner(relevance="clip").needs == {"clip_similarity"}
-    assert CDPruner(relevance="none").needs == frozenset()

@@ -69,11 +69,6 @@ def test_every_pick_is_the_farthest_one_in_float64(shape, ratio):
     assert worst_gap(distances(tokens.features), kept) < 1e-5
 
 
-def test_every_pick_is_the_farthest_one_at_full_size():
-    tokens = visual_tokens(grid=(2, 2))
-    assert worst_gap(distances(tokens.features), select(tokens, 720)) < 1e-5
-
-
 def test_starts_with_the_most_isolated_token_and_then_takes_the_farthest():
     """Angles in degrees. The nearest others are 10, 10, 31, 29 and 29 away: 70 is first. Farthest
     from it is 0 (70 away), then 130 (60), then 101 (29; 10 has only 10)."""
@@ -129,15 +124,3 @@ def test_is_the_rule_of_todre_v1_with_another_first_token(budget):
     tokens = dataclasses.replace(tokens, vision={("cls_attention", -1): pivot})
     todre = selected(Todre(objective="max_min"), tokens, budget)
     assert select(tokens, budget) == todre.indices.tolist()
-
-
-def test_one_token_and_all_but_one_are_possible_budgets():
-    tokens = visual_tokens(side=6)
-    distance = distances(tokens.features)
-    assert select(tokens, 1) == [slow_first(distance)]
-    assert worst_gap(distance, select(tokens, 35)) < 1e-5
-
-
-def test_needs_nothing_but_the_features():
-    assert DivPrune().needs == frozenset()
-    assert len(select(hand_made([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), 2)) == 2

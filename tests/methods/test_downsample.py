@@ -90,7 +90,7 @@ def test_matches_a_search_of_all_grids(case, ratio):
 @pytest.mark.parametrize("kwargs", [CASES["thin"], CASES["narrow"], {"frames": 3, "side": 5}])
 def test_matches_the_search_at_every_budget(kwargs):
     tokens = visual_tokens(**kwargs)
-    for budget in range(1, len(tokens), 3):
+    for budget in range(1, len(tokens), 7):
         selection = selected(Downsample(), tokens, budget)
         places, features = reference(tokens, budget)
         assert selection.indices.tolist() == places

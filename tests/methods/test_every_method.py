@@ -103,6 +103,26 @@ def test_the_method_file_is_made_from_the_options(name: str) -> None:
 # ---------------------------------------------------------------- Stage 1
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "needs"),
+    [
+        ("divprune", {}, set()),
+        ("cdpruner", {}, {"text_embeds"}),
+        ("cdpruner", {"relevance": "clip"}, {"clip_similarity"}),
+        ("cdpruner", {"relevance": "none"}, set()),
+        ("trimtokenator", {}, {"text_embeds"}),
+        ("vispruner", {}, {("cls_attention", -2), "vision_features"}),
+        ("vispruner", {"cls_layer": -1}, {("cls_attention", -1), "vision_features"}),
+        ("visionzip", {}, {("cls_attention", -2), ("keys", -2), "vision_features"}),
+        ("visionzip", {"cls_layer": -3}, {("cls_attention", -3), ("keys", -3), "vision_features"}),
+        ("prumerge", {}, {("cls_attention_unsplit", -1), ("keys", -1), "vision_features"}),
+        ("prumerge_plus", {}, {("cls_attention_unsplit", -1), ("keys", -1), "vision_features"}),
+    ],
+)
+def test_needs_follow_the_options(name: str, options: dict[str, Any], needs: set) -> None:
+    assert create_pruner(name, **options).needs == needs
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=["image", "unpadded", "video"])
 @pytest.mark.parametrize("name", BEFORE)
 def test_every_budget_is_met_and_nothing_it_reads_is_changed(name: str, shape: dict) -> None:

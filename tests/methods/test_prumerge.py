@@ -230,15 +230,6 @@ def test_all_views_are_projected_at_once():
     assert calls == [(72, 48)]
 
 
-def test_asks_for_attention_and_keys_of_one_layer():
-    assert PruMergePlus(cls_layer=-2).needs == {
-        ("cls_attention_unsplit", -2),
-        ("keys", -2),
-        "vision_features",
-    }
-    assert PruMerge().cls_layer == -1
-
-
 def test_plus_differs_only_in_the_share_by_attention():
     plus = dataclasses.asdict(PruMergePlus())
     assert plus == dataclasses.asdict(PruMerge()) | {"attention_share": 0.25}

@@ -172,14 +172,3 @@ def test_stage_2_is_the_rule_of_todre_v2_with_another_first_token(budget):
     tokens = dataclasses.replace(tokens, vision={("cls_attention", -1): pivot})
     todre = selected(Todre(objective="max_sum"), tokens, budget)
     assert select(tokens, budget, align_ratio=1.0) == todre.indices.tolist()
-
-
-def test_one_token_and_all_but_one_are_possible_budgets():
-    tokens = visual_tokens(side=6)
-    for budget in (1, 35):
-        survivors = slow_survivors(tokens, budget)
-        assert worst_gap(tokens.features, survivors, select(tokens, budget)) < 1e-5
-
-
-def test_needs_the_text():
-    assert TrimTokenator().needs == {"text_embeds"}

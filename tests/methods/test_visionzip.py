@@ -197,12 +197,3 @@ def test_all_views_are_projected_at_once():
 
     selected(VisionZip(), dataclasses.replace(tokens, project=project), 72)
     assert calls == [(72, 48)]
-
-
-def test_asks_for_attention_and_keys_of_one_layer():
-    assert VisionZip(cls_layer=-3).needs == {
-        ("cls_attention", -3),
-        ("keys", -3),
-        "vision_features",
-    }
-    assert VisionZip().cls_layer == -2

@@ -84,7 +84,7 @@ def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float) -> No
 
 @pytest.mark.parametrize("ratio", [0.25, 0.10])
 def test_so_it_does_on_ordinary_features_in_the_same_precision(ratio: float) -> None:
-    tokens = visual_tokens(grid=(2, 2), padding=5)
+    tokens = visual_tokens(grid=(2, 2), side=12, padding=3)
     budget = round(ratio * len(tokens))
     kept = selected(VisPruner(), tokens, budget).indices.tolist()
     assert kept == slow_select(tokens, budget, torch.float32)
@@ -183,8 +183,3 @@ def test_similarity_is_that_before_the_projector_and_ignores_length() -> None:
     )
     kept = selected(VisPruner(), tokens, 36).indices
     assert torch.equal(selected(VisPruner(), changed, 36).indices, kept)
-
-
-def test_it_asks_for_the_layer_that_llava_reads_and_for_its_features() -> None:
-    assert VisPruner().needs == {("cls_attention", -2), "vision_features"}
-    assert VisPruner(cls_layer=-1).needs == {("cls_attention", -1), "vision_features"}
