@@ -85,8 +85,15 @@ def test_everything_is_measured_judged_printed_and_stored(
     assert verdicts.pop("prefill speed-up at 10 % / what FLOPs allow, 7B on a GPU") == (
         "not measured"
     )
-    assert len(verdicts) == 8 and set(verdicts.values()) <= {"pass", "unclear", "miss"}
-    for title in ("Time of an answer", "Loads", "Selection", "What pruning adds", "Bars"):
+    assert len(verdicts) == 9 and set(verdicts.values()) <= {"pass", "unclear", "miss"}
+    for title in (
+        "Time of an answer",
+        "Loads",
+        "stock LLaVA-NeXT",
+        "Selection",
+        "What pruning adds",
+        "Bars",
+    ):
         assert title in text
     for key in ("device", "versions", "git_commit", "torch_threads"):
         assert key in result

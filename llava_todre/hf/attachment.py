@@ -22,7 +22,6 @@ from llava_todre.hf.encoded import (
     encoded_images,
     in_prompts,
     layouts_of,
-    positions_by_part,
     prefixes_of,
     with_deepstack,
 )
@@ -304,8 +303,8 @@ class Attachment:
         cached = 0 if prefixes is None else max(prompt.prefix_len for prompt in prompts)
         state = DecoderPruning(self.pruner, spans, decoder.config.num_hidden_layers, cached)
         if captured.position_ids is not None:
-            place = kept_positions if prefixes is None else positions_by_part
-            short["position_ids"] = place(captured.position_ids, prompts)
+            # After stored prefixes the last ones are read, which stand at the right in any case.
+            short["position_ids"] = kept_positions(captured.position_ids, prompts)
         if prefixes is not None:
             short[CACHE_ARGUMENT] = prefixes.cache(prefixes_of(prompts, captured), decoder, state)
         elif state.probe_layers:

@@ -6,7 +6,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from llava_todre.hf.capture import DecoderInputs
 from llava_todre.hf.family import Layouts
 from llava_todre.hf.prompts import Visual
 from llava_todre.spans import is_visual
-from llava_todre.stage1.pack import SplicedPrompt, kept_deep_features, kept_positions, padded
+from llava_todre.stage1.pack import SplicedPrompt, kept_deep_features, kept_positions
 from llava_todre.stage1.select import ImageFeatures
 from llava_todre.stage2.prefix import Prefix
 
@@ -116,19 +116,3 @@ def prefixes_of(prompts: Sequence[SplicedPrompt], captured: DecoderInputs) -> li
             inputs["deepstack_visual_embeds"] = deep[row]
         found.append(Prefix(prompt.prefix_ids, prompt.visuals, embeds, inputs))
     return found
-
-
-def positions_by_part(position_ids: Tensor, prompts: Sequence[SplicedPrompt]) -> Tensor:
-    """Return :func:`kept_positions` of prompts that are padded before and after their prefix.
-
-    Args:
-        position_ids: (3 or 4, B, L) of the whole prompts.
-        prompts: B of them.
-    """
-    own = [
-        kept_positions(position_ids[:, row : row + 1], [prompt])[:, 0].T
-        for row, prompt in enumerate(prompts)
-    ]
-    cut = [row.tensor_split([p.prefix_len]) for row, p in zip(own, prompts, strict=True)]
-    parts: Iterable[tuple[Tensor, ...]] = zip(*cut, strict=True)
-    return torch.cat([padded(part, 0).permute(2, 0, 1) for part in parts], dim=2)
