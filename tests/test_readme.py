@@ -32,7 +32,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pages.Outcome]
 
 def test_the_code_runs(outcome: pages.Outcome) -> None:
     said = "".join(outcome.said)
-    assert "of 320" in said and outcome.names["memory"].prefixes.hits == 1
+    assert "of 320" in said and outcome.names["cache"].prefixes.hits == 1
     assert outcome.names["output"].shape[1] > outcome.names["inputs"]["input_ids"].shape[1]
 
 
