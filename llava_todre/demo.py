@@ -342,7 +342,7 @@ def _fingerprint(model_path: Path, num_images: int) -> dict[str, str]:
     weights = hashlib.sha256()
     for file in sorted(file for file in files if file.is_file()):
         weights.update(file.read_bytes())
-    needed = digests("generate", "mini", "model.load", "pruners", "work", alone="demo")
+    needed = digests("vlm", "mini", "model.load", "pruners", "work", alone="demo")
     return {
         "code": hashlib.sha256(json.dumps(needed).encode()).hexdigest()[:16],
         "model": weights.hexdigest()[:16],

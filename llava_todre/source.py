@@ -20,7 +20,7 @@ def digests(*modules: str, alone: str = "") -> dict[str, str]:
     """Return a hash of every module that some modules need, themselves included, by its name.
 
     Args:
-        modules: of this package, without its name: ``generate``, ``model.load``.
+        modules: of this package, without its name: ``vlm``, ``model.load``.
         alone: one more, which counts without what it needs.
     """
     found: dict[str, str] = {}

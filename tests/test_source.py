@@ -18,7 +18,7 @@ CHANGES = (
     ("pruners/todre.py", "tau: float = 0.10", "tau: float = 0.11"),
     ("selection_triton.py", "import triton", "import triton, torch"),  # imported in a function
     ("hf/qwen.py", "_MAX_ENTRIES = 2**26", "_MAX_ENTRIES = 2**25"),
-    ("withdrawal/look.py", "self._num_stored", "self._number_stored"),
+    ("stage2/probe.py", "self._num_stored", "self._number_stored"),
     ("lmms_plugin/__init__.py", "NAME = ", "OTHER = NAME = "),
     ("flops.py", "return 2 * 2 *", "return 2 * 3 *"),  # in the stored lines
 )
