@@ -105,7 +105,7 @@ def _generate_parser() -> ArgumentParser:
 
 def _loading_fields() -> list[Field[Any]]:
     """Return the options of loading that a command line can give."""
-    return [each for each in fields(LoadOptions) if each.metadata["shell"]]
+    return [each for each in fields(LoadOptions) if each.metadata["typed"]]
 
 
 def _add_loading(parser: ArgumentParser) -> None:

@@ -12,16 +12,16 @@ from typing import Any
 from llava_todre.errors import TodreError, unknown
 
 
-def _option(default: Any, help: str, own: bool = False, shell: bool = True) -> Any:
+def _option(default: Any, help: str, own: bool = False, typed: bool = True) -> Any:
     """Declare an option.
 
     Args:
         default: its value when left out.
         help: what it means.
         own: whether only our own class has it.
-        shell: whether it can be written on a command line of ours.
+        typed: whether it can be written on a command line of ours.
     """
-    return field(default=default, metadata={"help": help, "own": own, "shell": shell})
+    return field(default=default, metadata={"help": help, "own": own, "typed": typed})
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class LoadOptions:
     model_base: str | None = _option(None, "what a LoRA or projector-only model is laid over")
     load_8bit: bool = _option(False, "quantise the decoder (bitsandbytes, LLM.int8)")
     load_4bit: bool = _option(False, "quantise the decoder (bitsandbytes, NF4)")
-    quantization_config: Any = _option(None, "any that transformers has, instead", shell=False)
+    quantization_config: Any = _option(None, "any that transformers has, instead", typed=False)
     dtype: Any = _option("auto", "auto, float32, float16 or bfloat16")
-    device: Any = _option("auto", "cpu, cuda, cuda:1, ...; auto: GPU if any", shell=False)
+    device: Any = _option("auto", "cpu, cuda, cuda:1, ...; auto: GPU if any", typed=False)
     device_map: Any = _option(None, "e.g. auto, cpu, cuda:0 (default: GPU if any)")
     attn_implementation: str = _option("sdpa", "eager, sdpa or flash_attention_2")
     tp_plan: str | None = _option(
-        None, "auto: split every layer over the processes of torchrun", own=True, shell=False
+        None, "auto: split every layer over the processes of torchrun", own=True, typed=False
     )
     protocol: str = _option("native", "native, or paper (2x2 grid, no unpadding, 2880)", own=True)
     template: Any = _option("auto", "conversation template; auto: the model's own", own=True)

@@ -66,25 +66,15 @@ class VLM(ABC):
 
     model: Any
     """The model itself: ours, or one of transformers."""
+    tokenizer: Any
+    processor: Any
+    """What makes pixels of images."""
+    decoder: Any
+    """The part of the model that has ``layers``."""
     template: Any
     """Name of the conversation template."""
     draws_tokens = False
     """Whether it is known what part of an image each token sees."""
-
-    @property
-    @abstractmethod
-    def tokenizer(self) -> Any:
-        """The tokenizer."""
-
-    @property
-    @abstractmethod
-    def processor(self) -> Any:
-        """What makes pixels of images."""
-
-    @property
-    @abstractmethod
-    def decoder(self) -> Any:
-        """The decoder: what has ``layers``."""
 
     @property
     @abstractmethod

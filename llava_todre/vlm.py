@@ -96,24 +96,10 @@ class OwnModel(VLM):
             template: a key of ``conv_templates``, or auto: the one the checkpoint was made for, see
                 :func:`~llava_todre.model.chat_template.find_template`.
         """
-        self.model, self._tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.decoder = model, tokenizer, model.model
+        self.processor = model.get_vision_tower().image_processor
         self._template = find_template(template, model, tokenizer)
         self.template = known_name(self._template)
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer."""
-        return self._tokenizer
-
-    @property
-    def processor(self) -> Any:
-        """The image processor."""
-        return self.model.get_vision_tower().image_processor
-
-    @property
-    def decoder(self) -> Any:
-        """The decoder with its multimodal parts."""
-        return self.model.model
 
     @property
     def last_stats(self) -> Sequence[PruneStats]:

@@ -25,7 +25,7 @@ from eval.demo.plan import plan as plan_demo
 from eval.run.spec import CONFIGS
 from eval.run.suites import load_suite
 from llava_todre import cli
-from llava_todre.lmms_plugin.arguments import LOADING, build_pruner
+from llava_todre.lmms_plugin.arguments import build_pruner, take_loading
 from llava_todre.pruners import create_pruner
 
 ROOT = Path(__file__).parents[1]
@@ -190,9 +190,9 @@ def _lmms_eval(words: Words, settings: Settings) -> None:
     from llava_todre.lmms_plugin.model import LlavaTodre
 
     own = [key for key in inspect.signature(LlavaTodre).parameters if key != "options"]
-    own += [each.name for each in LOADING]
     arguments = dict(pair.split("=", 1) for pair in given.model_args.split(","))
     options = {key: value for key, value in arguments.items() if key not in own}
+    take_loading(options)
     build_pruner(arguments.get("method", "todre"), options, None, own)
     for task in given.tasks.split(","):
         assert task in _tasks() or _has_task(task), task

@@ -44,23 +44,9 @@ class StockModel(VLM):
         """
         model = unwrapped(model)
         family_of(model)
-        self.model, self._processor = model, processor
+        self.model, self.decoder = model, decoder_of(model)
+        self.processor, self.tokenizer = processor, getattr(processor, "tokenizer", None)
         self.pruner = attach(model, "vanilla")
-
-    @property
-    def tokenizer(self) -> Any:
-        """The processor's."""
-        return self.processor.tokenizer
-
-    @property
-    def processor(self) -> Any:
-        """The model's own."""
-        return self._processor
-
-    @property
-    def decoder(self) -> Any:
-        """The decoder."""
-        return decoder_of(self.model)
 
     @property
     def last_stats(self) -> Sequence[PruneStats]:

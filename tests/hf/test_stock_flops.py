@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_todre import hf
+from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.stock import StockModel
 from llava_todre.work import HasDecoder, prefill_work
 
@@ -21,7 +22,7 @@ class Asked:
     """As much of a stock model as counting needs."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model, self.decoder = model, decoder_of(model)
 
     decoder_shape = StockModel.decoder_shape
 
