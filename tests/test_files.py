@@ -47,10 +47,10 @@ def test_what_no_config_says_is_one_line_with_the_file(kind: str, tmp_path: Path
     text, said = YAML[kind]
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(TodreError, match=said) as raised:
         read_mapping(file, "config")
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     message = str(raised.value)
     assert message.startswith(f"config {str(file)!r} ") and "\n" not in message
     assert len(message) < 600

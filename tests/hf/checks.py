@@ -108,6 +108,7 @@ def run(
     more = {"max_new_tokens": steps, "output_logits": True, "return_dict_in_generate": True}
     with hf.prune(model, method, **knobs):
         output = model.generate(**inputs, **(GREEDY | more))
+        assert output.sequences.shape[1] == inputs["input_ids"].shape[1] + steps
         return output, hf.last_stats(model)
 
 
@@ -118,7 +119,7 @@ def assert_follows(
     output, stats = run(model, inputs, method, steps)
     rows = range(len(stats))
     stages = [method.stages(stats[row], text_behind(inputs, row)) for row in rows]
-    assert_equals_oracle(model, inputs, output, stages, steps, method.newlines)
+    assert_equals_oracle(model, inputs, output, stages, method.newlines)
     return stats
 
 
@@ -127,13 +128,11 @@ def assert_equals_oracle(
     inputs: dict[str, Any],
     output: Any,
     stages: Sequence[list[Stage]],
-    steps: int = STEPS,
     newlines: str = "row",
 ) -> None:
     """Compare every token and logit of greedy answers."""
     length = inputs["input_ids"].shape[1]
     assert torch.equal(output.sequences[:, :length], inputs["input_ids"])
-    assert output.sequences.shape[1] == length + steps
     logits = torch.stack(output.logits, dim=1)
     oracle = Oracle(model, inputs, newlines)
     for row, of_row in enumerate(stages):

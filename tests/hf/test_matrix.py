@@ -211,7 +211,7 @@ def withdrawal(family: str) -> None:
     knobs = {"retain_ratio": 0.25, "probe_depths": PROBES, "tau": tau}
     output, stats = run(model, inputs, "todre", STEPS, **knobs)
     assert stats[0].withdrawn_from is not None
-    assert_equals_oracle(model, inputs, output, [stages_of(stats[0])], STEPS)
+    assert_equals_oracle(model, inputs, output, [stages_of(stats[0])])
 
 
 @check("dropping a part inside the decoder")

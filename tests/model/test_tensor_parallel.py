@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -112,7 +113,9 @@ def test_sampled_answers_are_drawn_alike(
 def test_each_process_holds_half_of_the_decoder_and_the_rest_whole(
     split: list[dict[str, Any]], whole: dict[str, Any]
 ) -> None:
-    replicated = ("norm", "vision_tower", "mm_projector", "image_newline")
+    replicated = ["norm", "vision_tower", "mm_projector", "image_newline"]
+    if transformers.__version__.startswith("5.17."):
+        replicated.append("embed_tokens")
     for rank in split:
         for name, count in whole["sizes"].items():
             parts = 1 if any(part in name for part in replicated) else 2
