@@ -25,8 +25,8 @@ checkpoints have their own licences.
 
 Copyleft libraries in the wheels: PyAV (`av`) and OpenCV contain FFmpeg (LGPL); PyAV's is built
 with x264 and x265, which are GPL, so redistributing that wheel is subject to the GPL. PyAV is
-needed for video only. OpenCV's FFmpeg comes with OpenSSL 1.1.1, past its end of life; lmms-eval imports
-OpenCV for VideoMME, and nothing here opens a network stream with it.
+needed for video only. OpenCV's FFmpeg comes with OpenSSL 1.1.1, which is past its end of life;
+lmms-eval imports OpenCV for VideoMME, and nothing here opens a network stream with it.
 
 """
 
