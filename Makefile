@@ -126,7 +126,7 @@ figures: $(STAMP) ## draw all figures into docs/figures (minutes)
 train-mini: $(STAMP) ## train the bundled model (about an hour on 2 cores)
 	@PYTHON=$(PY) bash scripts/train_mini.sh
 
-docs: $(STAMP) ## write docs/methods.md, performance.md, models.md and licences.md
+docs: $(STAMP) ## write the generated pages of docs/, and configs/methods
 	@$(PY) -m eval docs
 	@$(PY) -m eval.pages.licences
 

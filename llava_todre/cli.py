@@ -72,11 +72,11 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
     commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
     commands.add_subcommand("convert", _convert_parser(), help="save in the layout of llava-hf")
-    commands.add_subcommand("ui", _ui_parser(), help="open a page that compares two methods")
+    commands.add_subcommand("ui", _ui_parser(), help="open a page on which to ask")
     commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
     listing = _Parser()
-    listing.add_argument("method", nargs="?", help="print its options as a method file")
-    commands.add_subcommand("list", listing, help="list the methods, or the options of one")
+    listing.add_argument("method", nargs="?", help="show its options, as a method file has them")
+    commands.add_subcommand("list", listing, help="list the pruning methods, or options of one")
     return parser
 
 
@@ -90,15 +90,15 @@ def _generate_parser() -> ArgumentParser:
     add("--image", nargs="+", required=True, metavar="FILE", help=images)
     add("--allow-urls", action="store_true", help="fetch images given as http(s) URLs")
     add("--video", action="store_true", help="the images are the frames of one video")
-    add("--max-frames", type=int, default=5, help="frames of a video file, evenly spaced")
+    add("--max-frames", type=int, default=5, help="frames taken of a video file, evenly spaced")
     add("--fps", type=float | None, help="frames per second of a video given as images")
-    add("--question", required=True, help="the question; may have <image> at each image")
-    add("--method", default="todre", help="a name from `todre list`, A+B, or a method file")
+    add("--question", required=True, help="may contain <image> where each image goes")
+    add("--method", default="todre", help="a name from `todre list`, or a YAML file of configs/")
     add("--retain-ratio", type=float | None, help="share of visual tokens kept, in (0, 1]")
     add("--retain-tokens", type=int | None, help="number kept per image, instead of the ratio")
     add("--option", nargs="+", default=[], metavar="KEY=VALUE", help="other options of the method")
     add("--max-new-tokens", type=int, default=64, help="longest answer, in tokens")
-    add("--picture", type=str | None, metavar="PNG", help="draw the kept tokens into this file")
+    add("--picture", type=str | None, metavar="PNG", help="draw the kept tokens here")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
@@ -111,7 +111,7 @@ def _loading_fields() -> list[Field[Any]]:
 def _add_loading(parser: ArgumentParser) -> None:
     for each in _loading_fields():
         name, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
-        text += "; our class only" if each.metadata["own"] else ""
+        text += "; of our class" if each.metadata["own"] else ""
         if each.default is False:
             parser.add_argument(name, action="store_true", help=text)
         else:
@@ -153,10 +153,10 @@ def _demo_parser() -> ArgumentParser:
     methods = "names from `todre list`, A+B combinations, or all"
     add("--methods", nargs="+", default=["random", "todre_v1", "todre"], help=methods)
     add("--ratios", nargs="+", type=float, default=[0.25, 0.10], help="shares of tokens kept")
-    images = "held-out images, nine questions each; stored results have 96"
-    add("--num-images", type=int, default=12, help=images)
-    add("--out", default="outputs/demo", help="folder for results, table and images")
-    add("--fresh", action="store_true", help="repeat finished runs in that folder")
+    pictures = "held-out pictures, nine questions each; stored results have 96"
+    add("--num-images", type=int, default=12, help=pictures)
+    add("--out", default="outputs/demo", help="folder for results, table and pictures")
+    add("--fresh", action="store_true", help="forget finished runs in that folder")
     add("--ui", action="store_true", help="deprecated: todre ui")
     add("--host", default="127.0.0.1", help="of the page: the address to listen on")
     add("--port", type=int, default=7860, help="of the page")

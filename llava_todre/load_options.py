@@ -28,12 +28,12 @@ def _option(default: Any, help: str, own: bool = False, shell: bool = True) -> A
 class LoadOptions:
     """How :func:`llava_todre.load` loads a model; the meaning of each is its ``help``."""
 
-    backend: str = _option("auto", "llava: our class; transformers: its class; auto: by model")
+    backend: str = _option("auto", "llava: our class; transformers: its own; auto: by model")
     revision: str | None = _option(None, "revision of a hub id: branch, tag or commit")
-    model_base: str | None = _option(None, "base model of a LoRA or projector-only checkpoint")
+    model_base: str | None = _option(None, "what a LoRA or projector-only model is laid over")
     load_8bit: bool = _option(False, "quantise the decoder (bitsandbytes, LLM.int8)")
     load_4bit: bool = _option(False, "quantise the decoder (bitsandbytes, NF4)")
-    quantization_config: Any = _option(None, "any config of transformers, instead", shell=False)
+    quantization_config: Any = _option(None, "any that transformers has, instead", shell=False)
     dtype: Any = _option("auto", "auto, float32, float16 or bfloat16")
     device: Any = _option("auto", "cpu, cuda, cuda:1, ...; auto: GPU if any", shell=False)
     device_map: Any = _option(None, "e.g. auto, cpu, cuda:0 (default: GPU if any)")
