@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What the scripts of the tables share; sourced, not run.
+# Shared by the scripts of the tables; sourced, not run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Which Python: PYTHON where it is set, else the checkout's own environment, else the shell's.
+# Python: $PYTHON if set, else the checkout's .venv, else the shell's.
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python
   [[ ! -x .venv/bin/python ]] || PYTHON=.venv/bin/python
@@ -13,8 +13,8 @@ if [[ -z "${PYTHON:-}" ]]; then
   }
 fi
 
-# evaluate COMMAND ARGUMENTS: `python -m eval` on runs. Where some fail, the tables of the others are
-# still shown; a script ends with "exit $status".
+# evaluate COMMAND ARGUMENTS: `python -m eval`. If some runs fail, the tables of the others are still
+# shown, so scripts end with "exit $status".
 status=0
 evaluate() {
   "$PYTHON" -m eval "$@" || status=$?
@@ -36,7 +36,7 @@ run_and_show() {
   exit "$status"
 }
 
-# has_results OUT ARGUMENTS: whether runs started with these arguments have ended and left results.
+# has_results OUT ARGUMENTS: whether runs with these arguments have ended and written results.
 has_results() {
   [[ " $* " != *" --dry-run "* && " $* " != *" --slurm "* ]] || return 1
   [[ $status == 0 ]] || compgen -G "$1/*.json" > /dev/null

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Table 3 of v2, other models: Qwen2.5-VL-7B over image and video benchmarks; why not
-# InternVL2-8B, says configs/runs/cross_model.yaml.
-# GPUS=0,1,..  LIMIT=items per task  MODEL=name or path  SUITE=one of both  OUT=folder; arguments go
-# to `python -m eval run`.
+# Table 3 of v2, other models: Qwen2.5-VL-7B on image and video benchmarks.
+# configs/runs/cross_model.yaml says why not InternVL2-8B.
+# GPUS=0,1,..  LIMIT=items per task  MODEL=name or path  SUITE=one of the two  OUT=folder
+# Arguments go to `python -m eval run`.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The papers' figures from the bundled model and the stored results: PNG, SVG and the numbers in them.
+# The papers' figures from the bundled model and stored results: PNG, SVG and their numbers.
 # NAMES="kept pareto" (default: all)  OUT=folder; arguments go to `python -m eval figure`,
 # e.g. --samples 48 or --methods outputs/demo/results.json.
 set -euo pipefail

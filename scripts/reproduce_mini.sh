@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The papers' Tables 1, 4, 5 and 6 in small: the bundled model on its own nine tasks, through
-# lmms-eval; a quarter of an hour on 2 cores. Start again after a kill.
+# The papers' Tables 1, 4, 5 and 6 for the bundled model and its nine tasks, through lmms-eval; 15
+# minutes on 2 cores. Can be resumed.
 # LIMIT=8 OUT=folder; arguments go to `python -m eval sweep`, e.g. --jobs 4.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does everything work here? Two runs of the bundled model on two items per task; about a minute.
+# Checks the installation: two runs of the bundled model on two items per task; about a minute.
 # LIMIT=2 OUT=folder; arguments go to `python -m eval sweep`.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 3 of v1, Table 4 of v2: FLOPs, peak memory and samples/s of its methods, on models
-# by dimensions (no download).
+# Table 3 of v1, Table 4 of v2: FLOPs, peak memory and samples/s of models with random weights (no
+# download).
 # Without a GPU only FLOPs, unless SIZE=cpu. SIZE="7b 13b" OUT=folder; arguments go to
 # `python -m eval bench`, e.g. --dry-run or --repeats 9.
 set -euo pipefail

@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
         help="time every stage of an answer on this machine, and what the FLOPs would allow",
-        description="Times are compared in turns in one process. The last line is JSON.",
+        description="Methods are timed interleaved in one process. The last line is JSON.",
     )
     add = parser.add_argument
     add("--size", choices=SIZES, default="cpu", help="dimensions, with random weights")
@@ -55,12 +55,12 @@ def add_parser(commands: Any) -> None:
     )
     add("--ratios", nargs="+", type=float, default=list(SHARES), help="shares of tokens kept")
     add("--table3", action="store_true", help="only the methods of Table 3, at 10 %%")
-    add("--repeats", type=int, default=3, help="turns that count, after one to warm up")
+    add("--repeats", type=int, default=3, help="measured repeats, after one warm-up")
     add("--new-tokens", type=int, default=8, help="tokens of an answer, in the comparison")
     add("--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU) or one of torch")
     add("--attention", default="auto", help="auto (flash_attention_2 if installed), sdpa, eager")
     add("--threads", type=int, help="of the CPU (default: PyTorch's choice)")
-    add("--dry-run", action="store_true", help="print what would be measured")
+    add("--dry-run", action="store_true", help="print the plan only")
     add("--out", type=Path, help="also write the JSON here")
 
 

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "figure",
         help="draw a figure of the papers, or all: PNG, SVG and the numbers in them",
-        description="Draw figures as PNG and SVG, and store what they show as JSON beside them.",
+        description="Draw figures as PNG and SVG, and store their data as JSON next to them.",
         epilog="\n".join(["figures:", *names]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -32,14 +32,14 @@ def add_parser(commands: Any) -> None:
     add("names", nargs="+", metavar="NAME", help="figures, or all")
     add("--out", type=Path, default=OUT, help=f"folder of the files (default: {OUT})")
     add("--model", help="checkpoint for live runs (default: the bundled one)")
-    add("--samples", type=int, metavar="N", help="held-out pictures of attention figures")
+    add("--samples", type=int, metavar="N", help="held-out images of attention figures")
     add("--methods", type=Path, default=default.methods, help="results.json of a demo")
     add("--runs", type=Path, default=default.runs, help="folder with run JSONs")
     add("--bench", type=Path, default=default.bench, help="a result of the bench")
     add(
         "--redraw",
         action="store_true",
-        help="run and read nothing: draw the data in OUT again",
+        help="only draw the data in OUT again",
     )
 
 

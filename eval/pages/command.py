@@ -1,4 +1,4 @@
-"""``python -m eval docs`` and ``readme``: write what is generated from registry and results."""
+"""``python -m eval docs`` and ``readme``: write pages from the registry and stored results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def add_parser(commands: Any) -> None:
     """Add ``docs`` and ``readme`` to the commands of ``python -m eval``."""
     for name, (page, _) in _PAGES.items():
         command = commands.add_parser(name, help=f"write {page} from registry and stored results")
-        command.add_argument("--check", action="store_true", help="only say whether it is current")
+        command.add_argument(
+            "--check", action="store_true", help="only check that they are current"
+        )
 
 
 def run(options: argparse.Namespace) -> int:

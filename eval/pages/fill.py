@@ -1,4 +1,4 @@
-"""Pages of docs/ and parts of README.md: generated text put into templates and between marks."""
+"""Put generated text into templates of docs/ and between the marks of README.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def filled(name: str, parts: Mapping[str, str]) -> str:
 
 
 def between(text: str, parts: Mapping[str, str]) -> str:
-    """Return a text with what is between the marks of each part replaced."""
+    """Return a text with the parts between their marks replaced."""
     for name, new in parts.items():
         begin, end = f"<!-- {name}: make readme -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
@@ -38,7 +38,7 @@ def write(pages: Mapping[Path, str]) -> int:
 
 
 def check(pages: Mapping[Path, str], command: str) -> int:
-    """Return 1 and say so where a page is not what registry, templates and results give."""
+    """Print which pages are not current; returns 1 if there are any."""
     stale = [page for page, text in pages.items() if not page.exists() or page.read_text() != text]
     for page in stale:
         shown = page.relative_to(ROOT) if page.is_relative_to(ROOT) else page

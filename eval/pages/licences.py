@@ -1,4 +1,4 @@
-"""Write docs/licences.md: under which licence each installed package comes, and what it bundles.
+"""Write docs/licences.md: the licence of each installed package, and the libraries it bundles.
 
 python -m eval.pages.licences
 """
@@ -14,25 +14,25 @@ from eval.tables.render import markdown_lines
 
 PAGE = ROOT / "docs" / "licences.md"
 _NOT_LISTED = ("llava-todre", "pip")
-# Whose metadata say nothing: what their own LICENSE files are.
+# Packages without licence metadata: what their LICENSE files say.
 _FROM_FILES = {"sentencepiece": "Apache-2.0"}
 _HEAD = """# Licences of what is installed
 
 What `make setup` installs on Linux with a CPU build of torch, by the packages' own metadata;
-written by `make docs`. Nothing of it is part of this repository, whose own code is
-[Apache-2.0](../LICENSE). CUDA builds of torch bring NVIDIA's packages, under NVIDIA's terms. Real
-checkpoints have licences of their own.
+written by `make docs`. None of it is part of this repository, whose own code is
+[Apache-2.0](../LICENSE). CUDA builds of torch add NVIDIA's packages, under NVIDIA's terms. Real
+checkpoints have their own licences.
 
-Copyleft, in what the wheels bundle: PyAV (`av`) and OpenCV bring FFmpeg (LGPL); PyAV's is built
-with x264 and x265, which are GPL, so whoever passes that wheel on is bound by it. PyAV is needed
-for video only. OpenCV's FFmpeg comes with OpenSSL 1.1.1, past its end of life; lmms-eval imports
-OpenCV for VideoMME, and nothing here opens a network stream with it.
+Copyleft libraries in the wheels: PyAV (`av`) and OpenCV contain FFmpeg (LGPL); PyAV's is built
+with x264 and x265, which are GPL, so redistributing that wheel is subject to the GPL. PyAV is
+needed for video only. OpenCV's FFmpeg comes with OpenSSL 1.1.1, which is past its end of life;
+lmms-eval imports OpenCV for VideoMME, and nothing here opens a network stream with it.
 
 """
 
 
 def licence(metadata: Any) -> str:
-    """Return the licence that a package states, in its own words."""
+    """Return the licence that a package states."""
     given = metadata.get_all("License-Expression") or metadata.get_all("License") or ["UNKNOWN"]
     stated = given[0]
     if stated != "UNKNOWN" and len(stated) <= 120 and "\n" not in stated:
@@ -43,7 +43,7 @@ def licence(metadata: Any) -> str:
 
 
 def packages() -> dict[str, Distribution]:
-    """Return what is installed, by name; of several environments on the path, the first's."""
+    """Return the installed packages by name; the first on the path where there are several."""
     found: dict[str, Distribution] = {}
     for each in distributions():
         found.setdefault(each.metadata["Name"], each)

@@ -77,7 +77,7 @@ def _deviations() -> str:
 
 
 def _results(results: dict[str, Any]) -> str:
-    """Return a table per ratio, methods in the order of the registry, and what has no result."""
+    """Return a table per ratio, methods in the order of the registry, and those without result."""
     order = {name: place for place, name in enumerate(PRUNERS)}
     rows = sorted(results["rows"], key=lambda row: order.get(row["method"], len(order)))
     unpruned, pruned = rows[0], [row for row in rows if row["method"] != "vanilla"]

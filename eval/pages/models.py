@@ -92,7 +92,7 @@ def missing_needs(family: Family, method: str) -> list[str]:
 
 
 def drops_too_early(method: str, num_layers: int, deep_layers: int) -> bool:
-    """Return whether a method by default drops tokens to which image features are still added."""
+    """Return whether a method by default drops tokens before all image features are added."""
     return min(PRUNERS[method]().probe_layers(num_layers), default=num_layers) < deep_layers
 
 
@@ -110,8 +110,8 @@ def render() -> str:
 
 def score_pairs() -> list[tuple[Record, Record]]:
     """Return stored runs of the converted bundled model, each with that of our own class."""
-    ours = {_asked(run): run for run in _runs(REPRODUCED)}
-    return [(run, ours[_asked(run)]) for run in _runs(STOCK)]
+    ours = {_settings(run): run for run in _runs(REPRODUCED)}
+    return [(run, ours[_settings(run)]) for run in _runs(STOCK)]
 
 
 def _runs(folder: Path) -> list[Record]:
@@ -119,26 +119,26 @@ def _runs(folder: Path) -> list[Record]:
     return sorted(records, key=lambda run: -run["config"]["options"]["retain_ratio"])
 
 
-def _asked(run: Record) -> str:
+def _settings(run: Record) -> str:
     keys = ("method", "options", "benchmarks", "limit", "seed", "batch_size")
     return json.dumps([run["config"][key] for key in keys], sort_keys=True)
 
 
 def _scores() -> str:
-    pairs, told, differ = score_pairs(), [], 0
+    pairs, means_of, differ = score_pairs(), [], 0
     for stock, ours in pairs:
         means = [fmean(m["score"] for m in run["benchmarks"].values()) for run in (stock, ours)]
         label = f"{stock['config']['method']} {stock['config']['options']['retain_ratio']:.0%}"
-        told.append(f"{label}: {means[0]:.1f} (our class {means[1]:.1f})")
+        means_of.append(f"{label}: {means[0]:.1f} (our class {means[1]:.1f})")
         for key, mark in stock["benchmarks"].items():
             others = ours["benchmarks"][key]["items"]
             differ += sum(a != b for a, b in zip(mark["items"], others, strict=True))
-    asked = sum(mark["num_samples"] for mark in pairs[0][0]["benchmarks"].values())
+    questions = sum(mark["num_samples"] for mark in pairs[0][0]["benchmarks"].values())
     return textwrap.fill(
-        f"The converted bundled model's mean accuracy in % over all nine tasks of the mini suite, "
-        f"through lmms-eval with `backend=transformers`: "
-        f"{'; '.join(told)}. Of {len(pairs)} x {asked} questions {differ} were scored differently.",
-        104,
+        f"Mean accuracy in % of the converted bundled model over the nine tasks of the mini suite, "
+        f"through lmms-eval with `backend=transformers`: {'; '.join(means_of)}. Of {len(pairs)} x "
+        f"{questions} questions {differ} were scored differently.",
+        116,
         break_on_hyphens=False,
     )
 
@@ -166,7 +166,7 @@ def _methods() -> str:
 
 
 def _fit(family: Family, method: str) -> str:
-    """Return whether a method, as it comes, works on a family, or why not."""
+    """Return whether a method with its defaults works on a family, or why not."""
     missing = missing_needs(family, method)
     if missing:
         return f"no {', '.join(f'`{name}`' for name in missing)}"

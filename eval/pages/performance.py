@@ -1,4 +1,4 @@
-"""Write ``docs/performance.md``: what the bench measured, estimates apart from it, and reasons."""
+"""Write ``docs/performance.md``: measurements of the bench, estimates, and reasons."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _gpu() -> str:
     if (RESULTS / GPU).exists():
         return _bench(GPU)
     return (
-        "Not measured: no GPU was at hand. `python -m eval bench --size 7b --out"
-        f" docs/results/{GPU}` measures it, and `make docs` shows it here."
+        f"Not measured yet. `python -m eval bench --size 7b --out docs/results/{GPU}` measures it,"
+        " and `make docs` shows it here."
     )
 
 

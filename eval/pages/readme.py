@@ -1,4 +1,4 @@
-"""Put stored results and the names of the methods into the README and the tables next to them."""
+"""Write the generated parts of README.md, and the tables of the stored runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PLACES = {
 
 
 def readme() -> str:
-    """Return the README with the stored results of the demo and the names of all methods."""
+    """Return the README with the stored table of the demo and the list of methods."""
     table = as_markdown(json.loads(RESULTS.read_text()), per_task=False)
     return between(README.read_text(), {"demo table": table, "methods": _methods()})
 
@@ -50,7 +50,7 @@ def _linked(name: str) -> str:
 
 
 def tables() -> str:
-    """Return what ``make reproduce-mini`` prints, of the stored runs, in Markdown."""
+    """Return the tables that ``make reproduce-mini`` prints, of the stored runs, in Markdown."""
     runs = load_runs([REPRODUCED])
     shown = (("1", None), ("4", None), ("5", "v2"), ("6", "v2"))  # as scripts/reproduce_mini.sh
     drawn = [

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
         "report", help="one HTML file: tables, figures, answers and pictures of a folder of results"
     )
     parser.add_argument("folder", type=Path, help="of `todre demo`, or of `eval run` or `sweep`")
-    parser.add_argument("--model", help="checkpoint for the pictures (default: the bundled one)")
+    parser.add_argument("--model", help="checkpoint for the images (default: the bundled one)")
     parser.add_argument("--out", type=Path, help=f"file to write (default: FOLDER/{NAME})")
 
 

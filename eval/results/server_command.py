@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
     add("--benchmark", required=True, help="key of the benchmark, e.g. vizwiz")
     add("--score", type=float, required=True, help="on the papers' scale, e.g. 54.3 (percent)")
     add("--source", required=True, help="server, number and date of the submission, address")
-    add("--replace", action="store_true", help="instead of what was entered before")
+    add("--replace", action="store_true", help="replace an earlier entry")
 
 
 def run(options: argparse.Namespace) -> int:

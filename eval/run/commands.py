@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
         parser: argparse.ArgumentParser = commands.add_parser(
             name,
             help=text,
-            description=f"{text}. Finished runs are not repeated, interrupted ones go on.",
+            description=f"{text}. Finished runs are not repeated, interrupted ones continue.",
         )
         add = parser.add_argument
         add("configs", type=Path, nargs="+", metavar="CONFIG", help="YAML files")
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
             metavar="N",
             help="copies of the model per run; or, for a model with tp_plan, parts of it",
         )
-        add("--offline", action="store_true", help="do not ask the Hugging Face hub for anything")
+        add("--offline", action="store_true", help="do not contact the Hugging Face hub")
         add("--retry-failed", action="store_true", help="repeat runs that failed before")
         add(
             "--slurm",

@@ -14,7 +14,7 @@ LEGEND = (
     " mean accuracy in %; relative: mean of accuracy / accuracy unpruned, [95% interval, paired"
     " bootstrap over images]; FLOPs: exact count of the decoder prefill, share of unpruned;"
     " prefill: its speed-up; TTFT: speed-up of vision, selection and prefill; both medians over"
-    " prompts, batch 1, taken in turns."
+    " prompts, batch 1, interleaved."
 )
 
 
