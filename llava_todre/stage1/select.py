@@ -75,8 +75,9 @@ class ImageFeatures:
         is_newline = self.layout.is_newline[stays]
         if bool(is_newline.any()):
             assert self.newline is not None, "a layout with newlines has their embedding"
-            row = ((~is_newline).cumsum(0) - 1).masked_fill(is_newline, len(kept))
-            embeds = torch.cat([embeds, self.newline.to(embeds)[None]])[row.to(embeds.device)]
+            newline = self.newline.to(embeds)[None]
+            rows = embeds.tensor_split((~is_newline).cumsum(0)[is_newline].tolist())
+            embeds = torch.cat([each for row in rows for each in (row, newline)][:-1])
         return PrunedImage(embeds, self.layout, stays, self.layout.stats(kept))
 
 
