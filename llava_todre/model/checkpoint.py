@@ -105,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TodreError(f"{path} is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise TodreError(f"{path} holds a {type(content).__name__}; a JSON object is needed.")
+        raise TodreError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return content
 
 
@@ -180,7 +180,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         raise TodreError(f"{path} is damaged or cut short: {first_line(error)}") from error
     tensors = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
     if not tensors:
-        raise TodreError(f"{path} is not a dictionary of tensors.")
+        raise TodreError(f"{path} must hold a dictionary of tensors.")
     return content
 
 

@@ -92,14 +92,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """Return the vision tower."""
         return self.model.vision_tower
 
-    def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
+    def set_pruner(self, method: str | Pruner, **options: Any) -> Pruner:
         """Choose the pruning method by name and options, or as an object; returns it.
 
         Raises:
             TodreError: unknown method or option, a value out of range, or a method that needs
                 something this model does not compute.
         """
-        method = resolve(method, knobs)
+        method = resolve(method, options)
         if "clip_similarity" in method.needs and self.clip_text is None:
             raise TodreError(
                 f"{type(method).__name__} needs CLIP's text tower, which is not loaded; call "
@@ -111,14 +111,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return method
 
     def load_clip_text(self, path: str, revision: str | None = None) -> None:
-        """Load CLIP's text tower beside the model, for methods that compare patches with words.
+        """Load CLIP's text tower next to the model, for methods that compare patches with words.
 
         Args:
             path: folder or hub id of the CLIP model whose vision tower this model uses.
             revision: branch, tag or commit on the hub.
         """
         clip_text = ClipText.from_pretrained(path, revision).to(self.device)
-        object.__setattr__(self, "clip_text", clip_text)  # beside the module, not a part of it
+        object.__setattr__(self, "clip_text", clip_text)  # not a part of the module
 
     # ------------------------------------------------------------------ images
 
@@ -157,9 +157,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             if not fits or not entry.is_floating_point() or entry.numel() == 0:
                 received = (tuple(entry.shape), entry.dtype) if is_tensor else type(entry).__name__
                 raise TodreError(
-                    f"images holds {received}; allowed: floating-point tensors of shape "
-                    f"(3, {side}, {side}) or (views, 3, {side}, {side}), as process_images returns "
-                    "them."
+                    f"images must be floating-point tensors of shape (3, {side}, {side}) or "
+                    f"(views, 3, {side}, {side}), as process_images returns them, got {received}."
                 )
         require_finite_pixels("images", entries)
 
@@ -299,8 +298,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         unknown_ids = ids[((ids < 0) | (ids >= self.vocab_size)) & (ids != IMAGE_TOKEN_INDEX)]
         if len(unknown_ids):
             raise TodreError(
-                f"input_ids holds the id {int(unknown_ids[0])}; allowed: 0 to "
-                f"{self.vocab_size - 1}, and {IMAGE_TOKEN_INDEX} for an image."
+                f"input_ids must be from 0 to {self.vocab_size - 1}, or {IMAGE_TOKEN_INDEX} for "
+                f"an image, got {int(unknown_ids[0])}."
             )
 
     def _similarities(
@@ -490,7 +489,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     def last_stats(self) -> tuple[PruneStats, ...]:
         """What happened to each sample of the last call, if it had images.
 
-        Of the thread that asks; one that has made no call is told of the last of any thread.
+        Of the calling thread; where it has made no call, of the last of any thread.
         """
         latest = self._latest.get()
         if latest is None:

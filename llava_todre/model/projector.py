@@ -24,8 +24,8 @@ def build_projector(kind: str, vision_width: int, width: int) -> nn.Module:
     match = re.fullmatch(r"mlp([1-9])x_gelu", kind)
     if match is None:
         raise TodreError(
-            f"mm_projector_type {kind!r} is not supported; "
-            "allowed: linear, mlp2x_gelu (any depth), identity."
+            "mm_projector_type must be linear, identity or mlp2x_gelu (1 to 9 layers), "
+            f"got {kind!r}."
         )
     layers: list[nn.Module] = [nn.Linear(vision_width, width)]
     for _ in range(1, int(match[1])):

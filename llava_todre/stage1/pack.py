@@ -95,8 +95,10 @@ def prune_prompts(
     """
     texts = None
     if "text_embeds" in pruner.needs:
-        asked = [_question(prompt) for prompt in prompts]
-        texts = [text for prompt, text in zip(prompts, asked, strict=True) for _ in prompt.images]
+        questions = [_question(prompt) for prompt in prompts]
+        texts = [
+            text for prompt, text in zip(prompts, questions, strict=True) for _ in prompt.images
+        ]
     images = [image for prompt in prompts for image in prompt.images]
     pruned = iter(prune_images(images, pruner, texts, similarities))
     return [_spliced(prompt, [next(pruned) for _ in prompt.images]) for prompt in prompts]

@@ -227,7 +227,7 @@ def test_what_cannot_be_saved_is_one_line(ours: tuple[Any, Any], tmp_path: Path)
         save_as_hf(model, tokenizer, tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(TodreError, match="is not empty"):
+    with pytest.raises(TodreError, match="out must be a new or an empty folder"):
         save_as_hf(ours[1], tokenizer, tmp_path / "full")
 
 
