@@ -142,10 +142,12 @@ def _shards(folder: Path) -> list[Path]:
 def _listed(index: Path) -> list[Path]:
     """Return the shards that an index names."""
     weight_map = read_json(index).get("weight_map")
-    names: set[Any] = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not isinstance(weight_map, dict):
         raise TodreError(f"{index} has no weight_map from tensor names to file names.")
-    return [index.parent / name for name in sorted(names)]
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise TodreError(f"{index} names {name!r}; a shard must be a file of its folder.")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -196,7 +198,5 @@ def check_shard_names(folder: Path) -> None:
         TodreError: a shard's name is not the plain name of a file.
     """
     for index in sorted(folder.glob("*.index.json")) if os.path.isdir(folder) else ():
-        weight_map = read_json(index).get("weight_map")
-        for name in weight_map.values() if isinstance(weight_map, dict) else ():
-            if not isinstance(name, str) or not name or Path(name).name != name:
-                raise TodreError(f"{index} names {name!r}; a shard must be a file of its folder.")
+        if isinstance(read_json(index).get("weight_map"), dict):
+            _listed(index)

@@ -18,7 +18,7 @@ from transformers import CLIPVisionConfig
 from transformers import LlavaConfig as HfLlavaConfig
 from transformers import LlavaNextConfig as HfLlavaNextConfig
 
-from llava_todre.errors import TodreError, unknown
+from llava_todre.errors import TodreError
 from llava_todre.model.images import checked_aspect_ratio
 
 TOWER_PREFIX = "model.vision_tower.vision_tower."
@@ -213,8 +213,6 @@ def with_protocol(config: dict[str, Any], protocol: str) -> dict[str, Any]:
     ``"native"`` changes nothing. ``"paper"`` is the fixed grid of the papers' token counts: always
     2 x 2 tiles and the thumbnail, no unpadding, no newlines (2,880 tokens for CLIP-L at 336).
     """
-    if protocol not in PROTOCOLS:
-        raise unknown("protocol", protocol, PROTOCOLS)
     if protocol == "native":
         return config
     mode = config.get("image_aspect_ratio")

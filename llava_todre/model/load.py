@@ -114,7 +114,9 @@ def load_pretrained_model(
     check_tokens(folder / "config.json", vars(config), config.vocab_size)
     tokenizer = _load_tokenizer(base)
     if parallel is not None:
-        _check_parallel(config, parallel, quantised)
+        if quantised is not None:
+            raise TodreError("tp_plan and quantisation were both given; give one.")
+        check_split(config, parallel.tp_size)
     tensors = matched(base, config, tensors)
     how = {"config": config, "dtype": running, "attn_implementation": attn_implementation}
     if base != folder:
@@ -269,25 +271,18 @@ def _load_tokenizer(folder: Path) -> Any:
 # ---------------------------------------------------------------------- the model
 
 
-def _model(tensors: dict[str, Tensor], quantization_config: Any = None, **how: Any) -> Any:
+def _model(tensors: dict[str, Tensor], **how: Any) -> Any:
     """Return our model with these tensors."""
-    if quantization_config is None:
-        return LlavaLlamaForCausalLM.from_pretrained(None, state_dict=tensors, **how)
+    quantised = how.get("quantization_config")
     try:
-        return LlavaLlamaForCausalLM.from_pretrained(
-            None, state_dict=tensors, quantization_config=quantization_config, **how
-        )
+        return LlavaLlamaForCausalLM.from_pretrained(None, state_dict=tensors, **how)
     except (ImportError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        if quantised is None:
+            raise
         raise TodreError(
-            f"quantization_config {type(quantization_config).__name__} does not work here: "
+            f"quantization_config {type(quantised).__name__} does not work here: "
             f"{first_line(error)}"
         ) from error
-
-
-def _check_parallel(config: LlavaConfig, parallel: Any, quantised: Any) -> None:
-    if quantised is not None:
-        raise TodreError("tp_plan and quantisation were both given; give one.")
-    check_split(config, parallel.tp_size)
 
 
 def _context_length(config: LlavaConfig) -> int:

@@ -138,8 +138,8 @@ def layer_index(quantity: str, layer: int | float, num_layers: int) -> int:
         return math.floor(layer * num_layers)
     if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
         raise TodreError(
-            f"vision layer of {quantity} must be from {-num_layers} to {num_layers - 1}, "
-            f"got {layer}."
+            f"vision layer of {quantity} must be from {-num_layers} to {num_layers - 1}, or a "
+            f"depth between 0 and 1, got {layer}."
         )
     return layer % num_layers
 

@@ -182,6 +182,7 @@ def test_a_pad_token_beyond_the_usual_vocabulary(folder: Path) -> None:
         ),
         ("vision_tower/config.json", {"image_size": 10**6}, "image_size must be"),
         ("vision_tower/preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std must be"),
+        ("vision_tower/preprocessor_config.json", {"size": "large"}, "size must be pixels"),
         (
             "vision_tower/preprocessor_config.json",
             {"image_mean": 0.5},

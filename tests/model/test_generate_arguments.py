@@ -162,6 +162,13 @@ def test_absurd_numbers_are_refused_before_any_work(model, given, message):
         ({"inputs": torch.tensor([[1, 5]])}, "image"),
         ({"inputs": torch.tensor([[1, IMAGE, IMAGE]])}, "image"),
         ({"modalities": ["audio"]}, "audio"),
+        ({"inputs": torch.tensor([[1, IMAGE, -7]])}, "input_ids must be .* to 299, .* got -7"),
+        (
+            {"inputs": torch.tensor([[1, IMAGE, 300]])},
+            "input_ids must be .* to 299, .* got 300",
+        ),
+        ({"images": torch.zeros(3, 56, 56)}, r"images must be .* got \(\(56, 56\)"),
+        ({"images": ["image"]}, "images must be .* got str"),
         ({"images": [None]}, "images must be .* got NoneType"),
         ({"images": [[[0.0]]]}, "images must be .* got list"),
         ({"images": [torch.zeros(5, 4, 56, 56)]}, r"images must be .* got \(\(5, 4, 56, 56\)"),

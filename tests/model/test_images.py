@@ -175,10 +175,6 @@ def test_process_errors():
     processor, config = _setup("v16")
     with pytest.raises(TodreError, match="images must hold at least one"):
         process_images([], processor, config)
-    with pytest.raises(TodreError, match="must be a PIL image, got str"):
-        process_images(["cat.png"], processor, config)
-    with pytest.raises(TodreError, match=r"image size must be .* got \(0, 5\)"):
-        process_images([Image.new("RGB", (0, 5))], processor, config)
     config.image_aspect_ratio = "anyres_max_9"
     with pytest.raises(TodreError, match="must be one of .* got 'anyres_max_9'"):
         process_images([Image.new("RGB", (5, 5))], processor, config)

@@ -21,7 +21,7 @@ from transformers import LlavaConfig as HfLlavaConfig
 from transformers import LlavaNextConfig as HfLlavaNextConfig
 
 from llava_todre.errors import TodreError
-from llava_todre.model.convert import TOWER_PREFIX, rename, vision_config, with_protocol
+from llava_todre.model.convert import TOWER_PREFIX, rename, vision_config
 from llava_todre.model.images import load_image, process_images
 from llava_todre.model.load import load_pretrained_model
 
@@ -229,15 +229,6 @@ def test_protocol_paper():
         assert _logits(loaded, "v16", case).shape[1] == ids.shape[1] - 1 + 5 * 16
 
 
-def test_protocol_errors():
-    with pytest.raises(TodreError, match="image_aspect_ratio is 'anyres', got 'paper' with 'pad'"):
-        load_pretrained_model(V15, protocol="paper")
-    with pytest.raises(TodreError, match="protocol 'papers' is unknown. Did you mean 'paper'"):
-        load_pretrained_model(V16, protocol="papers")
-    with pytest.raises(TodreError, match="protocol 'papers' is unknown"):
-        with_protocol({}, "papers")
-
-
 # ------------------------------------------------------------------ llava-hf
 
 
@@ -398,11 +389,13 @@ def _fails(message, path, **arguments):
         ({"device": "gpu"}, "device must be auto, .* got 'gpu'"),
         ({"device": "cuda:99"}, "device must be auto, .* got 'cuda:99'"),
         ({"device_map": {"model": "disk"}}, "device_map must .* got 'disk'"),
+        ({"protocol": "papers"}, "protocol 'papers' is unknown. Did you mean 'paper'"),
+        ({"protocol": "paper"}, "image_aspect_ratio is 'anyres', got 'paper' with 'pad'"),
         ({"model_base": "vicuna"}, "model_base was given, but .* neither an adapter nor a proj"),
     ],
 )
 def test_argument_errors(arguments, message):
-    _fails(message, V16, **arguments)
+    _fails(message, V15, **arguments)
 
 
 def test_flash_attention_and_accelerate_hints(monkeypatch):
@@ -546,6 +539,10 @@ def _as_bin(content, cut=None):
     return change
 
 
+def _of_tower(name, **changes):
+    return lambda folder: _edit(folder / "vision_tower" / name, changes)
+
+
 def _missing_shard(folder):
     _shard(folder, "safetensors", save_file)
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -569,29 +566,15 @@ def _missing_shard(folder):
         (_unlink("vision_tower/config.json"), "vision_tower has no config.json"),
         (_unlink("vision_tower/preprocessor_config.json"), "no preprocessor_config.json in"),
         (
-            lambda folder: _edit(
-                folder / "vision_tower/preprocessor_config.json",
-                {"crop_size": {"height": 28, "width": 28}},
-            ),
+            _of_tower("preprocessor_config.json", crop_size={"height": 28, "width": 28}),
             "needs a shortest_edge and a crop of 56 x 56",
         ),
         (
-            lambda folder: _edit(
-                folder / "vision_tower/preprocessor_config.json",
-                {"size": {"height": 56, "width": 56}},
-            ),
+            _of_tower("preprocessor_config.json", size={"height": 56, "width": 56}),
             "needs a shortest_edge and a crop of 56 x 56",
         ),
         (
-            lambda folder: _edit(
-                folder / "vision_tower/preprocessor_config.json", {"size": "large"}
-            ),
-            "preprocessor_config.json: size must be pixels",
-        ),
-        (
-            lambda folder: _edit(
-                folder / "vision_tower/config.json", {"model_type": "siglip_vision_model"}
-            ),
+            _of_tower("config.json", model_type="siglip_vision_model"),
             "vision tower must .* got 'siglip_vision_model'",
         ),
     ],

@@ -109,7 +109,7 @@ def test_a_layer_the_tower_does_not_have_is_an_error(layer):
 @pytest.mark.parametrize("layer", [4, -5])
 def test_a_cls_layer_the_tower_does_not_have_is_an_error(pixels, layer):
     with pytest.raises(
-        TodreError, match=f"vision layer of cls_attention must be from -4 to 3, got {layer}"
+        TodreError, match=f"layer of cls_attention must be from -4 to 3, .* got {layer}"
     ):
         build()(pixels, wanted(layer))
 
@@ -153,7 +153,7 @@ def test_a_layer_can_be_a_depth(pixels, depth, layer):
 
 @pytest.mark.parametrize("layer", [1.0, 0.0, -0.5, 2.0])
 def test_a_depth_is_between_zero_and_one(pixels, layer):
-    with pytest.raises(TodreError, match="must be from -4 to 3"):
+    with pytest.raises(TodreError, match=f"depth between 0 and 1, got {layer}"):
         build()(pixels, [("cls_attention", layer)])
 
 
