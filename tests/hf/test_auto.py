@@ -133,8 +133,8 @@ def test_a_stale_index_beside_whole_weights(
         ),
         (
             {"text_config.pad_token_id": 10**6},
-            "pad_token_id must be null, or a token of the vocabulary .*got 1000000",
-            "pad_token_id must be null, or a token of the vocabulary .*got 1000000",
+            "pad_token_id must be null, or a token of the vocabulary.*got 1000000",
+            "pad_token_id must be null, or a token of the vocabulary.*got 1000000",
         ),
         (
             {"image_token_index": 5},
@@ -148,8 +148,8 @@ def test_a_stale_index_beside_whole_weights(
         ),
         (
             {"text_config.rms_norm_eps": float("nan")},
-            "text_config.rms_norm_eps must be a number above 0 .*got nan",
-            "text_config.rms_norm_eps must be a number above 0 .*got nan",
+            "text_config.rms_norm_eps must be a number above 0.*got nan",
+            "text_config.rms_norm_eps must be a number above 0.*got nan",
         ),
         (
             {"vision_config.hidden_act": "gleu"},
