@@ -1,7 +1,7 @@
 """A prompt whose logits are not finite has no answer: greedy search would return whatever id is 0.
 
 Weights that are damaged, a config that does not belong to them, and sums that overflow in half
-precision all end in NaN or Inf in the logits after the prompt. One look at them finds it.
+precision all end in NaN or Inf in the logits after the prompt. Checking these once finds it.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def in_turn(method: Method) -> Method:
 
 
 class Latest(Generic[Found]):
-    """What the latest call found: of the thread that asks, or of any where it has made none."""
+    """What the latest call found: of the calling thread, or of any where it has made none."""
 
     def __init__(self, nothing: Found) -> None:
         """Start with what is found before any call."""
@@ -54,7 +54,7 @@ class Latest(Generic[Found]):
         self._of_thread = local()
 
     def put(self, found: Found) -> None:
-        """Take note of what a call of this thread has found."""
+        """Record what a call of this thread has found."""
         self._of_any = self._of_thread.found = found
 
     def get(self) -> Found:

@@ -63,7 +63,7 @@ def read_clip(path: str, count: int, version: object = None) -> Clip:
     """
     del version
     if not isinstance(count, int) or count < 1:
-        raise TodreError(f"count {count!r} of frames is out of range; allowed: 1 or more.")
+        raise TodreError(f"count of frames must be a whole number above 0, got {count!r}.")
     if not isinstance(path, (str, os.PathLike)):
         raise TodreError(f"video must be a path, got {type(path).__name__}.")
     path = os.path.expanduser(path)
@@ -122,7 +122,7 @@ def _by_time(container: Any, count: int) -> Clip:
     for number in spaced(len(times), count) if times else ():
         time = times[number]
         seconds.append(float((time - times[0]) * stream.time_base))
-        # Its own time would not do: a frame may be stored behind a later one it is drawn from.
+        # Its own time would not do: a frame may be stored after a later one it is drawn from.
         before = [start for start, is_start in marks if is_start and start <= time]
         container.seek(before[-1] if before else time, stream=stream)
         frame = next((f for f in container.decode(stream) if (f.pts or 0) >= time), None)

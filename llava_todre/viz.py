@@ -1,4 +1,4 @@
-"""Pictures of the visual tokens a method keeps.
+"""Images that show which visual tokens a method keeps.
 
 Every token stands for a rectangle of the image. Kept tokens of the crops (or of the only view) show
 their pixels, everything else is dimmed; kept tokens of the AnyRes thumbnail, which see the whole
@@ -148,7 +148,7 @@ def picture_of(images: Sequence[Picture], stats: PruneStats, model: Any) -> Imag
 
 
 def contact_sheet(rows: Sequence[Sequence[tuple[str, Image.Image]]], caption: str) -> Image.Image:
-    """Return titled pictures in a grid, with a caption above."""
+    """Return titled images in a grid, with a caption above."""
     cell_width = max(picture.width for row in rows for _, picture in row)
     cell_height = max(picture.height for row in rows for _, picture in row)
     columns = max(len(row) for row in rows)

@@ -122,7 +122,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ({"extra": ["--option", "tau"]}, "not of the form KEY=VALUE"),
         ({"extra": ["--option", "tau=["]}, "not valid YAML"),
         ({"extra": ["--option", "cls_layer=a"]}, "cls_layer must be a whole number, got 'a'"),
-        ({"extra": ["--option", "cls_layer=99"]}, "vision layer 99"),
+        ({"extra": ["--option", "cls_layer=99"]}, "vision layer of cls_attention must be from"),
         (
             {"extra": ["--method", "random", "--option", "seed=x"]},
             "seed must be a whole number",
@@ -138,7 +138,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ({"question": "<image> or <image>?"}, "2"),
         ({"image": "nope.png"}, "image 'nope.png' does not exist"),
         ({"image": str(GOLDEN)}, "is a directory"),
-        ({"image": str(GOLDEN / "README.md")}, "is not an image"),
+        ({"image": str(GOLDEN / "README.md")}, "must be one of PNG"),
         ({"model": "no_such_folder/x"}, "no_such_folder/x"),
         ({"model": str(GOLDEN / "clip-v16")}, "not of a LLaVA checkpoint"),
     ],

@@ -125,7 +125,9 @@ def test_the_limit_of_a_visitor_counts_the_pixels_that_are_shown(tmp_path: Path)
 
 @pytest.mark.parametrize("count", [0, -1, 1.5, "4", None])
 def test_a_clip_has_a_whole_number_of_frames_above_0(count: Any) -> None:
-    with pytest.raises(TodreError, match=f"count {count!r} of frames .*1 or more"):
+    with pytest.raises(
+        TodreError, match=f"count of frames must be a whole number above 0, got {count!r}"
+    ):
         read_clip(str(CASES / "display_matrix_90.mp4"), count)
 
 

@@ -186,13 +186,13 @@ def test_frames_are_the_same_whichever_way_a_clip_comes_in(command: Any) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([SIDEWAYS], "is a video; in a shell --video"),
-        ([SIDEWAYS, UPRIGHT, "--video"], "display_matrix_90.mp4' is a video"),
+        ([SIDEWAYS], "got a video (in a shell --video"),
+        ([SIDEWAYS, UPRIGHT, "--video"], "got a video"),
         ([SIDEWAYS, "--video", "--fps", "2"], "fps 2.0 is for frames given as images"),
-        ([SIDEWAYS, "--video", "--max-frames", "0"], "count 0 of frames"),
+        ([SIDEWAYS, "--video", "--max-frames", "0"], "must be a whole number above 0, got 0"),
         ([CASES / "README.md", "--video"], "README.md' cannot be read: Invalid data"),
         ([CASES / "none.mp4", "--video"], "none.mp4' does not exist"),
-        (["http://127.0.0.1:1/x.png"], "is a URL, and not read unless asked for"),
+        (["http://127.0.0.1:1/x.png"], "is a URL, which is fetched only with"),
         (["http://127.0.0.1:1/x.png", "--allow-urls"], "cannot be fetched"),
     ],
 )

@@ -1,6 +1,6 @@
 """Folders that hold a part of a model, to be laid over a ``model_base``: projector, LoRA.
 
-LLaVA's training leaves two kinds. After the first stage ``mm_projector.bin`` beside config.json;
+LLaVA's training leaves two kinds. After the first stage ``mm_projector.bin`` next to config.json;
 with LoRA the adapter as ``peft`` writes it, and what else was trained in
 ``non_lora_trainables.bin``.
 """
@@ -97,7 +97,7 @@ def merged(folder: Path, model: Any) -> Any:
         wrapped = PeftModel.from_pretrained(
             model, str(folder), config=config, low_cpu_mem_usage=True
         )
-        # Said, or peft looks on the hub whether the vocabulary has grown.
+        # Given, or peft looks on the hub whether the vocabulary has grown.
         words = any("embed_tokens" in name or "lm_head" in name for name in names)
         known = get_peft_model_state_dict(wrapped, save_embedding_layers=words)
         differing = names ^ set(known)

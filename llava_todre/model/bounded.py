@@ -1,4 +1,4 @@
-"""Work whose length a file decides: it gets some seconds, and is stopped."""
+"""Work whose duration depends on a file: stopped after some seconds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def within(what: str, work: Callable[[], Result], seconds: float | None = None) 
     def run() -> None:
         try:
             outcome.append((True, work()))
-        except BaseException as error:  # raised again below, in the thread that asked
+        except BaseException as error:  # raised again below, in the calling thread
             outcome.append((False, error))
 
     thread = threading.Thread(target=run, daemon=True)

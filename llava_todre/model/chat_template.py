@@ -144,13 +144,13 @@ def own_template(tokenizer: Any) -> Template:
 
     Where that is what one of ``conv_templates`` makes of it, it is that one.
 
-    What is said is given to it as text, as templates of language models want it, or else as parts,
+    The turns are given to it as text, as templates of language models want it, or else as parts,
     as those of processors do.
 
     Raises:
-        TodreError: the template fails, or leaves out what was said.
+        TodreError: the template fails, or leaves out a turn.
     """
-    reason = "it leaves out or repeats what was said"
+    reason = "it leaves out or repeats a turn"
     for parts in (None, [{"type": "text"}]):
         try:
             text = _rendered(tokenizer, parts, turns=3)
@@ -192,7 +192,7 @@ def _facts(template: Template) -> tuple[Any, ...]:
 
 
 def _around_images(tokenizer: Any, first: str) -> tuple[str, str] | None:
-    """Return what the template writes between images and behind them; None if not in front."""
+    """Return what the template writes between and after images; None if they are not in front."""
     try:
         text = _rendered(tokenizer, [{"type": "image"}] * 2 + [{"type": "text"}], turns=1)
     except Exception:  # a template for text only

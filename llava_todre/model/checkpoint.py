@@ -105,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TodreError(f"{path} is not readable JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
-        raise TodreError(f"{path} holds a {type(content).__name__}; a JSON object is needed.")
+        raise TodreError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return content
 
 
@@ -142,10 +142,12 @@ def _shards(folder: Path) -> list[Path]:
 def _listed(index: Path) -> list[Path]:
     """Return the shards that an index names."""
     weight_map = read_json(index).get("weight_map")
-    names: set[Any] = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not isinstance(weight_map, dict):
         raise TodreError(f"{index} has no weight_map from tensor names to file names.")
-    return [index.parent / name for name in sorted(names)]
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise TodreError(f"{index} names {name!r}; a shard must be a file of its folder.")
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -180,7 +182,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         raise TodreError(f"{path} is damaged or cut short: {first_line(error)}") from error
     tensors = isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
     if not tensors:
-        raise TodreError(f"{path} is not a dictionary of tensors.")
+        raise TodreError(f"{path} must hold a dictionary of tensors.")
     return content
 
 
@@ -196,7 +198,5 @@ def check_shard_names(folder: Path) -> None:
         TodreError: a shard's name is not the plain name of a file.
     """
     for index in sorted(folder.glob("*.index.json")) if os.path.isdir(folder) else ():
-        weight_map = read_json(index).get("weight_map")
-        for name in weight_map.values() if isinstance(weight_map, dict) else ():
-            if not isinstance(name, str) or not name or Path(name).name != name:
-                raise TodreError(f"{index} names {name!r}; a shard must be a file of its folder.")
+        if isinstance(read_json(index).get("weight_map"), dict):
+            _listed(index)

@@ -1,4 +1,4 @@
-"""CLIP's text tower: how well each patch matches a question, for methods that ask.
+"""CLIP's text tower: how well each patch matches a question, for methods that need it.
 
 Symbols: N patches, W width of the vision tower, E width of the space images and texts share, M
 chunks of a question.
@@ -55,7 +55,7 @@ class ClipText(nn.Module):
 
         Args:
             patches: (N, W) features of the vision tower.
-            question: as the user asked it, without prompt template; longer ones than CLIP can read
+            question: as the user wrote it, without prompt template; longer ones than CLIP can read
                 are cut into chunks.
 
         Returns:

@@ -1,7 +1,7 @@
-"""What the JSON files of a checkpoint may say, checked before anything is built from them.
+"""What the JSON files of a checkpoint may hold, checked before anything is built from them.
 
-The bounds are far above every published model, and low enough that a slip of the pen, or a file
-made to do harm, is refused before it costs memory.
+The bounds are far above every published model, and low enough that a typing error, or a
+malicious file, is refused before it costs memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _size(high: int, low: int = 1) -> Check:
 
 
 def _sizes(high: int) -> Check:
-    """Check one number, or one for each direction."""
+    """Check for one number, or one for each direction."""
 
     def fits(value: Any) -> bool:
         numbers = value if isinstance(value, list) else [value]
@@ -51,7 +51,7 @@ def _real(low: float, high: float, *, closed: bool = False) -> Check:
 def _word(allowed: Iterable[str]) -> Check:
     words = sorted(allowed)
     shown = ", ".join(words[:12]) + (", ..." if len(words) > 12 else "")
-    return f"one of: {shown}", lambda value: isinstance(value, str) and value in words
+    return f"one of {shown}", lambda value: isinstance(value, str) and value in words
 
 
 def _of_type(kind: type, name: str) -> Check:
@@ -73,7 +73,7 @@ def _layers(value: Any) -> bool:
 
 
 def _numbers(low: float, *, closed: bool) -> Check:
-    """Check one number for each colour."""
+    """Check for one number per colour."""
     name, fits = _real(low, 1e4, closed=closed)
 
     def all_fit(value: Any) -> bool:
@@ -246,7 +246,7 @@ def check_tokens(path: Path | str, values: Mapping[str, Any], size: int) -> None
 def _wrong(path: Path | str, key: str, value: Any, expected: str) -> TodreError:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-    return TodreError(f"{path} is not usable: {key} is {shown}; expected: {expected}.")
+    return TodreError(f"{path}: {key} must be {expected}, got {shown}.")
 
 
 def _check_heads(path: Path | str, values: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Symbols: V views of one image, S side of a view in pixels, P patches per view, D
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from llava_todre.errors import TodreError, unknown
-from llava_todre.model.projector import build_projector
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import Need, Pruner
 from llava_todre.selection import check_finite
@@ -150,3 +150,27 @@ class LlavaLlamaModel(PruningLlamaModel):
             )
         tile = self.vision_tower.config.image_size
         return anyres_grid_shape(size, config.image_grid_pinpoints, tile)
+
+
+def build_projector(kind: str, vision_width: int, width: int) -> nn.Module:
+    """Return the vision-to-language projector named by ``mm_projector_type``.
+
+    Args:
+        kind: ``"linear"``, ``"mlpNx_gelu"`` (N linear layers with GELU between) or ``"identity"``.
+        vision_width: features per patch.
+        width: of the decoder.
+    """
+    if kind == "linear":
+        return nn.Linear(vision_width, width)
+    if kind == "identity":
+        return nn.Identity()
+    match = re.fullmatch(r"mlp([1-9])x_gelu", kind)
+    if match is None:
+        raise TodreError(
+            "mm_projector_type must be linear, identity or mlp2x_gelu (1 to 9 layers), "
+            f"got {kind!r}."
+        )
+    layers: list[nn.Module] = [nn.Linear(vision_width, width)]
+    for _ in range(1, int(match[1])):
+        layers += [nn.GELU(), nn.Linear(width, width)]
+    return nn.Sequential(*layers)

@@ -58,8 +58,8 @@ def save_as_hf(
     """
     if getattr(model, "hf_quantizer", None) is not None:
         raise TodreError(
-            "a quantised model cannot be saved for transformers; allowed: the same model loaded "
-            "without load_8bit, load_4bit and quantization_config."
+            "model must be loaded without load_8bit, load_4bit and quantization_config to be saved "
+            "for transformers, got a quantised one."
         )
     config = _config(model)
     conversation = find_template(template, model, tokenizer)
@@ -82,7 +82,7 @@ def save_as_hf(
 def check_new(folder: Path) -> None:
     """Raise unless a folder is new or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise TodreError(f"out {str(folder)!r} is not empty; allowed: a new or an empty folder.")
+        raise TodreError(f"out must be a new or an empty folder, got {str(folder)!r}.")
 
 
 @contextmanager
@@ -110,10 +110,10 @@ def _config(model: LlavaLlamaForCausalLM) -> Any:
     is_first = ours.mm_patch_merge_type == "flat" and ours.image_aspect_ratio == "pad"
     if ours.mm_projector_type != "mlp2x_gelu" or not (is_next or is_first):
         raise TodreError(
-            f"model with mm_projector_type {ours.mm_projector_type!r}, mm_patch_merge_type "
-            f"{ours.mm_patch_merge_type!r} and image_aspect_ratio {ours.image_aspect_ratio!r} has "
-            "no class in transformers; allowed: mlp2x_gelu with spatial_unpad and anyres, or with "
-            "flat and pad."
+            "model must have mm_projector_type mlp2x_gelu, with mm_patch_merge_type spatial_unpad "
+            "and image_aspect_ratio anyres, or with flat and pad, to be saved for transformers, "
+            f"got {ours.mm_projector_type!r}, {ours.mm_patch_merge_type!r} and "
+            f"{ours.image_aspect_ratio!r}."
         )
     settings = {**ours.to_dict(), "model_type": "llama"}
     known = [key for key in LlamaConfig().to_dict() if key in settings and key[0] != "_"]

@@ -3,7 +3,7 @@ r"""A tokenizer for processors of transformers, which read a prompt as one text,
 LLaVA tokenizes what stands between images piece by piece, and SentencePiece puts a space in front
 of every piece: ``<image>\nWhat`` becomes ``<image>``, ``▁\n``, ``What``. A processor hands over
 the whole prompt, in which the fast Llama tokenizer puts that space in front of the first piece
-only, and answers change. Here a rule of the tokenizer's normalizer writes it behind an image.
+only, and answers change. Here a rule of the tokenizer's normalizer writes it after an image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_todre.errors import TodreError
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN, tokenizer_image_token
 
-_BEHIND_AN_IMAGE = rf"{DEFAULT_IMAGE_TOKEN}(?!{DEFAULT_IMAGE_TOKEN}|\z)"
+_AFTER_AN_IMAGE = rf"{DEFAULT_IMAGE_TOKEN}(?!{DEFAULT_IMAGE_TOKEN}|\z)"
 _PROBES = [
     text.replace("#", DEFAULT_IMAGE_TOKEN)
     for text in ("a#", "a #\nb", "# b", "#b #c", "# #\n\n b", "a  #\n#\n#\n  b\n")
@@ -38,8 +38,8 @@ def with_image_token(tokenizer: Any) -> PreTrainedTokenizerFast:
     pad = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
     if getattr(tokenizer, "backend_tokenizer", None) is None or pad is None:
         raise TodreError(
-            f"the tokenizer of this checkpoint, a {type(tokenizer).__name__} with padding token "
-            f"{pad!r}, cannot be converted; allowed: a fast one with an EOS token."
+            "the tokenizer must be a fast one with an EOS token to be converted, "
+            f"got a {type(tokenizer).__name__} with padding token {pad!r}."
         )
     image_id = tokenizer.get_vocab().get(DEFAULT_IMAGE_TOKEN, len(tokenizer))
     as_it_is = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -61,7 +61,7 @@ def with_image_token(tokenizer: Any) -> PreTrainedTokenizerFast:
         ):
             return converted
     raise TodreError(
-        "the tokenizer of this checkpoint gives other ids for the text behind an image when it "
+        "the tokenizer of this checkpoint gives other ids for the text after an image when it "
         "reads the prompt as a whole, and cannot be converted."
     )
 
@@ -76,16 +76,16 @@ def _with_image(parts: dict[str, Any], image_id: int) -> dict[str, Any]:
 
 
 def _with_rule(parts: dict[str, Any], image_id: int) -> dict[str, Any]:
-    """Return a tokenizer.json whose normalizer writes a space behind an image."""
+    """Return a tokenizer.json whose normalizer writes a space after an image."""
     tokens = [
-        # A normalized one is sought behind the normalizer, which so can see it.
+        # A normalized one is looked for after the normalizer, which can then see it.
         token | {"normalized": True} if token["content"] == DEFAULT_IMAGE_TOKEN else token
         for token in _with_image(parts, image_id)["added_tokens"]
     ]
     space = (parts["pre_tokenizer"] or {}).get("replacement", "\N{LOWER ONE EIGHTH BLOCK}")
     rule = {
         "type": "Replace",
-        "pattern": {"Regex": _BEHIND_AN_IMAGE},
+        "pattern": {"Regex": _AFTER_AN_IMAGE},
         "content": DEFAULT_IMAGE_TOKEN + space,
     }
     usual = parts["normalizer"]

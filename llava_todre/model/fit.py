@@ -1,4 +1,4 @@
-"""Whether stored tensors are those of a model, told before the model is built."""
+"""Whether stored tensors are those of a model, checked before the model is built."""
 
 from __future__ import annotations
 

@@ -55,8 +55,10 @@ def load_image(source: str | os.PathLike[str], *, allow_urls: bool = False) -> I
         return decode_image(file, name)
     except UnidentifiedImageError:
         is_video = isinstance(file, Path) and is_video_file(file)
-        what = "a video; in a shell --video, else read_clip" if is_video else "not an image"
-        raise TodreError(f"image {name} is {what}; allowed: {', '.join(FORMATS)}.") from None
+        found = "a video (in a shell --video, else read_clip)" if is_video else "another file"
+        raise TodreError(
+            f"image {name} must be one of {', '.join(FORMATS)}, got {found}."
+        ) from None
 
 
 def open_picture(picture: object) -> Image.Image:
@@ -71,7 +73,7 @@ def open_picture(picture: object) -> Image.Image:
     if isinstance(picture, (str, os.PathLike)):
         return load_image(picture)
     if not isinstance(picture, Image.Image):
-        raise TodreError(f"image of type {type(picture).__name__}; allowed: PIL image or path.")
+        raise TodreError(f"image must be a PIL image or a path, got {type(picture).__name__}.")
     return to_rgb(picture)
 
 
@@ -97,8 +99,8 @@ def decode_image(
         with _opened(file, formats) as image:
             if math.prod(image.size) > max_pixels:
                 raise TodreError(
-                    f"image has {image.width} x {image.height} pixels; allowed: up to "
-                    f"{max_pixels / 1e6:g} million."
+                    f"image must have at most {max_pixels / 1e6:g} million pixels, got "
+                    f"{image.width} x {image.height}."
                 )
             return to_rgb(image)
     except UnidentifiedImageError:
@@ -151,7 +153,7 @@ def process_images(
     """
     images = [to_rgb(image) for image in images]
     if not images:
-        raise TodreError("images is empty; give at least one image.")
+        raise TodreError("images must hold at least one image, got none.")
     mode = checked_aspect_ratio(getattr(config, "image_aspect_ratio", None))
     if mode == "anyres":
         tile = image_processor.crop_size["height"]
@@ -172,7 +174,7 @@ def checked_aspect_ratio(mode: Any) -> str:
     mode = "square" if mode is None else mode
     if mode not in ASPECT_RATIOS:
         raise TodreError(
-            f"image_aspect_ratio {mode!r} is not supported; allowed: {', '.join(ASPECT_RATIOS)}."
+            f"image_aspect_ratio must be one of {', '.join(ASPECT_RATIOS)}, got {mode!r}."
         )
     return str(mode)
 
@@ -194,8 +196,8 @@ def check_elongation(size: Size, edge: int, mode: str) -> None:
     pixels = longest**2 if mode == "pad" else edge**2 * longest // shortest
     if pixels > MAX_PIXELS:
         raise TodreError(
-            f"image size {size} is too elongated: preparing it takes {pixels:,} pixels; "
-            f"allowed: {MAX_PIXELS:,}."
+            f"image size {size} is too elongated: preparing it must take at most "
+            f"{MAX_PIXELS:,} pixels, got {pixels:,}."
         )
 
 

@@ -18,12 +18,20 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava_todre.errors import PromptTooLongError, TodreError
-from llava_todre.finite import finite_prefill, require_finite_pixels
+from llava_todre.finite import finite_prefill
 from llava_todre.flops import DecoderShape
 from llava_todre.locking import Latest, in_turn, turn
 from llava_todre.model.clip_text import ClipText
 from llava_todre.model.encode import LlavaConfig, LlavaLlamaModel
-from llava_todre.model.prompt import IMAGE_TOKEN_INDEX
+from llava_todre.model.inputs import (
+    Images,
+    check_ids,
+    check_pixels,
+    clip_similarities,
+    padding_mask,
+    refuse_placeholders,
+    whole_prompts,
+)
 from llava_todre.model.vision import VisionTower
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, create_pruner, resolve
 from llava_todre.settings import (
@@ -37,14 +45,13 @@ from llava_todre.settings import (
 )
 from llava_todre.spans import Spans
 from llava_todre.stage1.anyres import Size
-from llava_todre.stage1.pack import Prompt, SplicedPrompt, expand, pad_prompts, prune_prompts
+from llava_todre.stage1.pack import SplicedPrompt, pad_prompts, prune_prompts
 from llava_todre.stage1.select import ImageFeatures, require_needs
 from llava_todre.stage2 import DecoderPruning, PrunedCache
 from llava_todre.stage2.cache import CACHE_ARGUMENT, seen_tokens, state_of
 from llava_todre.stage2.prefix import Prefix, PrefixStore, may_share
 from llava_todre.stats import Clock, ImageStats, PruneStats
 
-Images = Tensor | Sequence[Tensor] | Sequence[ImageFeatures]
 Prepared = tuple[
     Tensor | None, Tensor | None, Tensor | None, Cache | None, Tensor | None, Tensor | None
 ]
@@ -92,14 +99,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """Return the vision tower."""
         return self.model.vision_tower
 
-    def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
+    def set_pruner(self, method: str | Pruner, **options: Any) -> Pruner:
         """Choose the pruning method by name and options, or as an object; returns it.
 
         Raises:
             TodreError: unknown method or option, a value out of range, or a method that needs
                 something this model does not compute.
         """
-        method = resolve(method, knobs)
+        method = resolve(method, options)
         if "clip_similarity" in method.needs and self.clip_text is None:
             raise TodreError(
                 f"{type(method).__name__} needs CLIP's text tower, which is not loaded; call "
@@ -111,14 +118,14 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return method
 
     def load_clip_text(self, path: str, revision: str | None = None) -> None:
-        """Load CLIP's text tower beside the model, for methods that compare patches with words.
+        """Load CLIP's text tower next to the model, for methods that compare patches with words.
 
         Args:
             path: folder or hub id of the CLIP model whose vision tower this model uses.
             revision: branch, tag or commit on the hub.
         """
         clip_text = ClipText.from_pretrained(path, revision).to(self.device)
-        object.__setattr__(self, "clip_text", clip_text)  # beside the module, not a part of it
+        object.__setattr__(self, "clip_text", clip_text)  # not a part of the module
 
     # ------------------------------------------------------------------ images
 
@@ -145,23 +152,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         entries: list[Any] = list(images)
         if all(isinstance(entry, ImageFeatures) for entry in entries):
             return entries
-        self._check_pixels(entries)
+        check_pixels(entries, self.get_vision_tower().config.image_size)
         with self.clock.stage("vision"):
             return self.model.encode(entries, image_sizes, modalities, self.pruner)
-
-    def _check_pixels(self, entries: Sequence[Any]) -> None:
-        side = self.get_vision_tower().config.image_size
-        for entry in entries:
-            is_tensor = isinstance(entry, Tensor)
-            fits = is_tensor and entry.ndim in (3, 4) and entry.shape[-3:] == (3, side, side)
-            if not fits or not entry.is_floating_point() or entry.numel() == 0:
-                received = (tuple(entry.shape), entry.dtype) if is_tensor else type(entry).__name__
-                raise TodreError(
-                    f"images holds {received}; allowed: floating-point tensors of shape "
-                    f"(3, {side}, {side}) or (views, 3, {side}, {side}), as process_images returns "
-                    "them."
-                )
-        require_finite_pixels("images", entries)
 
     # ------------------------------------------------------------------ prompts
 
@@ -203,7 +196,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self._latest.put(None)
         continues = seen_tokens(past_key_values) > 0
         if images is None or (continues and input_ids.shape[1] == 1):
-            _refuse_placeholders(input_ids)
+            refuse_placeholders(input_ids)
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         real = stated_tokens(input_ids, attention_mask)
         prompts = self._read_prompts(
@@ -213,7 +206,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         embeds, spans, labels, past_key_values = self._padded(prompts, side, past_key_values)
         if position_ids is not None:
             position_ids = (spans.valid.cumsum(dim=1) - 1).clamp_min(0)
-        return None, position_ids, _mask(spans), past_key_values, embeds, labels
+        return None, position_ids, padding_mask(spans), past_key_values, embeds, labels
 
     def _read_prompts(
         self,
@@ -231,22 +224,13 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         targets = [
             None if labels is None else labels[index][keep] for index, keep in enumerate(real)
         ]
-        self._check_ids(torch.cat(ids))
-        expected = sum(int((row == IMAGE_TOKEN_INDEX).sum()) for row in ids)
-        if expected != len(visuals):
-            raise TodreError(
-                f"prompt has {expected} '<image>' placeholders, but {len(visuals)} images were "
-                "given; they must agree."
-            )
-        remaining, embed, prompts = iter(visuals), self.get_input_embeddings(), []
+        check_ids(ids, len(visuals), self.vocab_size)
         with self.clock.stage("selection"):
-            for row, of_row in zip(ids, targets, strict=True):
-                is_image = (row == IMAGE_TOKEN_INDEX).cpu()
-                images = [next(remaining) for _ in range(int(is_image.sum()))]
-                source, image = expand(is_image, [len(each.layout) for each in images])
-                text = embed(row.clamp_min(0))  # (T, D)
-                prompts.append(Prompt(row.cpu(), text, images, source, image, of_row))
-            return prune_prompts(prompts, self.pruner, self._similarities(prompts, questions))
+            prompts = whole_prompts(ids, targets, visuals, self.get_input_embeddings())
+            similarities = None
+            if "clip_similarity" in self.pruner.needs and self.clip_text is not None:
+                similarities = clip_similarities(self.clip_text, prompts, questions)
+            return prune_prompts(prompts, self.pruner, similarities)
 
     def _begin(
         self, prompts: Sequence[SplicedPrompt], spans: Spans, cached: int = 0
@@ -295,35 +279,6 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             cache = store.cache(prefixes, self.model, state)
         return embeds, spans, cache
 
-    def _check_ids(self, ids: Tensor) -> None:
-        unknown_ids = ids[((ids < 0) | (ids >= self.vocab_size)) & (ids != IMAGE_TOKEN_INDEX)]
-        if len(unknown_ids):
-            raise TodreError(
-                f"input_ids holds the id {int(unknown_ids[0])}; allowed: 0 to "
-                f"{self.vocab_size - 1}, and {IMAGE_TOKEN_INDEX} for an image."
-            )
-
-    def _similarities(
-        self, prompts: Sequence[Prompt], questions: Sequence[str] | None
-    ) -> list[Tensor | None] | None:
-        """Return how well the patches of each image match its question, if the method reads it."""
-        if "clip_similarity" not in self.pruner.needs or self.clip_text is None:
-            return None
-        to_compare = [visual.vision_features is not None for p in prompts for visual in p.images]
-        texts = () if questions is None or isinstance(questions, str) else questions
-        if any(to_compare) and len(texts) != len(prompts):
-            raise TodreError(
-                f"questions has {len(texts)} entries; {type(self.pruner).__name__} needs "
-                f"the question of each of the {len(prompts)} prompts, in words."
-            )
-        return [
-            None
-            if visual.vision_features is None
-            else self.clip_text.similarity(visual.vision_features, texts[index])
-            for index, prompt in enumerate(prompts)
-            for visual in prompt.images
-        ]
-
     # ------------------------------------------------------------------ running
 
     def forward(
@@ -348,7 +303,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         Stage 2 withdrew tokens, only the remaining ones have logits, right-aligned in a batch.
         """
         if images is None and input_ids is not None and input_ids.shape[1] > 1:
-            _refuse_placeholders(input_ids)
+            refuse_placeholders(input_ids)
         if inputs_embeds is None and images is not None:
             if input_ids is None:
                 raise TodreError("input_ids is missing; give it together with images.")
@@ -469,7 +424,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             **shorter_lengths(self, kwargs, whole, embeds.shape[1]),
             CACHE_ARGUMENT: past_key_values,
             "inputs_embeds": embeds,
-            "attention_mask": _mask(spans),
+            "attention_mask": padding_mask(spans),
         }
 
     def _may_share(self, prompts: Sequence[SplicedPrompt], kwargs: Mapping[str, Any]) -> bool:
@@ -490,7 +445,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     def last_stats(self) -> tuple[PruneStats, ...]:
         """What happened to each sample of the last call, if it had images.
 
-        Of the thread that asks; one that has made no call is told of the last of any thread.
+        Of the calling thread; where it has made no call, of the last of any thread.
         """
         latest = self._latest.get()
         if latest is None:
@@ -503,14 +458,3 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         """The state of Stage 2 in the call that :attr:`last_stats` describes."""
         latest = self._latest.get()
         return None if latest is None else latest[1]
-
-
-def _mask(spans: Spans) -> Tensor | None:
-    """Return the (B, L) attention mask; None where nothing is padded."""
-    return None if bool(spans.valid.all()) else spans.valid.long()
-
-
-def _refuse_placeholders(input_ids: Tensor) -> None:
-    """Raise the error that the embedding would raise as an illegal index."""
-    if bool((input_ids == IMAGE_TOKEN_INDEX).any()):
-        raise TodreError("images is missing, but the prompt contains '<image>'.")

@@ -85,7 +85,7 @@ def load_pretrained_model(
             needs accelerate.
         tp_plan: "auto" instead of both, to split the heads and the MLP of every decoder layer over
             all processes that torchrun started, one per GPU, or on the CPU where there is none.
-            All of them must be asked the same.
+            All of them must make the same calls.
         attn_implementation: eager, sdpa or flash_attention_2.
         protocol: native, or paper: see :func:`llava_todre.model.convert.with_protocol`.
 
@@ -114,7 +114,9 @@ def load_pretrained_model(
     check_tokens(folder / "config.json", vars(config), config.vocab_size)
     tokenizer = _load_tokenizer(base)
     if parallel is not None:
-        _check_parallel(config, parallel, quantised)
+        if quantised is not None:
+            raise TodreError("tp_plan and quantisation were both given; give one.")
+        check_split(config, parallel.tp_size)
     tensors = matched(base, config, tensors)
     how = {"config": config, "dtype": running, "attn_implementation": attn_implementation}
     if base != folder:
@@ -172,12 +174,12 @@ def _read(folder: Path, base: Path, protocol: str) -> tuple[dict[str, Any], dict
     check_unquantised(folder, raw, tensors)
     embedded = any(name.startswith(convert.TOWER_PREFIX) for name in tensors)
     if embedded and raw.get("vision_config") and (folder / "preprocessor_config.json").is_file():
-        folders, tower = [folder], raw["vision_config"]  # nothing beside it is needed
+        folders, tower = [folder], raw["vision_config"]  # nothing next to it is needed
     else:
-        beside = _find_tower(raw["mm_vision_tower"], [folder, base], weights=not embedded)
-        folders, tower = [beside, folder], _read_config(beside / "config.json")
+        tower_folder = _find_tower(raw["mm_vision_tower"], [folder, base], weights=not embedded)
+        folders, tower = [tower_folder, folder], _read_config(tower_folder / "config.json")
         if not embedded:
-            tensors |= _renamed(read_weights(beside), "tower")
+            tensors |= _renamed(read_weights(tower_folder), "tower")
     if base != folder:
         tensors |= _renamed(laid_over(folder), "original")
     settings = convert.from_original(raw, convert.vision_config(tower))
@@ -209,8 +211,8 @@ def _generation_config(folder: Path, config: LlavaConfig) -> GenerationConfig:
 
 def _find_tower(name: str, folders: list[Path], weights: bool) -> Path:
     """Return the tower's folder: relative to the checkpoint, absolute, or from the hub."""
-    beside = [folder / name for folder in folders if (folder / name).is_dir()]
-    return find_checkpoint("mm_vision_tower", str(beside[0] if beside else name), weights=weights)
+    found = next((folder / name for folder in folders if (folder / name).is_dir()), name)
+    return find_checkpoint("mm_vision_tower", str(found), weights=weights)
 
 
 def _renamed(tensors: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
@@ -269,25 +271,18 @@ def _load_tokenizer(folder: Path) -> Any:
 # ---------------------------------------------------------------------- the model
 
 
-def _model(tensors: dict[str, Tensor], quantization_config: Any = None, **how: Any) -> Any:
+def _model(tensors: dict[str, Tensor], **how: Any) -> Any:
     """Return our model with these tensors."""
-    if quantization_config is None:
-        return LlavaLlamaForCausalLM.from_pretrained(None, state_dict=tensors, **how)
+    quantised = how.get("quantization_config")
     try:
-        return LlavaLlamaForCausalLM.from_pretrained(
-            None, state_dict=tensors, quantization_config=quantization_config, **how
-        )
+        return LlavaLlamaForCausalLM.from_pretrained(None, state_dict=tensors, **how)
     except (ImportError, ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        if quantised is None:
+            raise
         raise TodreError(
-            f"quantization_config {type(quantization_config).__name__} does not work here: "
+            f"quantization_config {type(quantised).__name__} does not work here: "
             f"{first_line(error)}"
         ) from error
-
-
-def _check_parallel(config: LlavaConfig, parallel: Any, quantised: Any) -> None:
-    if quantised is not None:
-        raise TodreError("tp_plan and quantisation were both given; allowed: one.")
-    check_split(config, parallel.tp_size)
 
 
 def _context_length(config: LlavaConfig) -> int:

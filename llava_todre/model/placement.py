@@ -19,7 +19,7 @@ def spreads(device_map: Any) -> bool:
     """Whether a device map names several devices, and so needs accelerate."""
     if isinstance(device_map, dict):
         if "disk" in device_map.values():
-            raise TodreError("device_map with 'disk' is not supported; allowed: cpu and GPUs.")
+            raise TodreError("device_map must hold cpu and GPUs only, got 'disk'.")
         return set(device_map) != {""}
     return device_map in ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -29,8 +29,8 @@ def check_spread(placed: dict[str, Any]) -> None:
     kinds = {"cpu" if str(device) in ("cpu", "disk") else "gpu" for device in placed.values()}
     if len(kinds) > 1:
         raise TodreError(
-            "the model does not fit on the GPUs of this device_map and would spill to the CPU; "
-            "allowed: GPUs only, or cpu only. Try a smaller dtype or more GPUs."
+            "device_map must keep the model on GPUs only, or on the CPU only, but it does not fit "
+            "on these GPUs and would spill to the CPU; try a smaller dtype or more GPUs."
         )
 
 
@@ -51,8 +51,8 @@ def target_device(device: Any, device_map: Any) -> torch.device:
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise TodreError(
-            f"device {device!r} is not available here ({first_line(error)}); "
-            "allowed: auto, cpu, and devices PyTorch finds such as cuda:0."
+            "device must be auto, cpu, or one that PyTorch finds here such as cuda:0, "
+            f"got {device!r} ({first_line(error)})."
         ) from error
     return target
 
@@ -74,9 +74,7 @@ def tensor_parallel(tp_plan: Any, device: Any, device_map: Any) -> Any:
         raise unknown("tp_plan", tp_plan, TP_PLANS)
     if device_map is not None or device != "auto":
         key, value = ("device", device) if device_map is None else ("device_map", device_map)
-        raise TodreError(
-            f"{key} {str(value)!r} and tp_plan {tp_plan!r} were both given; allowed: one."
-        )
+        raise TodreError(f"{key} {str(value)!r} and tp_plan {tp_plan!r} were both given; give one.")
     from transformers.distributed import DistributedConfig
 
     parallel = DistributedConfig(tp_plan=tp_plan)
@@ -93,8 +91,8 @@ def check_split(config: Any, parts: int) -> None:
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, key) % parts:
             raise TodreError(
-                f"tp_plan with {parts} processes does not divide {key} {getattr(config, key)}; "
-                "allowed: numbers of processes that do."
+                "tp_plan must have a number of processes that divides "
+                f"{key} {getattr(config, key)}, got {parts}."
             )
 
 
@@ -116,8 +114,7 @@ def check_attention(name: str, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise TodreError(
-            f"attn_implementation 'flash_attention_2' does not run on {device}; "
-            "allowed here: sdpa, eager."
+            f"attn_implementation must be sdpa or eager on {device}, got 'flash_attention_2'."
         )
     if importlib.util.find_spec("flash_attn") is None:
         raise TodreError(

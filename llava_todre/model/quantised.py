@@ -43,8 +43,8 @@ def quantisation(
     Args:
         load_8bit: LLM.int8 of bitsandbytes for the decoder.
         load_4bit: NF4 of bitsandbytes for the decoder, quantised twice, as the original.
-        quantization_config: any of ``transformers``, or its dictionary, instead of both; which
-            modules it covers is its own affair.
+        quantization_config: any of ``transformers``, or its dictionary, instead of both; it
+            decides which modules it covers.
         dtype: in which 4-bit weights are multiplied; None for that of the configuration.
 
     Raises:
@@ -57,7 +57,7 @@ def quantisation(
     if not given:
         return None
     if len(given) > 1:
-        raise TodreError(f"{' and '.join(given)} were both given; allowed: one.")
+        raise TodreError(f"{' and '.join(given)} were both given; give one.")
     if quantization_config is not None:
         return _checked(quantization_config)
     require("bitsandbytes")
@@ -82,15 +82,15 @@ def _checked(config: Any) -> Any:
     method = getattr(config, "quant_method", None)
     if method is None:
         raise TodreError(
-            f"quantization_config is a {type(config).__name__}; allowed: one of transformers, such "
-            "as BitsAndBytesConfig, or its dictionary."
+            "quantization_config must be one of transformers, such as BitsAndBytesConfig, or its "
+            f"dictionary, got {type(config).__name__}."
         )
     require(getattr(method, "value", str(method)))
     return config
 
 
 def require(method: str) -> None:
-    """Raise a TodreError unless the package behind a ``quant_method`` is installed."""
+    """Raise a TodreError unless the package for a ``quant_method`` is installed."""
     module, package = _PACKAGES.get(method, (None, None))
     for needed, install in ((module, package), ("accelerate", "accelerate")):
         if needed is not None and not _exists(needed):
@@ -121,6 +121,6 @@ def check_unquantised(folder: Path, raw: dict[str, Any], tensors: dict[str, Tens
     if all(tensor.dtype in DTYPES.values() for tensor in tensors.values()):
         raise TodreError(f"{says}, but the weights are not quantised; remove that key.")
     raise TodreError(
-        f"{says}; allowed: transformers' own class (--backend transformers) where the checkpoint "
-        "has the layout of llava-hf, or unquantised weights, with load_8bit or load_4bit."
+        f"{says}; give unquantised weights, with load_8bit or load_4bit, or where the checkpoint "
+        "has the layout of llava-hf use transformers' own class (--backend transformers)."
     )

@@ -1,7 +1,7 @@
 """An image as it is meant to be seen: turned upright, on white where transparent, 8-bit RGB.
 
-Everything that looks at an image calls :func:`to_rgb`, so a photo of a phone, a 16-bit scan or a
-palette with transparency is the same picture whichever way it came in. Pixels of a still image are
+Everything that reads an image calls :func:`to_rgb`, so a photo of a phone, a 16-bit scan or a
+palette with transparency is the same image whichever way it came in. Pixels of a still image are
 taken for square, as browsers do, and for sRGB: colour profiles are not applied.
 """
 
@@ -42,7 +42,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise TodreError(f"image must be a PIL image, got {type(image).__name__}.")
     if min(image.size) < 1:
-        raise TodreError(f"image size {image.size} is empty; both sides need at least one pixel.")
+        raise TodreError(f"image size must be at least 1 x 1 pixel, got {image.size}.")
     try:
         image.load()
         shown = _as_rgb(_upright(image))
@@ -106,14 +106,15 @@ def _white(image: Image.Image, values: Any) -> int:
         bits = _tag(image, _BITS_PER_SAMPLE)
         return (1 << int(bits[0])) - 1 if bits else 65535
     if not (np.isfinite(low) and np.isfinite(high)):
-        problem = "has values that are not finite"
+        problem = "values that are not finite"
     elif low < 0 or high > 65535:
-        problem = f"has values from {low:g} to {high:g}, and does not say which is black or white"
+        problem = f"values from {low:g} to {high:g}, of which black and white are unknown"
     elif image.mode == "F" and high <= 1:
-        problem = "has no value above 1 and would be black"
+        problem = "none above 1, which would be black"
     if problem:
         raise TodreError(
-            f"image of mode {image.mode!r} {problem}; allowed: 0 to 255, or 0 to 65535."
+            f"image of mode {image.mode!r} must hold values from 0 to 255, or 0 to 65535, "
+            f"got {problem}."
         )
     # Pillow scales the whole numbers of PPM to 16 bits, but not the others.
     is_16_bit = high > 255 or (image.format == "PPM" and image.mode != "F")

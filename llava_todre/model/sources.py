@@ -1,4 +1,4 @@
-"""Where the bytes of an image come from: a file, a data URI or, only where asked for, a URL."""
+"""Where the bytes of an image come from: a file, a data URI or, only if allowed, a URL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_BYTES = 20 * 2**20
 SECONDS = 30.0
 """How long the content of a URL may take."""
 _SILENCE = 10.0
-"""How long a server may say nothing."""
+"""How long a server may send nothing."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _SHOWN = 200
 """Characters of a name in a message."""
@@ -50,17 +50,17 @@ def open_source(source: str | os.PathLike[str], allow_urls: bool = False) -> Pat
     """
     text = os.fspath(source) if isinstance(source, os.PathLike) else source
     if not isinstance(text, str) or "\0" in text:
-        raise TodreError(f"image {source!r} is not a path; allowed: text without NUL characters.")
+        raise TodreError(f"image must be a path without NUL characters, got {source!r}.")
     if _is_data(text):
         return BytesIO(_data(text))
     scheme = _SCHEME.match(text)
     if scheme is None:
         return _file(text)
     if scheme[1].lower() not in ("http", "https"):
-        raise TodreError(f"image {called(text)} is no http(s) URL; download it and give the file.")
+        raise TodreError(f"image must be a file or an http(s) URL, got {called(text)}.")
     if not allow_urls:
         raise TodreError(
-            f"image {called(text)} is a URL, and not read unless asked for: "
+            f"image {called(text)} is a URL, which is fetched only with "
             "load_image(url, allow_urls=True), or --allow-urls in a shell."
         )
     return BytesIO(_fetched(text))
@@ -90,7 +90,7 @@ def _data(text: str) -> bytes:
     head, comma, body = text.partition(",")
     if not comma:
         raise TodreError(
-            f"image {called(text)} is not a data URI; allowed: data:image/png;base64,..."
+            f"image must be a data URI such as data:image/png;base64,..., got {called(text)}."
         )
     if len(body) > 4 * MAX_BYTES:  # more than any encoding of that many bytes but the wasteful
         raise _too_large(text)
@@ -107,7 +107,8 @@ def _data(text: str) -> bytes:
 
 
 def _too_large(source: str) -> TodreError:
-    return TodreError(f"image {called(source)} is too large; allowed: {MAX_BYTES // 2**20} MiB.")
+    most = MAX_BYTES // 2**20
+    return TodreError(f"image {called(source)} must have at most {most} MiB, got more.")
 
 
 class _FewRedirects(urllib.request.HTTPRedirectHandler):
@@ -130,8 +131,8 @@ def _fetched(url: str) -> bytes:
     end = time.monotonic() + SECONDS
     content = bytearray()
     try:
-        asked = urllib.request.Request(url, headers={"User-Agent": f"llava_todre/{__version__}"})
-        with opener.open(asked, timeout=_SILENCE) as answer:
+        request = urllib.request.Request(url, headers={"User-Agent": f"llava_todre/{__version__}"})
+        with opener.open(request, timeout=_SILENCE) as answer:
             while part := answer.read1(2**16):
                 content += part
                 if len(content) > MAX_BYTES:

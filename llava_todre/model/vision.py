@@ -32,14 +32,14 @@ class ViewFeatures:
     cls: Tensor
     """(V, W) the [CLS] token, of the same layer."""
     measured: dict[tuple[str, int | float], Tensor]
-    """(V, P, ...) for each (quantity, layer) asked for."""
+    """(V, P, ...) for each (quantity, layer) wanted."""
 
 
 class VisionTower(nn.Module):
     """CLIP as LLaVA uses it: ``mm_vision_select_layer`` chooses whose output is read.
 
-    Layers beyond the one that is read are not run unless asked about, and attention stays whatever
-    implementation the model was loaded with: the one query row of [CLS] is computed on the side.
+    Layers after the one that is read are run only if something is measured there. Attention keeps
+    the implementation that the model was loaded with: the query of [CLS] is computed separately.
     """
 
     def __init__(
@@ -59,9 +59,7 @@ class VisionTower(nn.Module):
         """
         super().__init__()
         if select_feature != "patch":
-            raise TodreError(
-                f"mm_vision_select_feature {select_feature!r} is not supported; allowed: patch."
-            )
+            raise TodreError(f"mm_vision_select_feature must be 'patch', got {select_feature!r}.")
         config = CLIPVisionConfig(**vision_config)
         config._attn_implementation = attn_implementation
         self.vision_tower = CLIPVisionModel(config)
@@ -69,8 +67,8 @@ class VisionTower(nn.Module):
         num_states = self.config.num_hidden_layers + 1
         if not -num_states <= select_layer < num_states:
             raise TodreError(
-                f"mm_vision_select_layer {select_layer} is out of range; "
-                f"allowed: {-num_states} to {num_states - 1}."
+                f"mm_vision_select_layer must be from {-num_states} to {num_states - 1}, "
+                f"got {select_layer}."
             )
         self.num_run = select_layer % num_states
         self.image_processor: Any = None
@@ -140,14 +138,14 @@ def layer_index(quantity: str, layer: int | float, num_layers: int) -> int:
         return math.floor(layer * num_layers)
     if not isinstance(layer, int) or not -num_layers <= layer < num_layers:
         raise TodreError(
-            f"vision layer {layer} (for {quantity}) is out of range; "
-            f"allowed: {-num_layers} to {num_layers - 1}."
+            f"vision layer of {quantity} must be from {-num_layers} to {num_layers - 1}, or a "
+            f"depth between 0 and 1, got {layer}."
         )
     return layer % num_layers
 
 
-# What one encoder layer is asked for: each takes the layer and its input (V, 1 + P, W), and leaves
-# the attention implementation of the tower alone.
+# What can be measured at one encoder layer: each function takes the layer and its input
+# (V, 1 + P, W), and leaves the attention implementation of the tower alone.
 
 
 def cls_logits(layer: Any, hidden: Tensor) -> Tensor:

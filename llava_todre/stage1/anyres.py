@@ -32,8 +32,8 @@ def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]] | None, tile: int) 
         sizes = []
     if not sizes or any(side < tile or side % tile for size in sizes for side in size):
         raise TodreError(
-            f"image_grid_pinpoints {pinpoints!r} is not usable; allowed: a list of (width, height)"
-            f" pairs, each side a multiple of the tile size {tile}."
+            "image_grid_pinpoints must be a list of (width, height) pairs, each side a multiple of "
+            f"the tile size {tile}, got {pinpoints!r}."
         )
     return sizes
 
@@ -106,8 +106,7 @@ def merge_slots(
     """
     if merge_type not in MERGE_TYPES:
         raise TodreError(
-            f"mm_patch_merge_type {merge_type!r} is not supported; "
-            f"allowed: {', '.join(MERGE_TYPES)}."
+            f"mm_patch_merge_type must be one of {', '.join(MERGE_TYPES)}, got {merge_type!r}."
         )
     patches = torch.arange(num_views * side * side)
     if merge_type == "flat" or grid is None:
@@ -118,8 +117,8 @@ def merge_slots(
     columns, rows = grid
     if columns * rows != num_views - 1:
         raise TodreError(
-            f"image of {num_views} views does not fit its grid: "
-            f"{columns} x {rows} crops and a thumbnail."
+            f"image must have {columns * rows + 1} views ({columns} x {rows} crops and a "
+            f"thumbnail), got {num_views}."
         )
     thumbnail, crops = patches[: side * side], patches[side * side :]
     canvas = (
@@ -135,5 +134,5 @@ def merge_slots(
 
 def _checked(size: Size) -> Size:
     if len(size) != 2 or min(size) < 1:
-        raise TodreError(f"image size {tuple(size)} is not a (width, height) of at least 1 pixel.")
+        raise TodreError(f"image size must be (width, height) from 1 pixel on, got {tuple(size)}.")
     return size

@@ -143,6 +143,6 @@ class Layout:
         return with_newlines(keep, is_patch, self.is_newline, self.row_id, newlines)
 
     def stats(self, kept: Tensor | None = None) -> ImageStats:
-        """Return what is told of the image when the ``kept`` (K,) patch tokens stay, or all do."""
+        """Return the statistics of the image with ``kept`` (K,) patch tokens; all by default."""
         kept = torch.arange(self.num_tokens) if kept is None else kept
         return ImageStats(self.patches, self.side, kept, int(self.is_newline.sum()))

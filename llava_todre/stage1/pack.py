@@ -95,8 +95,10 @@ def prune_prompts(
     """
     texts = None
     if "text_embeds" in pruner.needs:
-        asked = [_question(prompt) for prompt in prompts]
-        texts = [text for prompt, text in zip(prompts, asked, strict=True) for _ in prompt.images]
+        questions = [_question(prompt) for prompt in prompts]
+        texts = [
+            text for prompt, text in zip(prompts, questions, strict=True) for _ in prompt.images
+        ]
     images = [image for prompt in prompts for image in prompt.images]
     pruned = iter(prune_images(images, pruner, texts, similarities))
     return [_spliced(prompt, [next(pruned) for _ in prompt.images]) for prompt in prompts]
@@ -122,13 +124,13 @@ def _spliced(prompt: Prompt, visuals: Sequence[PrunedImage]) -> SplicedPrompt:
         row_id[here] = torch.where(layout.row_id < 0, -1, layout.row_id + num_rows)
         num_rows += visual.stats.num_newlines
     columns, of_image = prompt.source[stays], prompt.image[stays]
-    embeds = prompt.embeds.new_empty(len(columns), prompt.embeds.shape[1])
-    for index in range(-1, len(visuals)):
-        places = (of_image == index).nonzero()[:, 0]
-        rows = (
-            prompt.embeds[columns[places].to(embeds.device)] if index < 0 else visuals[index].embeds
-        )
-        embeds[places.to(embeds.device)] = rows.to(embeds)
+    text = prompt.embeds[columns[of_image < 0].to(prompt.embeds.device)]
+    remaining = {-1: text, **{index: visual.embeds for index, visual in enumerate(visuals)}}
+    pieces = [text[:0]]
+    runs, lengths = of_image.unique_consecutive(return_counts=True)
+    for index, length in zip(runs.tolist(), lengths.tolist(), strict=True):
+        pieces.append(remaining[index][:length].to(text))
+        remaining[index] = remaining[index][length:]
     labels = prompt.labels
     if labels is not None:
         labels = labels[columns.to(labels.device)]
@@ -137,7 +139,7 @@ def _spliced(prompt: Prompt, visuals: Sequence[PrunedImage]) -> SplicedPrompt:
     return SplicedPrompt(
         columns=columns,
         ids=prompt.ids[columns],
-        embeds=embeds,
+        embeds=torch.cat(pieces),  # each token is copied once
         kinds=kinds[stays],
         row_id=row_id[stays],
         labels=labels,
@@ -149,6 +151,8 @@ def _spliced(prompt: Prompt, visuals: Sequence[PrunedImage]) -> SplicedPrompt:
 
 def padded(rows: Sequence[Tensor], value: float, side: str = "left") -> Tensor:
     """Return rows of different lengths as one tensor, filled up on one side."""
+    if len(rows) == 1:
+        return rows[0][None]  # nothing to fill up, nothing to copy
     return pad_sequence(list(rows), True, value, padding_side=side)
 
 

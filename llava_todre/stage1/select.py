@@ -32,7 +32,7 @@ class ImageFeatures:
     newline: Tensor | None = None
     """(D,) the newline embedding, for layouts that have newlines."""
     needs: frozenset[Need] = frozenset()
-    """What methods may ask about below; the fields are those of ``VisualTokens``."""
+    """What of the fields below was computed for methods; they are those of ``VisualTokens``."""
     vision: Mapping[tuple[str, int | float], Tensor] = field(default_factory=dict)
     vision_features: Tensor | None = None
     cls_features: Tensor | None = None
@@ -75,8 +75,9 @@ class ImageFeatures:
         is_newline = self.layout.is_newline[stays]
         if bool(is_newline.any()):
             assert self.newline is not None, "a layout with newlines has their embedding"
-            row = ((~is_newline).cumsum(0) - 1).masked_fill(is_newline, len(kept))
-            embeds = torch.cat([embeds, self.newline.to(embeds)[None]])[row.to(embeds.device)]
+            newline = self.newline.to(embeds)[None]
+            rows = embeds.tensor_split((~is_newline).cumsum(0)[is_newline].tolist())
+            embeds = torch.cat([each for row in rows for each in (row, newline)][:-1])
         return PrunedImage(embeds, self.layout, stays, self.layout.stats(kept))
 
 
@@ -121,8 +122,8 @@ def prune_images(
 ) -> list[PrunedImage]:
     """Stage 1: let a method select from all images of a batch, in one call.
 
-    Where the question has no say, an image that comes several times is selected from once, and the
-    result serves later calls with an equal method.
+    Where the method does not read the question, an image that comes several times is selected from
+    once, and the result serves later calls with an equal method.
 
     Args:
         images: the images and videos of all prompts.

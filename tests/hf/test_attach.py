@@ -400,7 +400,7 @@ def test_a_tower_whose_tokens_are_used_in_another_way_is_refused(family, other):
 
 def test_a_layer_that_the_tower_lacks_is_refused(model, inputs):
     with (
-        pytest.raises(TodreError, match=r"vision layer 4 .* out of range; allowed: -4 to 3"),
+        pytest.raises(TodreError, match=r"vision layer of .* must be from -4 to 3, .* got 4"),
         hf.prune(model, "fastervlm", cls_layer=4),
     ):
         answer(model, inputs)

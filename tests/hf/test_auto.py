@@ -128,13 +128,13 @@ def test_a_stale_index_beside_whole_weights(
         ),
         (
             {"text_config.num_hidden_layers": 10**6},
-            "text_config.num_hidden_layers is 1000000; expected: a whole number from 1 to 1000",
-            "text_config.num_hidden_layers is 1000000; expected: a whole number from 1 to 1000",
+            "text_config.num_hidden_layers must be a whole number from 1 to 1000, got 1000000",
+            "text_config.num_hidden_layers must be a whole number from 1 to 1000, got 1000000",
         ),
         (
             {"text_config.pad_token_id": 10**6},
-            "pad_token_id is 1000000; expected: null, or a token of the vocabulary",
-            "pad_token_id is 1000000; expected: null, or a token of the vocabulary",
+            "pad_token_id must be null, or a token of the vocabulary.*got 1000000",
+            "pad_token_id must be null, or a token of the vocabulary.*got 1000000",
         ),
         (
             {"image_token_index": 5},
@@ -148,13 +148,13 @@ def test_a_stale_index_beside_whole_weights(
         ),
         (
             {"text_config.rms_norm_eps": float("nan")},
-            "text_config.rms_norm_eps is nan; expected: a number above 0",
-            "text_config.rms_norm_eps is nan; expected: a number above 0",
+            "text_config.rms_norm_eps must be a number above 0.*got nan",
+            "text_config.rms_norm_eps must be a number above 0.*got nan",
         ),
         (
             {"vision_config.hidden_act": "gleu"},
-            "vision_config.hidden_act is 'gleu'; expected: one of: ",
-            "vision_config.hidden_act is 'gleu'; expected: one of: ",
+            "vision_config.hidden_act must be one of .*got 'gleu'",
+            "vision_config.hidden_act must be one of .*got 'gleu'",
         ),
     ],
 )

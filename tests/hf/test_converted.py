@@ -223,7 +223,7 @@ def test_a_conversion_that_fails_leaves_nothing(error: BaseException, tmp_path: 
     with new_folder(out) as unfinished:
         (unfinished / "file").touch()
     assert [*out.parent.rglob("*")] == [out, out / "file"]
-    with pytest.raises(TodreError, match="is not empty"), new_folder(out):
+    with pytest.raises(TodreError, match="out must be a new or an empty folder"), new_folder(out):
         pass
 
 

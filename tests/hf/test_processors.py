@@ -124,7 +124,7 @@ def test_a_batch_of_images_is_answered_as_each_is_alone(family, backend_of):
     ("question", "images", "settings", "message"),
     [
         ("What?", [None], {}, "does not take this batch of 1"),
-        ("What?", ["a\0b.png"], {}, "is not a path"),
+        ("What?", ["a\0b.png"], {}, "must be a path"),
         ("What?", [], {"max_new_tokens": 1.5}, r"max_new_tokens 1\.5 is out of range"),
         ("What?", [], {"max_new_tokens": "5"}, "max_new_tokens '5' is out of range"),
         ("What?", [], {"num_beams": 100_000}, "num_beams 100000 is out of range"),

@@ -223,11 +223,11 @@ def test_other_families_and_decoders_are_stock(
 def test_what_cannot_be_saved_is_one_line(ours: tuple[Any, Any], tmp_path: Path) -> None:
     tokenizer, _ = ours
     _, model, _, _ = load_pretrained_model(MINI, protocol="paper")
-    with pytest.raises(TodreError, match="mm_patch_merge_type 'spatial'"):
+    with pytest.raises(TodreError, match="got 'mlp2x_gelu', 'spatial' and 'anyres'"):
         save_as_hf(model, tokenizer, tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(TodreError, match="is not empty"):
+    with pytest.raises(TodreError, match="out must be a new or an empty folder"):
         save_as_hf(ours[1], tokenizer, tmp_path / "full")
 
 

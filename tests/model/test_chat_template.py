@@ -322,5 +322,7 @@ def test_an_unknown_aspect_ratio_is_refused(tmp_path: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     for mode in ("anyres_max_9", "crop", "", 5, ["pad"]):
         (folder / "config.json").write_text(json.dumps(raw | {"image_aspect_ratio": mode}))
-        with pytest.raises(TodreError, match=r"image_aspect_ratio .* allowed: anyres, pad, square"):
+        with pytest.raises(
+            TodreError, match="image_aspect_ratio must be one of anyres, pad, square, got"
+        ):
             load_pretrained_model(folder)

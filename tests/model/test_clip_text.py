@@ -101,5 +101,5 @@ def test_what_is_missing_is_named(
         model.load_clip_text(str(tmp_path))
     model.load_clip_text(str(checkpoint))
     model.set_pruner(create_pruner("cdpruner", relevance="clip"))
-    with pytest.raises(TodreError, match="questions has 0 entries.* 1 prompts"):
+    with pytest.raises(TodreError, match="questions must hold .* 1 prompts, .* got 0"):
         model.generate(IDS, **prompt())

@@ -52,6 +52,11 @@ def _refused(folder: Path, *parts: str) -> None:
     assert all(part in message for part in parts), message
 
 
+def _got(changes: dict[str, Any]) -> list[str]:
+    """Return how messages quote the changed values."""
+    return [f"got {value!r}" for value in changes.values() if not isinstance(value, dict)]
+
+
 @pytest.mark.parametrize(
     "path", [*sorted(GOLDEN.glob("*/config.json")), ROOT / "checkpoints" / "mini" / "config.json"]
 )
@@ -115,43 +120,46 @@ def test_every_key_refuses_what_it_cannot_be(table: dict[str, Any]) -> None:
                 check_values("config.json", {"inner": {key: value}}, table)
             except TodreError as error:
                 refused += 1
-                assert f"inner.{key} is " in str(error)
-                assert "expected: " in str(error)
+                assert f"inner.{key} must be " in str(error)
+                assert ", got " in str(error)
         assert refused >= 3, key
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; expected: a whole number"),
-        ({"num_hidden_layers": 0}, "from 1 to 1000"),
-        ({"hidden_size": 64.0}, "hidden_size is 64.0; expected: a whole number"),
-        ({"hidden_size": True}, "hidden_size is True"),
-        ({"num_attention_heads": 5}, "num_attention_heads is 5; expected: a divisor of hidden_si"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads is 3; expected: a divisor of num_atte"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected: a number above 0 to 1"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
-        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected: a JSON object"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor is 0"),
-        ({"hidden_act": "siluu"}, "hidden_act is 'siluu'; expected: one of: "),
-        ({"torch_dtype": "int8"}, "torch_dtype is 'int8'; expected: one of: "),
-        ({"mm_patch_merge_type": "spatial_unpadd"}, "expected: one of: flat, spatial, spatial_u"),
-        ({"image_grid_pinpoints": [[1]]}, "expected: a list of pairs"),
-        ({"image_grid_pinpoints": [[0, 56]]}, "expected: a list of pairs"),
-        ({"image_aspect_ratio": 3}, "image_aspect_ratio"),
-        ({"mm_vision_tower": ["clip"]}, "mm_vision_tower is ['clip']; expected: text"),
-        ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer is '-2'"),
-        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; expected: true or false"),
-        ({"pad_token_id": 400}, "pad_token_id is 400; expected: null, or a token of the vocabul"),
-        ({"eos_token_id": [2, 10**6]}, "eos_token_id is [2, 1000000]"),
-        ({"something": float("inf")}, "something is inf; expected: finite numbers"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number from 1 to 1000"),
+        ({"hidden_size": 64.0}, "hidden_size must be a whole number"),
+        ({"hidden_size": True}, "hidden_size must be"),
+        ({"num_attention_heads": 5}, "num_attention_heads must be a divisor of hidden_si"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads must be a divisor of num_atte"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must be a number above 0 to 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be"),
+        ({"rope_theta": -1.0}, "rope_theta must be"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be a JSON object"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 0}},
+            "rope_scaling.factor must be a number above 0 to 1e+06, got 0",
+        ),
+        ({"hidden_act": "siluu"}, "hidden_act must be one of "),
+        ({"torch_dtype": "int8"}, "torch_dtype must be one of "),
+        ({"mm_patch_merge_type": "spatial_unpadd"}, "must be one of flat, spatial, spatial_unpad"),
+        ({"image_grid_pinpoints": [[1]]}, "image_grid_pinpoints must be a list of pairs"),
+        ({"image_grid_pinpoints": [[0, 56]]}, "image_grid_pinpoints must be a list of pairs"),
+        ({"image_aspect_ratio": 3}, "image_aspect_ratio must be one of"),
+        ({"mm_vision_tower": ["clip"]}, "mm_vision_tower must be text"),
+        ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer must be"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ({"pad_token_id": 400}, "pad_token_id must be null, or a token of the vocabul"),
+        ({"eos_token_id": [2, 10**6]}, "eos_token_id must be"),
+        ({"something": float("inf")}, "something must be finite numbers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq', but the weights are not q"),
     ],
 )
 def test_config(folder: Path, changes: dict[str, Any], expected: str) -> None:
     _edit(folder / "config.json", changes)
-    _refused(folder, "config.json" if "expected" in expected else "", expected)
+    _refused(folder, expected, *_got(changes))
 
 
 def test_a_pad_token_beyond_the_usual_vocabulary(folder: Path) -> None:
@@ -165,22 +173,35 @@ def test_a_pad_token_beyond_the_usual_vocabulary(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "expected"),
     [
-        ("vision_tower/config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000"),
-        ("vision_tower/config.json", {"patch_size": 0}, "patch_size is 0"),
-        ("vision_tower/config.json", {"patch_size": [14, 14]}, "patch_size [14, 14]; expected"),
-        ("vision_tower/config.json", {"image_size": 10**6}, "image_size is 1000000"),
-        ("vision_tower/preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std is [0, 1"),
-        ("vision_tower/preprocessor_config.json", {"image_mean": 0.5}, "three times a number"),
-        ("vision_tower/preprocessor_config.json", {"size": {"shortest_edge": 10**9}}, "pixels"),
+        ("vision_tower/config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers must be"),
+        ("vision_tower/config.json", {"patch_size": 0}, "patch_size must be"),
+        (
+            "vision_tower/config.json",
+            {"patch_size": [14, 14]},
+            "patch_size of the vision tower must be one number",
+        ),
+        ("vision_tower/config.json", {"image_size": 10**6}, "image_size must be"),
+        ("vision_tower/preprocessor_config.json", {"image_std": [0, 1, 1]}, "image_std must be"),
+        ("vision_tower/preprocessor_config.json", {"size": "large"}, "size must be pixels"),
+        (
+            "vision_tower/preprocessor_config.json",
+            {"image_mean": 0.5},
+            "image_mean must be three times a number",
+        ),
+        (
+            "vision_tower/preprocessor_config.json",
+            {"size": {"shortest_edge": 10**9}},
+            "size must be pixels",
+        ),
         ("vision_tower/preprocessor_config.json", {"size": {"shortest_edge": 9**6}}, "531441"),
-        ("generation_config.json", {"num_beams": 100_000}, "num_beams is 100000"),
-        ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-        ("generation_config.json", {"temperature": float("nan")}, "temperature is nan"),
+        ("generation_config.json", {"num_beams": 100_000}, "num_beams must be"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id must be"),
+        ("generation_config.json", {"temperature": float("nan")}, "temperature must be"),
     ],
 )
 def test_other_files(folder: Path, name: str, changes: dict[str, Any], expected: str) -> None:
     _edit(folder / name, changes)
-    _refused(folder, name.rpartition("/")[2] if "patch_size [" not in expected else "", expected)
+    _refused(folder, expected, *_got(changes))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +211,7 @@ def test_what_a_processor_holds(folder: Path, changes: dict[str, Any]) -> None:
     tower = folder / "vision_tower"
     shutil.move(tower / "preprocessor_config.json", tower / "processor_config.json")
     _edit(tower / "processor_config.json", changes)
-    _refused(folder, "processor_config.json is not usable", *changes)
+    _refused(folder, "processor_config.json: ", *changes)
 
 
 def test_sizes_that_contradict_the_weights_build_nothing_large(folder: Path) -> None:

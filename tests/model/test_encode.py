@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
+from llava_todre.model.encode import build_projector
 from llava_todre.model.llava import LlavaLlamaForCausalLM
 from llava_todre.pruners import NEEDS, VISION_NEEDS, Pruner, Random
 from llava_todre.spans import VisualTokens
@@ -111,3 +112,26 @@ def test_needs_are_served_only_when_a_token_is_dropped(model: LlavaLlamaForCausa
     model.set_pruner(Recorder())
     with pytest.raises(TodreError, match="encoded without .*resized.* Recorder needs"):
         model.generate(torch.tensor([[1, -200, 4]]), images=[encoded], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"),
+    [
+        ("linear", [nn.Linear]),
+        ("mlp1x_gelu", [nn.Linear]),
+        ("mlp2x_gelu", [nn.Linear, nn.GELU, nn.Linear]),
+        ("mlp3x_gelu", [nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear]),
+    ],
+)
+def test_projectors_have_the_layers_their_names_tell(kind: str, layers: list[type]) -> None:
+    projector = build_projector(kind, 6, 10)
+    found = list(projector) if isinstance(projector, nn.Sequential) else [projector]
+    assert [type(layer) for layer in found] == layers
+    assert projector(torch.zeros(3, 6)).shape == (3, 10)
+
+
+def test_identity_changes_nothing_and_other_names_are_errors() -> None:
+    assert torch.equal(build_projector("identity", 6, 6)(torch.ones(2, 6)), torch.ones(2, 6))
+    for kind in ("mlp2x_relu", "mlp0x_gelu", "resampler"):
+        with pytest.raises(TodreError, match=f"mm_projector_type must be linear, .* got '{kind}'"):
+            build_projector(kind, 6, 10)

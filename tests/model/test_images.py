@@ -126,8 +126,8 @@ def test_load_image_errors(tmp_path, monkeypatch):
         ("none.png", "does not exist"),
         (".", "is a directory"),
         ("half.png", "damaged"),
-        ("text.png", "not an image"),
-        ("empty.png", "not an image"),
+        ("text.png", "must be one of PNG, .* got another file"),
+        ("empty.png", "must be one of PNG, .* got another file"),
     ]:
         with pytest.raises(TodreError, match=message):
             load_image(tmp_path / name)
@@ -139,7 +139,7 @@ def test_load_image_errors(tmp_path, monkeypatch):
 def test_a_picture_that_unfolds_to_a_giant_is_never_unfolded(tmp_path, monkeypatch):
     Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
-    with pytest.raises(TodreError, match="9000 x 8000 pixels; allowed: up to 64 million"):
+    with pytest.raises(TodreError, match="at most 64 million pixels, got 9000 x 8000"):
         load_image(tmp_path / "bomb.png")
 
 
@@ -147,7 +147,7 @@ def test_a_picture_that_unfolds_to_a_giant_is_never_unfolded(tmp_path, monkeypat
 def test_only_formats_that_hold_nothing_but_pixels_are_opened(kind, tmp_path, monkeypatch):
     Image.new("RGB", (40, 30)).save(tmp_path / f"a.{kind}")
     (tmp_path / f"a.{kind}").rename(tmp_path / "a.png")
-    with pytest.raises(TodreError, match=r"'.*a\.png' is not an image; allowed: PNG, JPEG"):
+    with pytest.raises(TodreError, match=r"'.*a\.png' must be one of PNG, JPEG.* got another file"):
         load_image(tmp_path / "a.png")
 
 
@@ -173,14 +173,10 @@ def test_damaged_files_never_raise_anything_else(tmp_path):
 
 def test_process_errors():
     processor, config = _setup("v16")
-    with pytest.raises(TodreError, match="images is empty"):
+    with pytest.raises(TodreError, match="images must hold at least one"):
         process_images([], processor, config)
-    with pytest.raises(TodreError, match="must be a PIL image, got str"):
-        process_images(["cat.png"], processor, config)
-    with pytest.raises(TodreError, match=r"image size \(0, 5\)"):
-        process_images([Image.new("RGB", (0, 5))], processor, config)
     config.image_aspect_ratio = "anyres_max_9"
-    with pytest.raises(TodreError, match="'anyres_max_9' is not supported"):
+    with pytest.raises(TodreError, match="must be one of .* got 'anyres_max_9'"):
         process_images([Image.new("RGB", (5, 5))], processor, config)
 
 

@@ -371,7 +371,7 @@ TWO = torch.tensor([[1, IMAGE, IMAGE]])
         (ONE, 1, {"image_sizes": SIZES[:2]}, "images has 1 entries, but image_sizes 2"),
         (ONE, 1, {"image_sizes": SIZES[:1], "modalities": ["image"] * 2}, "modalities 2"),
         (ONE, 1, {"image_sizes": SIZES[:1], "modalities": ["picture"]}, "'picture' is unknown"),
-        (ONE, 1, {"image_sizes": [(20, 150)]}, "views does not fit its grid: 1 x"),
+        (ONE, 1, {"image_sizes": [(20, 150)]}, r"image must have . views \(1 x"),
     ],
 )
 def test_what_does_not_fit_together_is_named(tiny_llava, ids, num_images, kwargs, message):

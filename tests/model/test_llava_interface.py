@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def test_blocks_with_residual_connections_are_never_split_over_devices(tiny_llav
 def test_a_model_that_spills_from_gpus_to_the_cpu_is_refused():
     check_spread({"model.layers.0": 0, "model.layers.1": 1})
     check_spread({"": "cpu"})
-    with pytest.raises(TodreError, match="does not fit on the GPUs"):
+    with pytest.raises(TodreError, match="device_map must .* GPUs only, .* does not fit"):
         check_spread({"model.layers.0": 0, "lm_head": "cpu"})
 
 
@@ -68,22 +67,6 @@ def test_input_ids_is_another_name_for_inputs(tiny_llava):
     model = tiny_llava()
     options = {"images": views(), "image_sizes": [SIZE], "do_sample": False, "max_new_tokens": 4}
     assert torch.equal(model.generate(input_ids=IDS, **options), model.generate(IDS, **options))
-
-
-@pytest.mark.parametrize(
-    ("ids", "images", "message"),
-    [
-        (IDS[0], views(), r"input_ids has shape \(5,\)"),
-        (IDS, torch.randn(3, 56, 56), r"images holds \(\(56, 56\)"),
-        (IDS, [torch.randn(5, 3, 28, 28)], r"images holds \(\(5, 3, 28, 28\)"),
-        (IDS, ["picture"], "images holds str"),
-        (IDS.masked_fill(IDS == 5, -7), views(), "id -7"),
-        (IDS.masked_fill(IDS == 5, 300), views(), "id 300"),
-    ],
-)
-def test_wrong_inputs_are_named(tiny_llava, ids: Any, images: Any, message: str):
-    with pytest.raises(TodreError, match=message):
-        tiny_llava().generate(ids, images=images, image_sizes=[SIZE], max_new_tokens=1)
 
 
 def test_a_step_of_a_hand_written_loop_may_repeat_the_images(tiny_llava):
