@@ -16,7 +16,7 @@ import pytest
 import shell_lines
 
 from llava_todre import load_pretrained_model
-from llava_todre.catalogue import where
+from llava_todre.catalogue import reads_text, where
 from llava_todre.cli import main
 from llava_todre.pruners import PRUNERS, create_pruner
 from llava_todre.vlm import Request, answer
@@ -79,7 +79,7 @@ def test_the_commands_run_and_keep_what_was_asked_for(
 def test_a_bad_option_is_refused_and_the_catalogue_knows_the_method(project: Path) -> None:
     with pytest.raises(ValueError, match=r"p must be a number, p >= 1, got 0\.5"):
         create_pruner("norm", p=0.5)
-    assert where(PRUNERS["norm"]) == "before" and not PRUNERS["norm"].about.reads_text
+    assert where(PRUNERS["norm"]) == "before" and not reads_text(PRUNERS["norm"])
 
 
 def test_the_test_passes_and_would_notice_a_wrong_order(
@@ -101,7 +101,7 @@ def test_the_method_inside_the_decoder_drops_there(
 ) -> None:
     glance = module("llava_todre.pruners.glance", GLANCE, tmp_path, monkeypatch).Glance
     monkeypatch.setitem(PRUNERS, "glance", glance)
-    assert where(glance) == "inside" and glance.about.reads_text
+    assert where(glance) == "inside" and reads_text(glance)
     tokenizer, model, _, _ = load_pretrained_model(ROOT / "checkpoints" / "mini")
     model.set_pruner("glance", retain_ratio=0.25)
     given = answer(model, tokenizer, [Request("What does the sign say?", [str(ROOT / SCENE)])])

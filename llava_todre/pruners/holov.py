@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Needs, Pruner, option, top
+from llava_todre.pruners.base import About, Pruner, option, top
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -44,6 +44,7 @@ class HoloV(Pruner):
             "Videos, which its LLaVA version does not treat, are cut like one long image.",
         ),
     )
+    reads = ("cls_attention",)
 
     num_runs: int = option(
         16,
@@ -54,11 +55,6 @@ class HoloV(Pruner):
     cls_layer: int = option(
         -2, "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."
     )
-
-    @property
-    def needs(self) -> Needs:
-        """[CLS] attention."""
-        return {("cls_attention", self.cls_layer)}
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Weigh the runs, share the budget, and keep the most attended tokens of each."""

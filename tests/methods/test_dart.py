@@ -154,6 +154,6 @@ def test_it_prunes_at_layer_2_with_four_pivots_of_each_kind():
     pruner = DART()
     assert pruner.probe_layers(32) == (1,)
     assert DART(layer=5).probe_layers(32) == (4,)
-    with pytest.raises(TodreError, match="layer 8 is out of range .* allowed: 1 to 7"):
+    with pytest.raises(TodreError, match="layer must be from 1 to 7 .* 8 layers, got 8"):
         DART(layer=8).probe_layers(8)
     assert (pruner.image_pivots, pruner.text_pivots) == (4, 4)

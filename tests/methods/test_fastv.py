@@ -78,7 +78,7 @@ def test_layer_k_is_the_first_to_work_on_fewer_tokens(layer, probes):
 
 
 def test_a_layer_the_decoder_does_not_have_is_refused():
-    with pytest.raises(TodreError, match="layer 32 is out of range .* 32 layers; allowed: 1 to 31"):
+    with pytest.raises(TodreError, match="layer must be from 1 to 31 .* 32 layers, got 32"):
         FastV(layer=32).probe_layers(32)
     assert FastV(layer=32, retain_ratio=1.0).probe_layers(32) == ()
 

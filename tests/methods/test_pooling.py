@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import selected, visual_tokens
 
-from llava_todre.pruners.pooling import Pooling
-from llava_todre.pruners.uniform import Uniform
+from llava_todre.pruners.grid import Pooling, Uniform
 from llava_todre.spans import VisualTokens
 
 CASES = {

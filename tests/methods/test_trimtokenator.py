@@ -75,7 +75,7 @@ def hand_made(features: list[list[float]], text: list[list[float]]) -> VisualTok
         {"grid": (2, 2), "side": 12, "padding": 3},
         {"frames": 5, "side": 12},
     ],
-    ids=["image", "unpadded", "video"],
+    ids=["image", "crops", "unpadded", "video"],
 )
 def test_every_pick_is_the_best_one_in_float64(shape, ratio):
     tokens = visual_tokens(**shape, num_text=4)

@@ -10,8 +10,7 @@ import torch
 from conftest import selected, visual_tokens
 from slow import slow_shares
 
-from llava_todre.pruners.grid import cells, middles
-from llava_todre.pruners.uniform import Uniform
+from llava_todre.pruners.grid import Uniform, cells, middles
 from llava_todre.spans import VisualTokens
 
 CASES = {

@@ -33,7 +33,7 @@ def test_the_share_of_layers_or_the_layer_itself_says_where(options, num_layers,
 
 
 def test_a_layer_the_decoder_does_not_have_is_refused():
-    with pytest.raises(TodreError, match="layer 16 is out of range .* 10 layers; allowed: 1 to 10"):
+    with pytest.raises(TodreError, match="layer must be from 1 to 10 .* 10 layers, got 16"):
         VTW(layer=16).probe_layers(10)
 
 
@@ -54,7 +54,7 @@ def test_it_looks_at_nothing_but_the_kinds():
 
 
 def test_a_number_of_tokens_is_refused():
-    with pytest.raises(TodreError, match="retain_tokens 64 .* allowed: null, with retain_ratio"):
+    with pytest.raises(TodreError, match="retain_tokens must be null .* got 64"):
         VTW(retain_tokens=64)
 
 
@@ -128,7 +128,7 @@ def test_without_a_layer_below_eta_the_number_of_layers_is_returned():
     layer, divergences = search_layer(calibration, 8, eta=1e-4, first=3)
     assert layer == 8
     assert list(divergences) == [3, 4, 5, 6, 7]
-    with pytest.raises(TodreError, match="first 5 is out of range .* allowed: 1 to 4"):
+    with pytest.raises(TodreError, match="1 <= first <= 4, got 5"):
         search_layer(calibration, 5)
 
 
@@ -139,13 +139,13 @@ def test_logits_in_half_precision_are_compared_in_single():
 
 
 def test_the_search_refuses_bad_arguments():
-    with pytest.raises(TodreError, match="eta -1"):
+    with pytest.raises(TodreError, match="eta must be .* got -1"):
         search_layer(Calibration(), 32, eta=-1)
-    with pytest.raises(TodreError, match="eta nan"):
+    with pytest.raises(TodreError, match="eta must be .* got nan"):
         search_layer(Calibration(), 32, eta=float("nan"))
-    with pytest.raises(TodreError, match="first 0"):
+    with pytest.raises(TodreError, match="first must be .* got 0"):
         search_layer(Calibration(), 32, first=0)
-    with pytest.raises(TodreError, match="no samples"):
+    with pytest.raises(TodreError, match="one sample or more, got none"):
         search_layer(lambda d: [], 32)
     with pytest.raises(ValueError):
         search_layer(lambda d: [torch.ones(3)] * (2 if d is None else 1), 32)
