@@ -61,13 +61,10 @@ class HoloV(Pruner):
         num_runs = min(self.num_runs, len(tokens))
         attention = tokens["cls_attention", self.cls_layer].tensor_split(num_runs)
         features = unit_rows(tokens.features).tensor_split(num_runs)
-        weights = torch.stack(
-            [
-                scores.mean() * (1 + VARIANCE_WEIGHT * _variance_share(rows))
-                for scores, rows in zip(attention, features, strict=True)
-            ]
-        )
-        shares = _share(num_keep, weights.tolist(), [len(scores) for scores in attention])
+        gains = [1 + VARIANCE_WEIGHT * _variance_share(rows) for rows in features]
+        means = [scores.mean() for scores in attention]
+        weights = (torch.stack(means) * torch.stack(gains)).tolist()
+        shares = _share(num_keep, weights, [len(scores) for scores in attention])
         kept, start = [], 0
         for scores, share in zip(attention, shares, strict=True):
             kept.append(start + top(scores, share))
@@ -91,7 +88,7 @@ def _share(total: int, weights: Sequence[float], sizes: Sequence[int]) -> list[i
     """Share ``total`` in proportion to ``weights``; nothing gets more than its size.
 
     Parts of a token are cut off and the tokens left over go to the largest weights, one each (not,
-    as in ``views.apportion``, to the largest remainders). What finds no room is shared again.
+    as in ``per_view.apportion``, to the largest remainders). What finds no room is shared again.
     """
     shares = [0] * len(sizes)
     while (rest := total - sum(shares)) > 0:
