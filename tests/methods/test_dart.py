@@ -75,14 +75,6 @@ def test_a_view_with_tokens_gone_is_read_by_its_own_places():
     assert kept == reference(case, 288)
 
 
-@pytest.mark.parametrize("released", [128, 64, 192])
-def test_a_released_budget_is_4_more_here_and_then_every_pivot_takes_the_same(released):
-    assert divmod(released + 4 - 4, 8) == (released // 8, 0)
-    case = make_case(LLAVA_15)
-    kept = kept_patches(case, DART(retain_tokens=released + 4).at_layer(case.view))
-    assert kept == reference(case, released + 4)
-
-
 # Six patches, pivots: patch 1 and the first text token. Directions are angles in degrees.
 KINDS = [SYSTEM] + [VISUAL] * 6 + [TEXT] * 2
 ANGLES = [0, 0, 90, 80, 100, 179, 70, 90, 90]
@@ -139,15 +131,6 @@ def test_similarity_is_that_of_the_states_behind_the_final_norm():
         final_norm=lambda rows: rows.abs(),
     )
     assert kept_patches(folded, pruner.at_layer(folded.view)) == {1, 2}
-
-
-def test_text_before_the_image_is_no_pivot():
-    """The system token has the longest key of all and is like patch 1."""
-    case = small_case()
-    kept = kept_patches(
-        case, DART(retain_tokens=2, image_pivots=1, text_pivots=1).at_layer(case.view)
-    )
-    assert kept == {1, 5}
 
 
 def test_it_prunes_at_layer_2_with_four_pivots_of_each_kind():

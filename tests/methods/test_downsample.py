@@ -117,12 +117,6 @@ def test_a_small_image_shrinks_to_the_largest_grid_that_fits(budget, grid, kept)
     assert torch.equal(selection.features, tokens.resized(*grid)[0])
 
 
-def test_10_percent_of_llava_1_5_is_a_grid_of_7_by_8():
-    tokens, asked = recorded(visual_tokens())
-    assert len(selected(Downsample(), tokens, 58).indices) == 56
-    assert asked == [(7, 8)]
-
-
 def test_of_a_grid_and_its_transpose_the_one_with_more_tokens_outside_padding_wins():
     # 1 x 2 has its centres in row 1 of 4, 2 x 1 in rows 0 and 2; of view 1 only row 2 is there.
     whole = visual_tokens(grid=(1, 1), side=4)
@@ -174,8 +168,3 @@ def test_features_come_in_the_dtype_of_the_tokens():
     tokens = visual_tokens(side=6, dtype=torch.bfloat16)
     tokens = dataclasses.replace(tokens, resized=lambda r, c: torch.ones(1, r * c, 64))
     assert selected(Downsample(), tokens, 9).features.dtype == torch.bfloat16
-
-
-def test_asks_for_smaller_pixels_and_promises_at_most_the_budget():
-    assert Downsample().needs == {"resized"}
-    assert Downsample.about.count == "at most"

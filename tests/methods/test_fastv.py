@@ -81,7 +81,3 @@ def test_a_layer_the_decoder_does_not_have_is_refused():
     with pytest.raises(TodreError, match="layer must be from 1 to 31 .* 32 layers, got 32"):
         FastV(layer=32).probe_layers(32)
     assert FastV(layer=32, retain_ratio=1.0).probe_layers(32) == ()
-
-
-def test_its_authors_prune_at_layer_2():
-    assert FastV().layer == 2 and FastV().budget_rule == "count" and FastV().needs == frozenset()

@@ -139,32 +139,6 @@ def test_eight_patches_by_hand():
     assert selection.features.flatten().tolist() == [2 * extra, 2 * two, 2 * seven]
 
 
-def test_neighbours_are_found_among_kept_tokens_too():
-    tokens = small([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.5])
-    selection = selected(PruMerge(num_merged=1), tokens, 3)
-    assert selection.indices.tolist() == [0, 6, 7]
-    features = (selection.features / 2).flatten().tolist()
-    assert features[2] == 1e7 + 0.25 * 1e6  # 6 is kept and yet added to 7
-    assert features[0] == 0.0  # none of the dropped gets attention
-
-
-def test_spaced_tokens_are_spread_over_those_not_taken():
-    # T = 5: one (a quarter) by attention, 3; of 0 1 2 4 5 6 7 the 1/6, 3/6 and 5/6 points are
-    # 1, 4 and 6; the extra one stands at 0, the first of equals.
-    tokens = small([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    selection = selected(PruMergePlus(num_merged=0), tokens, 5)
-    assert selection.indices.tolist() == [0, 1, 3, 4, 6]
-    assert (selection.features / 2).flatten().tolist() == [0.0, 1e1, 1e3, 1e4, 1e6]
-
-
-def test_one_token_has_no_extra():
-    tokens = small([0.0, 0.125, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0])
-    for method in (PruMerge, PruMergePlus):
-        selection = selected(method(num_merged=1), tokens, 1)
-        assert selection.indices.tolist() == [3]
-        assert selection.features.item() == 2 * (1e3 + 0.25 * 1e4)
-
-
 def own_count(attention: Tensor) -> int:
     """Count the values above Q3 + 1.5 IQR."""
     values = attention.double().numpy()
@@ -216,20 +190,3 @@ def test_adaptive_never_asks_for_more_tokens_than_there_are():
     tokens = visual_tokens(grid=(2, 1), side=8, padding=1)
     selection = selected(PruMerge(adaptive=True, attention_share=0.01), tokens, 5)
     assert selection.indices.tolist() == list(range(len(tokens)))
-
-
-def test_all_views_are_projected_at_once():
-    tokens = visual_tokens(grid=(2, 2), side=12)
-    calls = []
-
-    def project(states: Tensor) -> Tensor:
-        calls.append(states.shape)
-        return tokens.project(states)
-
-    selected(PruMerge(), dataclasses.replace(tokens, project=project), 72)
-    assert calls == [(72, 48)]
-
-
-def test_plus_differs_only_in_the_share_by_attention():
-    plus = dataclasses.asdict(PruMergePlus())
-    assert plus == dataclasses.asdict(PruMerge()) | {"attention_share": 0.25}

@@ -9,7 +9,6 @@ from layer_views import (
     HEADS,
     LLAVA_15,
     PROMPTS,
-    TEXT,
     VISUAL,
     attention_row,
     best,
@@ -74,18 +73,8 @@ def test_depths_name_the_first_layer_on_fewer_tokens(depths, num_layers, layers)
     assert PyramidDrop(prune_depths=depths).probe_layers(num_layers) == layers
 
 
-def test_stages_that_fall_together_keep_the_smaller_share():
-    assert PyramidDrop().stages(0.125, 2) == {0: 0.125}
-
-
 @pytest.mark.parametrize("count", [1, 575])
 def test_extreme_budgets(count):
     case = make_case(LLAVA_15, layer=23)
     kept = kept_patches(case, PyramidDrop(retain_tokens=count).at_layer(case.view))
     assert kept == reference(case, count)
-
-
-def test_images_and_text_may_alternate():
-    kinds = [*LLAVA_15, *[VISUAL] * 30, *[TEXT] * 4]
-    case = make_case(kinds, (576, 30), layer=7)
-    assert len(kept_patches(case, PyramidDrop().at_layer(case.view))) == round(606 / 2)

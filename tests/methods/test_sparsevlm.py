@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -205,15 +204,6 @@ def test_every_patch_has_one_vote():
     assert rated([[1, 0], [0, 1], [0, 0]], [[90, 0], [0, 90], [0, 0]]) == [4, 5]
 
 
-def test_raters_are_found_where_earlier_stages_moved_them():
-    assert rated([[0, 0], [0, 1], [0, 0]], [[0, 2]] * 4, present=[0, 2, 5, 6, 7]) == [3]
-
-
-def test_newlines_and_the_system_prompt_neither_vote_nor_rate():
-    kinds = [SYSTEM, VISUAL, 3, TEXT, TEXT]
-    assert rated([[0, 0], [1, 0]], [[2, 0]], kinds) == [4]
-
-
 def test_where_no_word_stands_out_the_last_token_rates():
     assert rated([[1, 1]], [[2, 0], [0, 1]]) == [3]
     assert rated([[0, 0], [0, 0]], [[2, 0], [0, 1]]) == [4]
@@ -318,26 +308,6 @@ def test_the_rope_weight_is_bounded_far_away_only():
     assert weights.min() == pytest.approx(floor)
 
 
-def test_the_correction_favours_far_patches():
-    """Where attention is the same everywhere, the weight alone decides."""
-    same = torch.zeros(4, 596, 128)
-    kinds = [VISUAL] * 576 + [TEXT] * 20
-    case = make_case(kinds, layer=2, head_width=128, keys=lambda: same)
-    kept = kept_patches(case, SparseVLMPlus(retain_ratio=0.1).at_layer(case.view))
-    assert kept == slow_plus(dataclasses.replace(case, keys=same.numpy()), 91, HEADS)
-    assert sum(kept) / 91 < 150
-    plain = SparseVLM(retain_ratio=0.1, recycle=False).at_layer(case.view)
-    assert kept_patches(case, plain) == set(range(91))
-
-
-def test_distances_are_those_of_the_prompt_not_of_the_view():
-    """Raters 0 and 99 tokens away in the view, 400 and 499 in the prompt."""
-    kinds = [VISUAL] * 500 + [TEXT] * 3
-    case = make_case(kinds, (500,), [*range(100), 500, 501, 502], layer=6, head_width=128)
-    pruner = SparseVLMPlus(retain_tokens=48, num_heads=5)
-    assert kept_patches(case, pruner.at_layer(case.view)) == slow_plus(case, 50, 5)
-
-
 @pytest.mark.parametrize(("num_heads", "theta"), [(1, 1e4), (14, 1e4), (2, 5e5)])
 def test_number_of_heads_and_the_rope_base_of_the_model_matter(num_heads, theta):
     """The view has 8 heads: 14 are all of them."""
@@ -348,23 +318,6 @@ def test_number_of_heads_and_the_rope_base_of_the_model_matter(num_heads, theta)
 
 
 # ---------------------------------------------------------------- edges
-
-
-@pytest.mark.parametrize("method", [SparseVLM, SparseVLMPlus])
-@pytest.mark.parametrize("layer", [2, 6, 15])
-def test_a_budget_of_one(method, layer):
-    case = make_case(LLAVA_15, layer=layer)
-    keep = method(retain_tokens=1, **({"recycle": False} if method is SparseVLM else {}))
-    share = method().stages(1 / 576, 32)[layer]
-    assert len(kept_patches(case, keep.at_layer(case.view))) == max(1, round(share * 576)) <= 2
-
-
-def test_a_budget_of_all_but_one_keeps_all_until_the_last_stage():
-    case = make_case(LLAVA_15, layer=2)
-    assert SparseVLM(retain_tokens=575).at_layer(case.view) is None
-    last = make_case(LLAVA_15, layer=15)
-    kept = kept_patches(last, SparseVLMPlus(retain_tokens=575).at_layer(last.view))
-    assert len(kept) == round(575 * 118 / 192)
 
 
 def test_dropping_one_token_merges_it_into_itself():
@@ -387,11 +340,3 @@ def test_dropping_one_token_merges_it_into_itself():
 def test_depths_are_three_and_ascending(method, options, message):
     with pytest.raises(TodreError, match=message):
         method(**options)
-
-
-def test_defaults_are_those_of_the_authors():
-    pruner, plus = SparseVLM(), SparseVLMPlus()
-    assert pruner.prune_depths == plus.prune_depths == (2 / 32, 6 / 32, 15 / 32)
-    assert (pruner.recycle, pruner.recycle_ratio, pruner.cluster_ratio) == (True, 0.3, 0.1)
-    assert plus.num_heads == 14
-    assert pruner.about.count == plus.about.count == "own"

@@ -53,10 +53,6 @@ def test_it_is_asked_after_its_stages_unless_they_are_too_late_or_keep_all(
     assert Halves(**options).probe_layers(num_layers) == layers
 
 
-def test_it_never_selects_before_the_decoder():
-    assert not Halves().will_select(576)
-
-
 def test_the_last_stage_keeps_the_budget_and_the_chosen_patches_only():
     pruner = Halves(retain_ratio=0.3)
     assert patches_per_layer(pruner, KINDS, 8) == [100] * 2 + [45] * 3 + [30] * 3
@@ -197,15 +193,6 @@ def test_a_budget_of_all_tokens_drops_none_even_where_a_schedule_would(rule):
     assert patches_per_layer(pruner, KINDS, 32) == [100] * 32
 
 
-def test_the_mean_over_two_images_is_one():
-    kinds = [SYSTEM, *[VISUAL] * 100, TEXT, *[VISUAL] * 220, TEXT]
-    pruner = Halves(retain_ratio=0.5, budget_rule="mean")
-    for layer in (1, 4):
-        pruner.at_layer(make_case(kinds, (100, 220), layer=layer, num_layers=8).view)
-    (_, first), (_, second) = pruner.asked
-    assert abs((2 * 320 + 3 * first + 3 * second) / 8 - 160) < 0.6
-
-
 @pytest.mark.parametrize(
     ("pruner", "num_layers", "message"),
     [
@@ -234,8 +221,3 @@ def test_a_mean_that_the_first_layers_alone_exceed_is_refused(pruner, num_layers
     with pytest.raises(TodreError, match=message) as caught:
         pruner.at_layer(case.view)
     assert "\n" not in str(caught.value)
-
-
-def test_the_budget_rule_is_one_of_two():
-    with pytest.raises(TodreError, match="budget_rule 'means' .* mean 'mean'.*count, mean"):
-        FastV(budget_rule="means")

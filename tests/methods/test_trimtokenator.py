@@ -114,27 +114,6 @@ def test_small_example_by_hand():
     assert select(tokens, 4) == [0, 1, 2, 3]
 
 
-def test_without_stage_1_the_far_token_comes_first():
-    tokens = hand_made(SMALL, [[0.1, 0.0], [-0.1, 0.0]])
-    assert select(tokens, 1, align_ratio=1.0) == [4]
-
-
-def test_text_far_away_brings_the_tokens_on_its_side():
-    tokens = hand_made(SMALL, [[-9.0, 0.0]])
-    assert select(tokens, 1, align_ratio=0.0) == [4]
-    assert select(tokens, 4, align_ratio=0.0) == [1, 2, 3, 4]
-
-
-def test_short_tokens_win_stage_1_where_norms_dominate():
-    """The observation in the docstring: the text hardly matters then."""
-    tokens = visual_tokens()
-    assert tokens.text_embeds is not None
-    long = dataclasses.replace(tokens, features=30 * tokens.features)
-    shortest = tokens.features.norm(dim=1).argsort()[:58].sort().values.tolist()
-    assert len(set(select(long, 58, align_ratio=0.0)) & set(shortest)) >= 56
-    assert len(set(select(tokens, 58, align_ratio=0.0)) & set(shortest)) < 56
-
-
 def test_stage_1_never_keeps_fewer_than_the_budget():
     tokens = visual_tokens(side=12)
     assert select(tokens, 130) == slow_survivors(tokens, 130)
@@ -156,11 +135,6 @@ def test_a_prompt_without_text_after_the_image_keeps_all_tokens_in_stage_1():
     everything = list(range(len(tokens)))
     assert worst_gap(tokens.features, everything, select(tokens, 58)) < 1e-5
     assert select(tokens, 58) == select(visual_tokens(), 58, align_ratio=1.0)
-
-
-def test_equal_tokens_are_kept_from_the_front():
-    tokens = hand_made([[1.0, 0.0]] * 10, [[0.0, 1.0]])
-    assert select(tokens, 3) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("budget", [*range(1, 41), 144, 575])

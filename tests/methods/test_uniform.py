@@ -137,14 +137,3 @@ def test_a_rectangle_with_holes_still_fills_every_cell():
 def test_the_middle_of_a_cell_with_holes_is_the_token_nearest_to_its_mean(places, nearest):
     row, column = torch.tensor(places).T
     assert middles(row, column, torch.zeros_like(row)).tolist() == [nearest]
-
-
-def test_every_frame_keeps_as_many_tokens():
-    tokens = visual_tokens(frames=5, side=12)
-    kept = selected(Uniform(), tokens, 60).indices
-    assert tokens.view[kept].bincount().tolist() == [12] * 5
-
-
-def test_features_do_not_matter():
-    kept = [selected(Uniform(), visual_tokens(seed=seed), 58).indices for seed in (0, 1)]
-    assert torch.equal(*kept)
