@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import selected, visual_tokens
+from conftest import visual_tokens
+from slow import SHAPES, groups, kept
 from torch import Tensor
 
 from llava_todre.pruners.globalcom2 import GlobalCom2, crop_ratios
@@ -68,13 +69,8 @@ def slow_select(tokens: VisualTokens, budget: int) -> list[int]:
     logits = tokens.vision[LOGITS].double().tolist()
     views = tokens.view.tolist()
     if tokens.grid is None:
-        groups = [[i for i, v in enumerate(views) if v == view] for view in sorted(set(views))]
-        sizes = [len(group) for group in groups]
-        shares = slow_shares(budget, [float(size) for size in sizes], sizes)
-        kept = []
-        for group, share in zip(groups, shares, strict=True):
-            kept += slow_top({i: logits[i] for i in group}, share)
-        return sorted(kept)
+        best = [slow_top({i: logits[i] for i in each}, n) for each, n in groups(tokens, budget)]
+        return sorted(sum(best, []))
     ratio = budget / len(tokens)
     thumbnail = [i for i, view in enumerate(views) if view == 0]
     side = 1 + max(int(tokens.row[i]) for i in thumbnail)
@@ -82,7 +78,7 @@ def slow_select(tokens: VisualTokens, budget: int) -> list[int]:
     for i in thumbnail:
         overview[int(tokens.row[i])][int(tokens.column[i])] = logits[i]
     num_thumbnail = math.floor(ratio * len(thumbnail) + 0.5)
-    kept = slow_top({i: logits[i] for i in thumbnail}, num_thumbnail)
+    picked = slow_top({i: logits[i] for i in thumbnail}, num_thumbnail)
     place = {i: canvas_place(tokens, i, side) for i, view in enumerate(views) if view > 0}
     top, bottom = min(y for y, _ in place.values()), max(y for y, _ in place.values())
     left, right = min(x for _, x in place.values()), max(x for _, x in place.values())
@@ -104,8 +100,8 @@ def slow_select(tokens: VisualTokens, budget: int) -> list[int]:
         }
         own_norm = math.sqrt(sum(value**2 for value in own.values()))
         guide_norm = math.sqrt(sum(value**2 for value in guide.values()))
-        kept += slow_top({i: own[i] / own_norm + guide[i] / guide_norm for i in crop}, share)
-    return sorted(kept)
+        picked += slow_top({i: own[i] / own_norm + guide[i] / guide_norm for i in crop}, share)
+    return sorted(picked)
 
 
 def part(tokens: VisualTokens, keep: Tensor) -> VisualTokens:
@@ -125,26 +121,14 @@ def with_logits(tokens: VisualTokens, logits: Tensor) -> VisualTokens:
 
 
 def select(tokens: VisualTokens, budget: int) -> list[int]:
-    kept = selected(GlobalCom2(), tokens, budget).indices
-    assert kept.dtype == torch.int64
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert len(kept) == budget
-    return kept.tolist()
+    return kept(GlobalCom2(), tokens, budget)
+
+
+TALL = {"grid": (1, 3), "side": 14, "padding": 4}
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"grid": (2, 2), "side": 12},
-        {"grid": (2, 2), "side": 12, "padding": 3},
-        {"grid": (1, 3), "side": 12, "padding": 4},
-        {"grid": (3, 1), "side": 14, "padding": 3},
-        {"frames": 5, "side": 12},
-    ],
-    ids=["image", "anyres", "unpadded", "tall", "wide", "video"],
-)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), TALL], ids=[*SHAPES, "tall"])
 def test_keeps_what_the_reference_keeps(shape, ratio):
     tokens = visual_tokens(**shape)
     budget = round(ratio * len(tokens))
@@ -177,9 +161,9 @@ def test_a_crop_asks_for_all_its_tokens_at_most():
     tokens = part(tokens, (tokens.view < 2) | (tokens.column < 4))
     logits = tokens.vision[LOGITS].clone()
     logits[(tokens.view == 0) & (tokens.column < 6)] += 10
-    kept = select(with_logits(tokens, logits), 269)
+    picked = select(with_logits(tokens, logits), 269)
     # Of 336 tokens; 115 of the thumbnail, and 154 in the proportions 144 * 1 to 48 * 0.4.
-    assert tokens.view[kept].bincount().tolist() == [115, 136, 18]
+    assert tokens.view[picked].bincount().tolist() == [115, 136, 18]
 
 
 def test_a_crop_that_is_all_padding_is_no_trouble():
@@ -195,5 +179,4 @@ def test_a_strip_of_whose_crops_nothing_is_left_is_pruned_like_a_thumbnail(budge
     strip, alone = visual_tokens(grid=(3, 1), padding=12), visual_tokens()
     assert len(strip) == len(alone) == 576
     strip.vision[LOGITS] = alone.vision[LOGITS]
-    kept = selected(GlobalCom2(), strip, budget).indices
-    assert torch.equal(kept, selected(GlobalCom2(), alone, budget).indices)
+    assert select(strip, budget) == select(alone, budget)

@@ -1,4 +1,4 @@
-"""Uniform: cells against a slow reference, middles, shapes and budgets."""
+"""Uniform and Pooling: cells against a slow reference, their middles and means."""
 
 from __future__ import annotations
 
@@ -8,33 +8,19 @@ from fractions import Fraction
 import pytest
 import torch
 from conftest import selected, visual_tokens
-from slow import slow_shares
+from slow import at_every_shape, grid_of, groups, kept
 
-from llava_todre.pruners.grid import Uniform, cells, middles
+from llava_todre.pruners.grid import Pooling, Uniform, cells, middles
 from llava_todre.spans import VisualTokens
 
-CASES = {
-    "LLaVA-1.5": {},
-    "AnyRes": {"grid": (2, 2), "side": 12},
-    "padded": {"grid": (2, 2), "side": 12, "padding": 3},
-    "wide": {"grid": (3, 1), "side": 12, "padding": 2},
-    "video": {"frames": 5, "side": 12},
-}
 
-
-def reference(tokens: VisualTokens, budget: int) -> list[int]:
-    """Cut each view, walk over its cells, and keep the patch nearest to the centre of each."""
-    position = {}
-    for i, key in enumerate(torch.stack([tokens.view, tokens.row, tokens.column], 1).tolist()):
-        position[tuple(key)] = i
-    views = sorted({view for view, _, _ in position})
-    sizes = [sum(key[0] == view for key in position) for view in views]
-    kept = []
-    for view, share in zip(views, slow_shares(budget, sizes), strict=True):
-        if share == 0:
-            continue
-        rows = sorted({row for v, row, _ in position if v == view})
-        columns = sorted({column for v, _, column in position if v == view})
+def reference(tokens: VisualTokens, budget: int) -> dict[int, list[int]]:
+    """Return the tokens of each cell, by the one nearest to its centre."""
+    row, column = tokens.row.tolist(), tokens.column.tolist()
+    found = {}
+    for members, share in groups(tokens, budget):
+        rows = sorted({row[i] for i in members})
+        columns = sorted({column[i] for i in members})
         height, width = len(rows), len(columns)
         bands = math.floor(math.sqrt(share * height / width) + 0.5)
         while bands * width < share:
@@ -47,44 +33,30 @@ def reference(tokens: VisualTokens, budget: int) -> list[int]:
                 start, end = -(-j * width // in_band), -(-(j + 1) * width // in_band)
                 middle_row = Fraction(band_rows[0] + band_rows[-1], 2)
                 middle_column = Fraction(columns[start] + columns[end - 1], 2)
-                kept.append(
-                    min(
-                        (
-                            (row - middle_row) ** 2 + (column - middle_column) ** 2,
-                            position[view, row, column],
-                        )
-                        for row in band_rows
-                        for column in columns[start:end]
-                    )[1]
-                )
-    return sorted(kept)
+                cell = [
+                    i for i in members if row[i] in band_rows and column[i] in columns[start:end]
+                ]
+                away = {
+                    i: (row[i] - middle_row) ** 2 + (column[i] - middle_column) ** 2 for i in cell
+                }
+                found[min(cell, key=lambda i: (away[i], i))] = cell
+    return found
 
 
-def a_view(rows: int, columns: int) -> VisualTokens:
-    """Return the tokens of one view of that shape."""
-    index = torch.arange(rows * columns)
-    return VisualTokens(
-        features=torch.randn(rows * columns, 4),
-        view=torch.zeros_like(index),
-        row=index // columns,
-        column=index % columns,
-    )
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.10, 0.6])
-@pytest.mark.parametrize("case", CASES)
-def test_keeps_what_the_slow_reference_keeps(case, ratio):
-    tokens = visual_tokens(**CASES[case])
-    budget = Uniform(retain_ratio=ratio).num_keep(len(tokens))
-    selection = selected(Uniform(), tokens, budget)
-    assert selection.features is None
-    assert selection.indices.dtype == torch.int64
-    assert selection.indices.tolist() == reference(tokens, budget)
-    assert len(set(selection.indices.tolist())) == budget
+@at_every_shape
+def test_a_token_of_each_cell_stays_or_its_mean_in_that_place(shape, ratio):
+    tokens = visual_tokens(**shape)
+    budget = round(ratio * len(tokens))
+    expected = reference(tokens, budget)
+    assert kept(Uniform(), tokens, budget) == sorted(expected)
+    pooled = selected(Pooling(), tokens, budget)
+    assert pooled.indices.tolist() == sorted(expected)
+    means = [tokens.features[expected[i]].double().mean(dim=0) for i in sorted(expected)]
+    torch.testing.assert_close(pooled.features.double(), torch.stack(means), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "budget", "kept"),
+    ("rows", "columns", "budget", "expected"),
     [
         (6, 6, 4, [7, 10, 25, 28]),  # four cells of 3 x 3
         (4, 4, 4, [0, 2, 8, 10]),  # no middle token in a cell of 2 x 2: the upper left one
@@ -98,14 +70,14 @@ def test_keeps_what_the_slow_reference_keeps(case, ratio):
         (3, 3, 8, [0, 2, 3, 4, 5, 6, 7, 8]),
     ],
 )
-def test_small_views_are_cut_as_by_hand(rows, columns, budget, kept):
-    assert selected(Uniform(), a_view(rows, columns), budget).indices.tolist() == kept
+def test_small_views_are_cut_as_by_hand(rows, columns, budget, expected):
+    assert kept(Uniform(), grid_of(rows, columns), budget) == expected
 
 
 def test_every_number_of_cells_of_every_rectangle_gives_full_rectangles():
     for height in range(1, 8):
         for width in range(1, 8):
-            tokens = a_view(height, width)
+            tokens = grid_of(height, width)
             for count in range(1, height * width + 1):
                 cell = cells(tokens.row + 3, tokens.column + 5, count)
                 assert sorted(set(cell.tolist())) == list(range(count))
@@ -119,8 +91,8 @@ def test_a_rectangle_with_holes_still_fills_every_cell():
     generator = torch.Generator().manual_seed(0)
     for count in range(1, 15):
         for _ in range(10):
-            kept = torch.randperm(30, generator=generator)[:14].sort().values
-            row, column = kept // 6, kept % 6
+            place = torch.randperm(30, generator=generator)[:14].sort().values
+            row, column = place // 6, place % 6
             cell = cells(row, column, count)
             assert sorted(set(cell.tolist())) == list(range(count))
             chosen = middles(row, column, cell)
@@ -137,3 +109,9 @@ def test_a_rectangle_with_holes_still_fills_every_cell():
 def test_the_middle_of_a_cell_with_holes_is_the_token_nearest_to_its_mean(places, nearest):
     row, column = torch.tensor(places).T
     assert middles(row, column, torch.zeros_like(row)).tolist() == [nearest]
+
+
+def test_four_cells_of_a_small_image_are_averaged_by_hand():
+    selection = selected(Pooling(), grid_of(4, 4, features=torch.arange(16.0)[:, None]), 4)
+    assert selection.indices.tolist() == [0, 2, 8, 10]
+    assert selection.features.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
