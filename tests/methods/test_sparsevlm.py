@@ -111,44 +111,25 @@ def cases():
 
 @pytest.mark.parametrize("ratio", [0.25, 0.10])
 @pytest.mark.parametrize(("kinds", "entered", "present", "layer", "share"), cases())
-def test_raters_choose_and_the_best_of_the_rest_are_merged(
-    kinds, entered, present, layer, share, ratio
-):
-    case = make_case(kinds, entered, present, layer)
-    pruner = SparseVLM(retain_ratio=ratio)
-    count = math.floor(sum(pruner.num_keep(n) for n in entered) * share + 0.5)
+def test_it_keeps_what_the_reference_keeps(kinds, entered, present, layer, share, ratio):
+    case = make_case(kinds, entered, present, layer, head_width=128)
+    recycling = SparseVLM(retain_ratio=ratio)
+    plain = SparseVLM(retain_ratio=ratio, recycle=False)
+    plus = SparseVLMPlus(retain_ratio=ratio, num_heads=3)
+    count = math.floor(sum(map(plain.num_keep, entered)) * share + 0.5)
+    assert kept_patches(case, plus.at_layer(case.view)) == slow_plus(case, count, 3)
+
     scores = slow_scores(case)
     expected = best(scores, case.where(VISUAL), count)
-    merged = slow_recycling(case, expected, scores)
+    assert kept_patches(case, plain.at_layer(case.view)) == expected
 
-    decision = pruner.at_layer(case.view)
+    merged = slow_recycling(case, expected, scores)
+    decision = recycling.at_layer(case.view)
     assert isinstance(decision, Keep) and decision.features is not None
-    assert kept_patches(case, decision) == expected | set(merged)
+    assert kept_patches(case, decision) == expected | set(merged) and len(merged) > 1
     for i, state in zip(decision.indices.tolist(), decision.features.double(), strict=True):
         np.testing.assert_allclose(state.numpy(), merged.get(i, case.hidden[i]), atol=1e-5)
-    assert len(merged) > 1 and torch.equal(
-        case.view.hidden_states().double(), torch.tensor(case.hidden)
-    )
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize(("kinds", "entered", "present", "layer", "share"), cases())
-def test_without_recycling_the_best_stay_as_they_are(kinds, entered, present, layer, share, ratio):
-    case = make_case(kinds, entered, present, layer)
-    pruner = SparseVLM(retain_ratio=ratio, recycle=False)
-    count = math.floor(sum(pruner.num_keep(n) for n in entered) * share + 0.5)
-    keep = pruner.at_layer(case.view)
-    assert kept_patches(case, keep) == best(slow_scores(case), case.where(VISUAL), count)
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize(("kinds", "entered", "present", "layer", "share"), cases())
-def test_plus_corrects_the_attention_of_a_few_heads(kinds, entered, present, layer, share, ratio):
-    case = make_case(kinds, entered, present, layer, head_width=128)
-    pruner = SparseVLMPlus(retain_ratio=ratio, num_heads=3)
-    count = math.floor(sum(pruner.num_keep(n) for n in entered) * share + 0.5)
-    keep = pruner.at_layer(case.view)
-    assert kept_patches(case, keep) == slow_plus(case, count, 3)
+    assert torch.equal(case.view.hidden_states().double(), torch.tensor(case.hidden))
 
 
 # ---------------------------------------------------------------- schedule
