@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib.util
 import json
 import re
@@ -18,7 +20,8 @@ import shell_lines
 from llava_todre import load_pretrained_model
 from llava_todre.catalogue import reads_text, where
 from llava_todre.cli import main
-from llava_todre.pruners import PRUNERS, create_pruner
+from llava_todre.pruners import PRUNERS, About, LayerView, Pruner, Todre, create_pruner
+from llava_todre.spans import VisualTokens
 from llava_todre.vlm import Request, answer
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +112,27 @@ def test_the_method_inside_the_decoder_drops_there(
     assert given[0].stats.kept_tokens == 320
     assert layers[:4] == (336,) * 4, "layers 0 to 3 see everything"
     assert len(set(layers[4:])) == 1 and 80 <= layers[4] <= 96
+
+
+def names_in(code: str) -> set[str]:
+    """Return the names of the contract that code uses: imported, overridden or read."""
+    nodes = [vars(node) for node in ast.walk(ast.parse(code))]
+    used = {node.get("id", node.get("attr", node.get("name"))) for node in nodes}
+    classes = (About, LayerView, Todre, VisualTokens)
+    fields = {field.name for each in classes for field in dataclasses.fields(each)}
+    names = {each.__name__ for each in (*classes, Pruner)} | {"option"}
+    known = names | fields | {*dir(LayerView), *dir(Pruner)}
+    return used & known - {"view"}  # the argument of at_layer
+
+
+def test_a_method_inside_the_decoder_needs_six_more_names() -> None:
+    first = names_in(FILES[METHOD])
+    assert first == {
+        "About", "Pruner", "VisualTokens", "about", "features", "num_keep", "option", "select"
+    }  # fmt: skip
+    assert names_in(GLANCE) - first == {
+        "LayerView", "at_layer", "attention", "patches", "probe_depths", "visual_counts"
+    }  # fmt: skip
 
 
 def test_the_page_is_short_and_all_of_its_code_is_run_here() -> None:

@@ -193,24 +193,6 @@ def test_where_no_word_stands_out_the_last_token_rates():
 # ---------------------------------------------------------------- recycling
 
 
-def test_clusters_by_hand():
-    """Two heaps and an outlier on a line; neighbourhoods of three.
-
-    The densest point of each heap is its middle; the outlier is far but thin, its neighbours being
-    far away too.
-    """
-    states = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1], [5.3], [9.0]])
-    centres, merged = merge_clusters(states, 3)
-    distance = (states - states.T).abs()
-    density = (-distance.sort(dim=1).values[:, :3].square().mean(dim=1)).exp()
-    assert centres.tolist()[:2] == [1, 4]
-    assert density[6] == density.min()
-    assert merged[0].item() == pytest.approx(0.1)
-    # The third centre is worth its distance to a denser point times its density.
-    third = {0: 0.1, 2: 0.1, 3: 0.1, 5: 0.2, 6: 3.7}
-    assert centres[2] == max(third, key=lambda i: density[i] * third[i])
-
-
 def test_equal_tokens_make_one_centre_and_the_first_wins():
     states = torch.tensor([[1.0, 0], [1.0, 0], [1.0, 0], [0, 5.0], [0, 5.0]])
     centres, merged = merge_clusters(states, 2)
@@ -265,20 +247,6 @@ def test_how_much_is_recycled_is_an_option(options, num_merged):
 
 
 # ---------------------------------------------------------------- SparseVLM+
-
-
-def test_the_rope_weight_is_the_product_of_rotated_ones():
-    weights = rope_weights(700, rope_frequencies(128, 10_000.0))
-    assert weights[0].item() == pytest.approx(math.sqrt(128))
-    for distance in (0, 1, 17, 640):
-        product = 0.0
-        for i in range(64):
-            angle = distance * 10_000.0 ** (-i / 64)
-            rotated = np.array(
-                [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-            )
-            product += np.ones(2) @ rotated @ np.ones(2)
-        assert weights[distance].item() == pytest.approx(product / math.sqrt(128))
 
 
 def test_the_rope_weight_is_bounded_far_away_only():
