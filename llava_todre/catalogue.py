@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llava_todre.pruners import Pruner
+from llava_todre.pruners.base import TEXT_NEEDS
 
 COMBINATION = "A+B: Stage 1 of A, decoder stage of B."
 
@@ -12,3 +13,10 @@ def where(method: type[Pruner]) -> str:
     before = method.select is not Pruner.select
     inside = method.at_layer is not Pruner.at_layer
     return "both" if before and inside else "before" if before else "inside" if inside else "-"
+
+
+def reads_text(method: type[Pruner]) -> bool:
+    """Return whether what is dropped depends on the text of the prompt."""
+    stated = method.about.reads_text
+    acts_inside = method.at_layer is not Pruner.at_layer
+    return (acts_inside or bool(method().needs & TEXT_NEEDS)) if stated is None else stated

@@ -348,7 +348,7 @@ def _comparison() -> Callable[..., None]:
 
 
 def _list(options: Namespace) -> None:
-    from llava_todre.catalogue import COMBINATION, where
+    from llava_todre.catalogue import COMBINATION, reads_text, where
     from llava_todre.pruners import PRUNERS
     from llava_todre.pruners.method_file import method_yaml
 
@@ -357,7 +357,7 @@ def _list(options: Namespace) -> None:
         return
     rows = [("name", "prunes", "text", "paper")]
     for name, method in PRUNERS.items():
-        text = "yes" if method.about.reads_text else "no"
+        text = "yes" if reads_text(method) else "no"
         rows.append((name, where(method), text, method.about.paper))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -5,7 +5,7 @@ That equation is Eq. 7 in the paper's first version.
 Symbols: H query heads, G key heads (grouped-query attention when G < H), R query rows, N keys, E
     head width.
 
-Only the rows that are asked for are computed, so the decoder itself can run FlashAttention or SDPA,
+Only the rows that are wanted are computed, so the decoder itself can run FlashAttention or SDPA,
 which never materialise the attention map.
 """
 
@@ -23,7 +23,7 @@ def attention_rows(queries: Tensor, keys: Tensor, rows: Tensor, scaling: float) 
     """Return causal softmax attention for some query rows.
 
     Args:
-        queries: (H, R, E) rotated queries of the rows asked for.
+        queries: (H, R, E) rotated queries of these rows.
         keys: (G, N, E) rotated keys of the whole sequence.
         rows: (R,) position of each query in the key axis; key ``j`` is visible to row ``r`` when
             ``j <= rows[r]``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib.util
 import json
 import re
@@ -16,9 +18,10 @@ import pytest
 import shell_lines
 
 from llava_todre import load_pretrained_model
-from llava_todre.catalogue import where
+from llava_todre.catalogue import reads_text, where
 from llava_todre.cli import main
-from llava_todre.pruners import PRUNERS, create_pruner
+from llava_todre.pruners import PRUNERS, About, LayerView, Pruner, Todre, create_pruner
+from llava_todre.spans import VisualTokens
 from llava_todre.vlm import Request, answer
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +82,7 @@ def test_the_commands_run_and_keep_what_was_asked_for(
 def test_a_bad_option_is_refused_and_the_catalogue_knows_the_method(project: Path) -> None:
     with pytest.raises(ValueError, match=r"p must be a number, p >= 1, got 0\.5"):
         create_pruner("norm", p=0.5)
-    assert where(PRUNERS["norm"]) == "before" and not PRUNERS["norm"].about.reads_text
+    assert where(PRUNERS["norm"]) == "before" and not reads_text(PRUNERS["norm"])
 
 
 def test_the_test_passes_and_would_notice_a_wrong_order(
@@ -101,7 +104,7 @@ def test_the_method_inside_the_decoder_drops_there(
 ) -> None:
     glance = module("llava_todre.pruners.glance", GLANCE, tmp_path, monkeypatch).Glance
     monkeypatch.setitem(PRUNERS, "glance", glance)
-    assert where(glance) == "inside" and glance.about.reads_text
+    assert where(glance) == "inside" and reads_text(glance)
     tokenizer, model, _, _ = load_pretrained_model(ROOT / "checkpoints" / "mini")
     model.set_pruner("glance", retain_ratio=0.25)
     given = answer(model, tokenizer, [Request("What does the sign say?", [str(ROOT / SCENE)])])
@@ -109,6 +112,27 @@ def test_the_method_inside_the_decoder_drops_there(
     assert given[0].stats.kept_tokens == 320
     assert layers[:4] == (336,) * 4, "layers 0 to 3 see everything"
     assert len(set(layers[4:])) == 1 and 80 <= layers[4] <= 96
+
+
+def names_in(code: str) -> set[str]:
+    """Return the names of the contract that code uses: imported, overridden or read."""
+    nodes = [vars(node) for node in ast.walk(ast.parse(code))]
+    used = {node.get("id", node.get("attr", node.get("name"))) for node in nodes}
+    classes = (About, LayerView, Todre, VisualTokens)
+    fields = {field.name for each in classes for field in dataclasses.fields(each)}
+    names = {each.__name__ for each in (*classes, Pruner)} | {"option"}
+    known = names | fields | {*dir(LayerView), *dir(Pruner)}
+    return used & known - {"view"}  # the argument of at_layer
+
+
+def test_a_method_inside_the_decoder_needs_six_more_names() -> None:
+    first = names_in(FILES[METHOD])
+    assert first == {
+        "About", "Pruner", "VisualTokens", "about", "features", "num_keep", "option", "select"
+    }  # fmt: skip
+    assert names_in(GLANCE) - first == {
+        "LayerView", "at_layer", "attention", "patches", "probe_depths", "visual_counts"
+    }  # fmt: skip
 
 
 def test_the_page_is_short_and_all_of_its_code_is_run_here() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from torch import Tensor
 
-from llava_todre.catalogue import where
+from llava_todre.catalogue import reads_text, where
 from llava_todre.pruners import PRUNERS, LayerView, Pruner
 
 
@@ -27,7 +27,7 @@ from llava_todre.pruners import PRUNERS, LayerView, Pruner
 )
 def test_known_methods(name: str, place: str, text: bool) -> None:
     method = PRUNERS[name]
-    assert (where(method), method.about.reads_text) == (place, text)
+    assert (where(method), reads_text(method)) == (place, text)
 
 
 def test_a_method_that_has_no_budget_before_the_decoder_is_inside() -> None:
@@ -46,7 +46,7 @@ def test_a_method_that_has_no_budget_before_the_decoder_is_inside() -> None:
 def test_every_method_prunes_somewhere_and_says_what_it_is(name: str) -> None:
     method = PRUNERS[name]
     assert (where(method) == "-") == (name == "vanilla")
-    assert "text_embeds" not in method().needs or method.about.reads_text
+    assert "text_embeds" not in method().needs or reads_text(method)
     assert method.about.paper and method.about.budget_note
     assert "\n" not in method.about.paper + method.about.budget_note
     assert all(line.endswith(".") for line in method.about.deviations)

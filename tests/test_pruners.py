@@ -26,7 +26,7 @@ from llava_todre.pruners import (
     resolve,
 )
 from llava_todre.pruners.base import NEEDS, VISION_NEEDS, layers_at
-from llava_todre.pruners.vanilla import Vanilla
+from llava_todre.pruners.controls import Vanilla
 from llava_todre.spans import VisualTokens
 
 CLS = ("cls_attention", -1)
@@ -100,8 +100,8 @@ def test_number_of_tokens_replaces_the_ratio():
         ),
         ("todre", {"pivot": "clss"}, "pivot 'clss' .* mean 'cls'"),
         ("prumerge", {"adaptive": 1}, "adaptive must be true or false, got 1"),
-        ("vanilla", {"retain_ratio": 0.5}, r"keeps every token, but a budget of 0\.5"),
-        ("vanilla", {"retain_tokens": 64}, "keeps every token, but a budget of 64"),
+        ("vanilla", {"retain_ratio": 0.5}, r"keeps every token: expected no budget, got 0\.5"),
+        ("vanilla", {"retain_tokens": 64}, "keeps every token: expected no budget, got 64"),
         ("todrev1", {}, "method 'todrev1' is unknown. Did you mean 'todre_v1'"),
         ("pruner", {}, "method 'pruner' is unknown.* Allowed: .*todre, todre_v1, .*vanilla"),
         ("todre", {"retain_ration": 0.5}, "'retain_ration' is unknown. Did you mean 'retain_rat"),
@@ -117,7 +117,7 @@ def test_bad_values_are_named_with_what_is_allowed(method, options, message):
 
 @pytest.mark.parametrize("method", [None, 3, b"todre", ["todre"], Todre])
 def test_a_method_is_a_name(method):
-    with pytest.raises(TodreError, match="is neither a name nor a method object"):
+    with pytest.raises(TodreError, match="method must be a name or a method object, got"):
         create_pruner(method)
 
 

@@ -19,7 +19,7 @@ from eval.pages.fill import filled
 from eval.results.bootstrap import difference
 from eval.tables.demo import columns, draws, note
 from eval.tables.render import markdown_lines
-from llava_todre.catalogue import where
+from llava_todre.catalogue import reads_text, where
 from llava_todre.errors import TodreError
 from llava_todre.pruners import PRUNERS, Need
 from llava_todre.pruners.method_file import method_yaml
@@ -55,7 +55,7 @@ def _methods() -> str:
     table = [header]
     for name, method in PRUNERS.items():
         about = method.about
-        text = "yes" if about.reads_text else "no"
+        text = "yes" if reads_text(method) else "no"
         needs = ", ".join(_need(need) for need in sorted(method().needs, key=str)) or "-"
         cells = [about.paper, where(method), text, needs, about.budget_note, about.count]
         table.append([f"`{name}`", *(cell.replace("|", "\\|") for cell in cells)])

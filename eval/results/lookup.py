@@ -13,8 +13,8 @@ from llava_todre.errors import TodreError
 from llava_todre.pruners import Pruner, create_pruner
 from llava_todre.pruners.base import layers_at
 from llava_todre.pruners.combined import Combined
+from llava_todre.pruners.controls import Vanilla
 from llava_todre.pruners.todre import Todre
-from llava_todre.pruners.vanilla import Vanilla
 
 UNREADABLE = (TodreError, TypeError, ValueError, OverflowError)
 """What :func:`identity` raises about options of another version, or that were damaged."""

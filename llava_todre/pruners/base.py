@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
+from llava_todre.pruners.options import Option, options_of
 from llava_todre.pruners.options import option as option
-from llava_todre.pruners.options import options_of
 from llava_todre.relevance import attention_mass, attention_rows
 from llava_todre.spans import NewlineRule, TokenType, VisualTokens, is_visual
 
@@ -39,6 +39,9 @@ NEEDS = frozenset({"text_embeds", "clip_similarity", "vision_features", "resized
 """What else the model can compute for :meth:`Pruner.select`: see
 :class:`~llava_todre.spans.VisualTokens`."""
 
+TEXT_NEEDS = frozenset({"text_embeds", "clip_similarity"})
+"""Those that depend on the text of the prompt."""
+
 Need = str | tuple[str, int | float]
 Needs = Set[Need]
 Count = Literal["exact", "at most", "own"]
@@ -53,10 +56,10 @@ class About:
     budget_note: str
     """How the published budget is carried over to any ``retain_ratio``."""
     count: Count = "exact"
-    """Whether the number of tokens kept is the budget, at most the budget, or the method's own
-    affair."""
-    reads_text: bool = False
-    """Whether what is dropped depends on the text of the prompt."""
+    """Whether the number of tokens kept is the budget, at most the budget, or the method's own."""
+    reads_text: bool | None = None
+    """Whether what is dropped depends on the text of the prompt; None: if the method ``needs`` text
+    or acts inside the decoder."""
     deviations: tuple[str, ...] = ()
     """Where this implementation departs from the released code, and why."""
 
@@ -76,12 +79,7 @@ class Keep:
 
     @classmethod
     def checked(cls, kept: Keep | Tensor, hook: str, num_tokens: int) -> Keep:
-        """Return what a hook has returned, with indices ascending and on the CPU.
-
-        Args:
-            kept: what it has returned.
-            hook: its name, for messages.
-            num_tokens: how many tokens it could choose from.
+        """Return what ``hook`` kept of ``num_tokens``, with indices ascending and on the CPU.
 
         Raises:
             TodreError: indices of another type, out of range or repeated, or features of another
@@ -95,19 +93,15 @@ class Keep:
             raise TodreError(f"{hook} must return (K,) int64 indices, got {got} {shape}.")
         indices, order = indices.cpu().sort()
         if len(indices) and (indices[0] < 0 or indices[-1] >= num_tokens):
-            raise TodreError(
-                f"{hook} must return indices from 0 to {num_tokens - 1}, got "
-                f"{int(indices[0])} to {int(indices[-1])}."
-            )
+            got = f"{int(indices[0])} to {int(indices[-1])}"
+            raise TodreError(f"{hook} must return indices from 0 to {num_tokens - 1}, got {got}.")
         if bool((indices.diff() == 0).any()):
             twice = int(indices[1:][indices.diff() == 0][0])
             raise TodreError(f"{hook} must return each index once, got {twice} twice.")
         if features is not None:
+            expected = f"features for its {len(indices)} indices"
             if len(features) != len(indices):
-                raise TodreError(
-                    f"{hook} must return features for its {len(indices)} indices, got "
-                    f"{len(features)}."
-                )
+                raise TodreError(f"{hook} must return {expected}, got {len(features)}.")
             features = features[order.to(features.device)]
         return cls(indices, features)
 
@@ -196,9 +190,13 @@ class LayerView:
         Without ``rows`` it is that of the last token.
         """
         rows = self.last_row if rows is None else rows
+        return attention_rows(*self._to_multiply(rows), rows, self.scaling)
+
+    def _to_multiply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries of ``rows`` and all keys; their product is counted."""
         queries, keys = self.queries(rows), self.keys()
         self.tally.product(*queries.shape, keys.shape[1])
-        return attention_rows(queries, keys, rows, self.scaling)
+        return queries, keys
 
     def attention_ratios(self, text: Tensor) -> tuple[float, float]:
         """Return (text to visual, visual to text) attention shares of ``layer``, ToDRE Eq. 8.
@@ -210,15 +208,13 @@ class LayerView:
             text: (N,) bool, the set T.
         """
         visual = self.visual
-        # All questions of position are answered on the host: one wait for the device, not four.
+        # Positions are compared on the host: one wait for the device, not four.
         sets = torch.stack([text, visual]).cpu()
         text_rows, visual_rows = (each.nonzero()[:, 0] for each in sets)
 
         def share(rows: Tensor, columns: Tensor) -> float:
             rows = rows.to(columns.device)
-            queries, keys = self.queries(rows), self.keys()
-            self.tally.product(*queries.shape, keys.shape[1])
-            return attention_mass(queries, keys, rows, columns, self.scaling)
+            return attention_mass(*self._to_multiply(rows), rows, columns, self.scaling)
 
         to_visual, to_text = share(text_rows, visual), 0.0
         if len(text_rows) and len(visual_rows) and int(text_rows[0]) < int(visual_rows[-1]):
@@ -250,11 +246,15 @@ class Pruner:
     )
 
     about: ClassVar[About] = About(paper="", budget_note="")
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What :meth:`select` reads but the features: names of :data:`NEEDS`, and of
+    :data:`VISION_NEEDS` in the layer of the option ``cls_layer``."""
 
     @property
     def needs(self) -> Needs:
-        """What :meth:`select` reads but the features: names of :data:`NEEDS`, or (name, layer)."""
-        return frozenset()
+        """All that :meth:`select` reads but the features: names of :data:`NEEDS`, (name, layer)."""
+        layer = getattr(self, "cls_layer", -1)
+        return {(name, layer) if name in VISION_NEEDS else name for name in self.reads}
 
     @property
     def count(self) -> Count:
@@ -277,19 +277,16 @@ class Pruner:
     def prefix_cacheable(self, num_layers: int) -> bool:
         """Whether questions about one image may share its part of the KV cache.
 
-        They may when the question has no say in which tokens enter the decoder, nor in what the
-        later layers make of those that stay.
+        They may when neither the tokens that enter the decoder nor their states in later layers
+        depend on the question.
         """
-        reads_question = bool(self.needs & {"text_embeds", "clip_similarity"})
+        reads_question = bool(self.needs & TEXT_NEEDS)
         return not reads_question and (self.withdraws_all or not self.probe_layers(num_layers))
 
     def __post_init__(self) -> None:
         """Take numbers as Python has them, and check the options."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if getattr(value, "ndim", None) == 0:
-                object.__setattr__(self, each.name, plain(value))
         for key, declared in options_of(type(self)).items():
+            object.__setattr__(self, key, plain(getattr(self, key)))
             declared.check(key, getattr(self, key))
 
     def num_keep(self, num_tokens: int) -> int:
@@ -357,29 +354,20 @@ def plain(value: Any) -> Any:
 
 def require(key: str, value: Any, low: float, high: float, low_included: bool = True) -> None:
     """Raise a TodreError unless ``value`` is a number from ``low`` to ``high``."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and (low < value <= high or (low_included and value == low))):
-        sign = "<=" if low_included else "<"
-        raise TodreError(
-            f"{key} {value!r} is out of range; allowed: a number, {low:g} {sign} {key} <= {high:g}."
-        )
+    at_least, above = (low, None) if low_included else (None, low)
+    Option("", float, at_least, high, above).check(key, value)
 
 
 def require_int(key: str, value: Any, low: int | None = None) -> None:
     """Raise a TodreError unless ``value`` is a whole number, not below ``low`` if that is given."""
-    if type(value) is not int:
-        raise TodreError(f"{key} {value!r} is not a whole number; allowed: e.g. {low or 0}.")
-    if low is not None and value < low:
-        raise TodreError(f"{key} {value!r} is out of range; allowed: {low} or more.")
+    Option("", int, low=low).check(key, value)
 
 
-def require_layer(layer: int, num_layers: int) -> None:
-    """Raise a TodreError unless tokens can leave at the entry of ``layer``."""
-    if layer >= num_layers:
-        raise TodreError(
-            f"layer {layer} is out of range for a decoder of {num_layers} layers; allowed: 1 to "
-            f"{num_layers - 1}."
-        )
+def check_layer(layer: int, highest: int, num_layers: int) -> None:
+    """Raise a TodreError if ``layer`` is above the ``highest`` of a decoder of that depth."""
+    if layer > highest:
+        where = f"from 1 to {highest} in a decoder of {num_layers} layers"
+        raise TodreError(f"layer must be {where}, got {layer}.")
 
 
 def round_half_up(value: float) -> int:
@@ -390,11 +378,6 @@ def round_half_up(value: float) -> int:
 def layers_at(depths: tuple[float, ...], num_layers: int) -> tuple[int, ...]:
     """Return the 0-based layers ``floor(depth * num_layers)``, the last one at most."""
     return tuple(sorted({min(num_layers - 1, math.floor(depth * num_layers)) for depth in depths}))
-
-
-def random_generator(seed: int, device: torch.device) -> torch.Generator:
-    """Return a generator seeded with ``seed``."""
-    return torch.Generator(device=device).manual_seed(seed)
 
 
 def top(scores: Tensor, count: int) -> Tensor:

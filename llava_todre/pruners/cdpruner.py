@@ -34,7 +34,6 @@ class CDPruner(Pruner):
 
     about: ClassVar[About] = About(
         paper="CDPruner, NeurIPS 2025, arXiv 2506.10967",
-        reads_text=True,
         budget_note="k tokens of the image, shared among its views in proportion to their size",
         deviations=(
             "The default relevance comes from the decoder's own text embeddings, not negated; the "
@@ -78,14 +77,10 @@ class CDPruner(Pruner):
         return torch.cat(kept)
 
     def relevance_of(self, tokens: VisualTokens, rows: Tensor) -> Tensor:
-        """Return (N,) relevance, scaled to [0, 1]; all ones where it tells no token from another.
+        """Return (N,) relevance, scaled to [0, 1]; all ones where every token has the same.
 
         CLIP's is negated, as released: its patches are least similar to the text that describes
-        them. Nothing of the kind is known of the decoder's embeddings.
-
-        Args:
-            tokens: the image and the question.
-            rows: (N, D) their features, at length one.
+        them. This is not known of the decoder's embeddings. ``rows`` (N, D) are unit vectors.
         """
         if self.relevance == "clip":
             similarity, sign = tokens["clip_similarity"].float(), -1.0  # (N, M)

@@ -1,8 +1,8 @@
-"""Stage 1 of one method with the decoder stage of another, for ablations and new combinations."""
+"""Methods made of others: Stage 1 of one and the decoder stage of another, or one observed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from llava_todre.errors import TodreError
 from llava_todre.pruners.base import About, Count, Keep, LayerView, Needs, Pruner
-from llava_todre.pruners.vanilla import Vanilla
-from llava_todre.spans import NewlineRule, VisualTokens
+from llava_todre.pruners.controls import Vanilla
+from llava_todre.spans import NewlineRule, TokenType, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,10 @@ class Wrapper(Pruner):
     retain_ratio: float = field(init=False, default=1.0, repr=False)
     retain_tokens: int | None = field(init=False, default=None, repr=False)
     newlines: NewlineRule = field(init=False, default="row", repr=False)
+
+    def __post_init__(self) -> None:
+        """Take that method's rule for newlines; it has checked itself."""
+        object.__setattr__(self, "newlines", self._first.newlines)
 
     @property
     def _first(self) -> Pruner:
@@ -61,7 +65,7 @@ class Wrapper(Pruner):
 class Combined(Wrapper):
     """``before`` selects before the decoder, ``inside`` prunes inside it; the budget is before's.
 
-    Either may be :class:`~llava_todre.pruners.vanilla.Vanilla`, which leaves that stage out. A
+    Either may be :class:`~llava_todre.pruners.controls.Vanilla`, which leaves that stage out. A
     budget of ``inside`` counts from the tokens that enter the decoder.
     """
 
@@ -72,23 +76,23 @@ class Combined(Wrapper):
 
     def __post_init__(self) -> None:
         """Refuse a method in a place where it does nothing."""
-        if not (self.before.selects or isinstance(self.before, Vanilla)):
-            raise TodreError(
-                f"before {type(self.before).__name__} selects nothing before the decoder; "
-                "allowed: a method that does, or vanilla."
-            )
-        acts_inside = type(self.inside).at_layer is not Pruner.at_layer
-        if not (acts_inside or isinstance(self.inside, Vanilla)):
-            raise TodreError(
-                f"inside {type(self.inside).__name__} drops nothing inside the decoder; "
-                "allowed: a method that does, or vanilla."
-            )
+        acts = {
+            "before": self.before.selects,
+            "inside": type(self.inside).at_layer is not Pruner.at_layer,
+        }
+        for place, does in acts.items():
+            method = getattr(self, place)
+            if not (does or isinstance(method, Vanilla)):
+                raise TodreError(
+                    f"{place} must be a method that drops tokens {place} the decoder, or vanilla, "
+                    f"got {type(method).__name__}."
+                )
         if self.before.newlines != self.inside.newlines:
             raise TodreError(
                 f"newlines must be the same before and inside the decoder, got "
                 f"{self.before.newlines!r} and {self.inside.newlines!r}."
             )
-        object.__setattr__(self, "newlines", self.before.newlines)
+        super().__post_init__()
 
     @property
     def _first(self) -> Pruner:
@@ -106,3 +110,39 @@ class Combined(Wrapper):
     def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         """Let ``inside`` decide."""
         return self.inside.at_layer(view)
+
+
+def measure(view: LayerView) -> None:
+    """Measure Eq. 8 where visual tokens are left, with the text after the first of them as T."""
+    if bool(view.visual.any()):
+        view.attention_ratios(view.kinds == TokenType.TEXT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed(Wrapper):
+    """Does what ``method`` does, and shows every layer to ``look``.
+
+    Answers are those of ``method``; times are not.
+    """
+
+    method: Pruner = Vanilla()
+    """Whose decisions are carried out."""
+    look: Callable[[LayerView], object] = field(default=measure, compare=False)
+    """What is done with each view, after the method."""
+
+    @property
+    def _first(self) -> Pruner:
+        return self.method
+
+    def probe_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Return all layers."""
+        return tuple(range(num_layers))
+
+    def at_layer(self, view: LayerView) -> Keep | Tensor | None:
+        """Let the method decide at its own layers; show every layer."""
+        decides = view.layer in self.method.probe_layers(view.num_layers)
+        decision = self.method.at_layer(view) if decides else None
+        spent = view.tally.flops  # what follows is not the method's work
+        self.look(view)
+        view.tally.flops = spent
+        return decision

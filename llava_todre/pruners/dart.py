@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, option, require_layer, top
-from llava_todre.pruners.staged import StagedPruner
+from llava_todre.pruners.base import About, LayerView, option, top
+from llava_todre.pruners.staged import OneStagePruner
 from llava_todre.selection import unit_rows
 from llava_todre.spans import TokenType
 
 
 @dataclass(frozen=True, kw_only=True)
-class DART(StagedPruner):
+class DART(OneStagePruner):
     """Prune once, by duplication instead of importance; no attention is computed.
 
     Pivots are the image and the text tokens whose keys have the largest L1 norm. Each pivot in
@@ -27,7 +27,6 @@ class DART(StagedPruner):
 
     about: ClassVar[About] = About(
         paper="DART, EMNLP 2025, arXiv 2502.11494",
-        reads_text=True,
         budget_note="share of the patch tokens from layer K on, pivots included",
         deviations=(
             "The count is exact: the budget less the image pivots is dealt out to all pivots, the "
@@ -39,14 +38,8 @@ class DART(StagedPruner):
         ),
     )
 
-    layer: int = option(2, "K: the first layer, counted from 0, that works on fewer tokens.", low=1)
     image_pivots: int = option(4, "Pivots among the patch tokens; they always stay.", low=1)
     text_pivots: int = option(4, "Pivots among the text tokens after the image.", low=0)
-
-    def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
-        """Return the one stage, after layer K - 1."""
-        require_layer(self.layer, num_layers)
-        return {self.layer - 1: ratio}
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the image pivots and what the pivots take."""

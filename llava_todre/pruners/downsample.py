@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Keep, Needs, Pruner
+from llava_todre.pruners.base import About, Keep, Pruner
 from llava_todre.spans import VisualTokens
 
 
@@ -36,10 +36,7 @@ class Downsample(Pruner):
         ),
     )
 
-    @property
-    def needs(self) -> Needs:
-        """The way to encode again."""
-        return {"resized"}
+    reads = ("resized",)
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Choose the grid, encode, and leave out what lies in padding."""
@@ -66,7 +63,7 @@ class Downsample(Pruner):
 def fine_grid(tokens: VisualTokens) -> Tensor:
     """Return (V, side, side) int64 on the CPU, the token of each patch, -1 in padding.
 
-    View 0 (the thumbnail, the only view or the first frame) is never cut: it tells the side.
+    The side is that of view 0 (the thumbnail, the only view or the first frame), never cut.
     """
     view, row, column = tokens.view.cpu(), tokens.row.cpu(), tokens.column.cpu()
     side = 1 + int(row[view == 0].max())

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Needs, Pruner, option, top
+from llava_todre.pruners.base import About, Pruner, option, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -30,17 +30,13 @@ class FasterVLM(Pruner):
             "Videos, which the authors do not treat, are pruned frame by frame.",
         ),
     )
+    reads = ("cls_attention",)
 
     cls_layer: int = option(
         -2,
         "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from "
         "(released code), -1 the last (paper).",
     )
-
-    @property
-    def needs(self) -> Needs:
-        """[CLS] attention."""
-        return {("cls_attention", self.cls_layer)}
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the most attended tokens of each view."""

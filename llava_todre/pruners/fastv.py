@@ -1,4 +1,4 @@
-"""FastV (arXiv 2403.06764): early in the decoder, drop what the last token hardly looks at."""
+"""FastV (arXiv 2403.06764): early in the decoder, drop what the last token hardly attends to."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, option, require_layer, top
-from llava_todre.pruners.staged import StagedPruner
+from llava_todre.pruners.base import About, LayerView, top
+from llava_todre.pruners.staged import OneStagePruner
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(StagedPruner):
+class FastV(OneStagePruner):
     """Prune once, by the attention that the last prompt token pays in the layer before."""
 
     about: ClassVar[About] = About(
         paper="FastV, ECCV 2024, arXiv 2403.06764",
-        reads_text=True,
         budget_note="share of the patch tokens that layer K and all later ones work on (1 - R of "
         "the paper)",
         deviations=(
@@ -28,13 +27,6 @@ class FastV(StagedPruner):
             "The released code expects one image of 576 tokens at a fixed place.",
         ),
     )
-
-    layer: int = option(2, "K: the first layer, counted from 0, that works on fewer tokens.", low=1)
-
-    def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
-        """Return the one stage, after layer K - 1."""
-        require_layer(self.layer, num_layers)
-        return {self.layer - 1: ratio}
 
     def choose(self, view: LayerView, count: int) -> Tensor:
         """Return the patch tokens with the highest attention, mean over heads."""

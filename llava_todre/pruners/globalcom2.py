@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from llava_todre.pruners.base import About, Needs, Pruner, option, round_half_up, top
+from llava_todre.pruners.base import About, Pruner, option, round_half_up, top
 from llava_todre.pruners.per_view import apportion, by_view
 from llava_todre.spans import VisualTokens
 
@@ -42,6 +42,7 @@ class GlobalCom2(Pruner):
             "video, are pruned like the thumbnail.",
         ),
     )
+    reads = ("cls_logits",)
 
     cls_layer: int = option(-1, "Vision layer of the [CLS] attention: -1 is the last, as released.")
     temperature: float = option(
@@ -49,11 +50,6 @@ class GlobalCom2(Pruner):
         "Of the softmax that compares the crops' parts of the thumbnail; higher is more even.",
         above=0,
     )
-
-    @property
-    def needs(self) -> Needs:
-        """[CLS] attention before the softmax."""
-        return {("cls_logits", self.cls_layer)}
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the best of the thumbnail and of each crop."""

@@ -1,4 +1,4 @@
-"""Cutting a view into rectangles of about equal size, for the controls that keep an even grid.
+"""Controls: an even grid of tokens, as they are or averaged, whatever they show.
 
 Symbols: N tokens of the image, n tokens of one view, k cells of that view.
 """
@@ -7,13 +7,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
-from llava_todre.pruners.base import round_half_up
+from llava_todre.pruners.base import About, Keep, Pruner, round_half_up
 from llava_todre.pruners.per_view import by_view
+from llava_todre.selection import check_finite
 from llava_todre.spans import VisualTokens
+
+ABOUT = About(
+    paper="control",
+    budget_note="k tokens of the image, shared among its views in proportion to their size",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Pruner):
+    """Cut each view, or frame, into as many rectangles as it may keep tokens; keep the middle ones.
+
+    Where a rectangle has no middle token, the upper left one of those around its centre stays.
+    """
+
+    about: ClassVar[About] = ABOUT
+
+    def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
+        """Keep the token nearest to the centre of each cell."""
+        return torch.cat([middle for _, _, middle in cut(tokens, num_keep)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling(Pruner):
+    """Cut each view, or frame, into as many rectangles as it may keep tokens; keep their means.
+
+    Features are averaged after the projector. A mean stands where ``uniform`` keeps a token, so the
+    two controls differ only in what stands there.
+    """
+
+    about: ClassVar[About] = ABOUT
+
+    def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
+        """Put the mean of each cell in its middle."""
+        check_finite(tokens.features)
+        places, means = [], []
+        for group, cell, middle in cut(tokens, num_keep):
+            member = one_hot(cell, len(middle)).T.float()  # (k, n)
+            sums = member @ tokens.features[group].float()
+            places.append(middle)
+            means.append(sums / member.sum(dim=1, keepdim=True))
+        return Keep(torch.cat(places), torch.cat(means).to(tokens.features.dtype))
 
 
 def cut(tokens: VisualTokens, budget: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

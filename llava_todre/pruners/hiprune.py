@@ -11,8 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.errors import TodreError
-from llava_todre.pruners.base import About, Needs, Pruner, option, require, require_int, top
+from llava_todre.pruners.base import About, Needs, Pruner, option, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.spans import VisualTokens
 
@@ -55,17 +54,6 @@ class HiPrune(Pruner):
         "Vision layer of the registers: -2 is the one LLaVA reads its features from (released "
         "code for LLaVA), -1 the last (released code for Qwen2.5-VL).",
     )
-
-    def __post_init__(self) -> None:
-        """Check the ranges of the knobs."""
-        super().__post_init__()
-        require("alpha", self.alpha, 0.0, 1.0)
-        if not (isinstance(self.object_depth, float) and 0 < self.object_depth < 1):
-            raise TodreError(
-                f"object_depth {self.object_depth!r} is out of range; "
-                "allowed: a number, 0 < object_depth < 1."
-            )
-        require_int("register_layer", self.register_layer)
 
     @property
     def needs(self) -> Needs:

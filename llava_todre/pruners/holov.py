@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Needs, Pruner, option, top
+from llava_todre.pruners.base import About, Pruner, option, top
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -44,6 +44,7 @@ class HoloV(Pruner):
             "Videos, which its LLaVA version does not treat, are cut like one long image.",
         ),
     )
+    reads = ("cls_attention",)
 
     num_runs: int = option(
         16,
@@ -55,23 +56,15 @@ class HoloV(Pruner):
         -2, "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."
     )
 
-    @property
-    def needs(self) -> Needs:
-        """[CLS] attention."""
-        return {("cls_attention", self.cls_layer)}
-
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Weigh the runs, share the budget, and keep the most attended tokens of each."""
         num_runs = min(self.num_runs, len(tokens))
         attention = tokens["cls_attention", self.cls_layer].tensor_split(num_runs)
         features = unit_rows(tokens.features).tensor_split(num_runs)
-        weights = torch.stack(
-            [
-                scores.mean() * (1 + VARIANCE_WEIGHT * _variance_share(rows))
-                for scores, rows in zip(attention, features, strict=True)
-            ]
-        )
-        shares = _share(num_keep, weights.tolist(), [len(scores) for scores in attention])
+        gains = [1 + VARIANCE_WEIGHT * _variance_share(rows) for rows in features]
+        means = [scores.mean() for scores in attention]
+        weights = (torch.stack(means) * torch.stack(gains)).tolist()
+        shares = _share(num_keep, weights, [len(scores) for scores in attention])
         kept, start = [], 0
         for scores, share in zip(attention, shares, strict=True):
             kept.append(start + top(scores, share))
@@ -95,7 +88,7 @@ def _share(total: int, weights: Sequence[float], sizes: Sequence[int]) -> list[i
     """Share ``total`` in proportion to ``weights``; nothing gets more than its size.
 
     Parts of a token are cut off and the tokens left over go to the largest weights, one each (not,
-    as in ``views.apportion``, to the largest remainders). What finds no room is shared again.
+    as in ``per_view.apportion``, to the largest remainders). What finds no room is shared again.
     """
     shares = [0] * len(sizes)
     while (rest := total - sum(shares)) > 0:

@@ -30,7 +30,7 @@ def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
     content = read_mapping(Path(method), "method file")
     name = content.pop("method", None)
     if not isinstance(name, str):
-        raise TodreError(f"method file {method!r} has no key 'method'; allowed: a name.")
+        raise TodreError(f"method file {method!r}: method must be a name, got {name!r}.")
     try:
         create_pruner(name, **{key: value for key, value in content.items() if key != "seed"})
     except TodreError as error:
@@ -42,13 +42,9 @@ def method_yaml(name: str) -> str:
     """Return the method file of a method: every option with its default, help and range."""
     pruner = create_pruner(name)
     method = type(pruner)
-    blocks = [
-        [
-            *_comment(f"{method.about.paper}. Budget: {method.about.budget_note}."),
-            *_comment("Every option with its default; `todre generate --method THIS_FILE`."),
-            f"method: {name}",
-        ]
-    ]
+    head = _comment(f"{method.about.paper}. Budget: {method.about.budget_note}.")
+    head += _comment("Every option with its default; `todre generate --method THIS_FILE`.")
+    blocks = [[*head, f"method: {name}"]]
     declared = options_of(method)
     for each in dataclasses.fields(method):
         lines = []

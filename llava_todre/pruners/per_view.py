@@ -58,6 +58,4 @@ def by_view(tokens: VisualTokens, budget: int) -> Iterator[tuple[Tensor, int]]:
 
 def view_groups(tokens: VisualTokens) -> list[Tensor]:
     """Return the ascending token indices of each view that has any, in the order of views."""
-    views = range(int(tokens.view.max()) + 1)
-    groups = ((tokens.view == view).nonzero()[:, 0] for view in views)
-    return [group for group in groups if len(group)]
+    return [(tokens.view == view).nonzero()[:, 0] for view in tokens.view.unique().tolist()]

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Count, Keep, Needs, Pruner, option, round_half_up, top
+from llava_todre.pruners.base import About, Count, Keep, Pruner, option, round_half_up, top
 from llava_todre.pruners.per_view import by_view, view_groups
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -42,6 +42,7 @@ class PruMerge(Pruner):
             "The paper also tunes the model with LoRA; this is the training-free method.",
         ),
     )
+    reads = ("cls_attention_unsplit", "keys", "vision_features")
 
     adaptive: bool = option(
         False,
@@ -59,12 +60,6 @@ class PruMerge(Pruner):
     cls_layer: int = option(
         -1, "Vision layer of the [CLS] attention and of the keys; heads are not split."
     )
-
-    @property
-    def needs(self) -> Needs:
-        """[CLS] attention, keys, and what the projector is given."""
-        attention, keys = ("cls_attention_unsplit", self.cls_layer), ("keys", self.cls_layer)
-        return {attention, keys, "vision_features"}
 
     @property
     def count(self) -> Count:

@@ -22,7 +22,6 @@ class PyramidDrop(StagedPruner):
 
     about: ClassVar[About] = About(
         paper="PyramidDrop, CVPR 2025, arXiv 2410.17247",
-        reads_text=True,
         budget_note="share of the patch tokens after the last stage, reached in equal factors; "
         "the default is the authors' 50, 25 and 12.5 %, a mean of 46.9 % over 32 layers",
         deviations=(

@@ -37,7 +37,7 @@ class _RatedByText(StagedPruner):
     )
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
+        """Check the number and order of the depths."""
         super().__post_init__()
         depths = self.prune_depths
         if len(depths) != len(self.published_counts) or list(depths) != sorted(depths):
@@ -64,7 +64,6 @@ class SparseVLM(_RatedByText):
 
     about: ClassVar[About] = About(
         paper="SparseVLM 1.5, ICML 2025, arXiv 2410.04417",
-        reads_text=True,
         budget_note="the published counts 300, 200, 110 for 192 of 576 tokens, in proportion: "
         "after the three stages 1.563, 1.042 and 0.573 of retain_ratio stay (1/3 is that table; 1 "
         "prunes nothing), and recycling adds about 3 % of what each stage drops; with "
@@ -118,7 +117,6 @@ class SparseVLMPlus(_RatedByText):
 
     about: ClassVar[About] = About(
         paper="SparseVLM+ (SparseVLM 2.0), 2025, arXiv 2410.04417",
-        reads_text=True,
         budget_note="the published counts 300, 200, 118 for 192 of 576 tokens, in proportion: "
         "after the three stages 1.563, 1.042 and 0.615 of retain_ratio stay (1/3 is that table; 1 "
         "prunes nothing)",

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import Keep, LayerView, Pruner, option, round_half_up
+from llava_todre.pruners.base import Keep, LayerView, Pruner, check_layer, option, round_half_up
 
 BudgetRule = Literal["count", "mean"]
 
@@ -54,9 +54,8 @@ class StagedPruner(Pruner):
         """Return the layers of the stages; one after the last layer would have no effect."""
         if self.retain_ratio == 1.0 and self.retain_tokens is None:
             return ()
-        return tuple(
-            sorted(layer for layer in self.stages(1.0, num_layers) if layer < num_layers - 1)
-        )
+        layers = sorted(self.stages(1.0, num_layers))
+        return tuple(layer for layer in layers if layer < num_layers - 1)
 
     def at_layer(self, view: LayerView) -> Keep | Tensor | None:
         """Drop what the stage after this layer drops."""
@@ -109,3 +108,15 @@ class StagedPruner(Pruner):
             else:
                 high = middle
         return high
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStagePruner(StagedPruner):
+    """Drop once, at the entry of layer K."""
+
+    layer: int = option(2, "K: the first layer, counted from 0, that works on fewer tokens.", low=1)
+
+    def stages(self, ratio: float, num_layers: int) -> dict[int, float]:
+        """Return the one stage, after layer K - 1."""
+        check_layer(self.layer, num_layers - 1, num_layers)
+        return {self.layer - 1: ratio}

@@ -1,4 +1,4 @@
-"""ToDRE (arXiv 2505.18757): diverse tokens first, then none once text stops looking at them."""
+"""ToDRE (arXiv 2505.18757): diverse tokens first, then none once text stops attending to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, LayerView, Needs, Pruner, option, random_generator
+from llava_todre.pruners.base import About, LayerView, Needs, Pruner, option
 from llava_todre.selection import Objective, greedy_diverse_batch, unit_rows
 from llava_todre.spans import TokenType, VisualTokens
 
@@ -34,7 +34,6 @@ class Todre(Pruner):
 
     about: ClassVar[About] = About(
         paper="ToDRE v2, arXiv 2505.18757v2",
-        reads_text=True,
         budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
         "published: 25 and 10 %",
         deviations=(
@@ -94,12 +93,8 @@ class Todre(Pruner):
     @property
     def needs(self) -> Needs:
         """[CLS] attention, when it chooses the pivot."""
-        return {self._cls_need} if self.pivot == "cls" else set()
-
-    @property
-    def _cls_need(self) -> tuple[str, int]:
-        unsplit = self.cls_heads == "unsplit"
-        return "cls_attention_unsplit" if unsplit else "cls_attention", self.cls_layer
+        name = "cls_attention_unsplit" if self.cls_heads == "unsplit" else "cls_attention"
+        return {(name, self.cls_layer)} if self.pivot == "cls" else set()
 
     @property
     def withdraws_all(self) -> bool:
@@ -123,12 +118,11 @@ class Todre(Pruner):
     def pivot_index(self, tokens: VisualTokens) -> int:
         """Return the best token of the thumbnail (AnyRes), of the image, or of all frames."""
         if self.pivot == "random":
-            device = torch.device("cpu")
-            return int(
-                torch.randint(len(tokens), (), generator=random_generator(self.seed, device))
-            )
+            draw = torch.Generator().manual_seed(self.seed)
+            return int(torch.randint(len(tokens), (), generator=draw))
         if self.pivot == "cls":
-            score = tokens[self._cls_need]
+            (need,) = self.needs
+            score = tokens[need]
         else:
             rows = unit_rows(tokens.features)
             closeness = rows @ torch.nn.functional.normalize(rows.mean(dim=0), dim=0)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Needs, Pruner, option, round_half_up, top
+from llava_todre.pruners.base import About, Pruner, option, round_half_up, top
 from llava_todre.selection import check_finite, greedy_diverse, unit_rows
 from llava_todre.spans import VisualTokens
 
@@ -33,7 +33,6 @@ class TrimTokenator(Pruner):
 
     about: ClassVar[About] = About(
         paper="TrimTokenator, arXiv 2509.00320",
-        reads_text=True,
         budget_note="k = share of the patch tokens of an image, thumbnail and crops together; "
         "published: 192, 128 and 64 of 576",
         deviations=(
@@ -45,10 +44,7 @@ class TrimTokenator(Pruner):
         ),
     )
 
-    @property
-    def needs(self) -> Needs:
-        """The text after the image."""
-        return {"text_embeds"}
+    reads = ("text_embeds",)
 
     align_ratio: float = option(
         0.8,

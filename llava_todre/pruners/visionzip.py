@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch.nn.functional import one_hot
 
-from llava_todre.pruners.base import About, Keep, Needs, Pruner, option, round_half_up, top
+from llava_todre.pruners.base import About, Keep, Pruner, option, round_half_up, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import check_finite, unit_rows
 from llava_todre.spans import VisualTokens
@@ -40,6 +40,7 @@ class VisionZip(Pruner):
             "The release takes any two counts (191 + 30 by default); here they are a share of T.",
         ),
     )
+    reads = ("cls_attention", "keys", "vision_features")
 
     dominant_ratio: float = option(
         27 / 32,
@@ -55,12 +56,6 @@ class VisionZip(Pruner):
         "Vision layer of the [CLS] attention and of the keys: -2 is what LLaVA reads its features "
         "from.",
     )
-
-    @property
-    def needs(self) -> Needs:
-        """[CLS] attention, keys, and what the projector is given."""
-        attention, keys = ("cls_attention", self.cls_layer), ("keys", self.cls_layer)
-        return {attention, keys, "vision_features"}
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Keep:
         """Merge view by view, then project what stays."""
@@ -78,12 +73,12 @@ class VisionZip(Pruner):
             is_left[top(attention[group], num_dominant - self.keep_cls)] = False
             dominant, left = group[~is_left], group[is_left]
 
-            is_target = torch.zeros_like(left, dtype=torch.bool)
+            targets, others = left[:0], left
             if num_contextual:
+                is_target = torch.zeros_like(left, dtype=torch.bool)
                 step = len(left) // num_contextual
                 is_target[: num_contextual * step : step] = True
-            targets, others = left[is_target], left[~is_target]
-            if num_contextual:
+                targets, others = left[is_target], left[~is_target]
                 joined = (keys[others] @ keys[targets].T).argmax(dim=1)
                 member = one_hot(joined, num_contextual).T.float()  # (c, m - c)
                 size = member.sum(dim=1, keepdim=True).clamp_min(1)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import About, Needs, Pruner, option, top
+from llava_todre.pruners.base import About, Pruner, option, top
 from llava_todre.pruners.per_view import by_view
 from llava_todre.selection import unit_rows
 from llava_todre.spans import VisualTokens
@@ -41,6 +41,7 @@ class VisPruner(Pruner):
             "Videos, which the released code does not treat, are pruned frame by frame.",
         ),
     )
+    reads = ("cls_attention", "vision_features")
 
     important_ratio: float = option(
         0.5,
@@ -51,11 +52,6 @@ class VisPruner(Pruner):
     cls_layer: int = option(
         -2, "Vision layer of the [CLS] attention: -2 is the one LLaVA reads its features from."
     )
-
-    @property
-    def needs(self) -> Needs:
-        """[CLS] attention, and the features before the projector."""
-        return {("cls_attention", self.cls_layer), "vision_features"}
 
     def select(self, tokens: VisualTokens, num_keep: int) -> Tensor:
         """Keep the important and the distinct tokens of each view."""

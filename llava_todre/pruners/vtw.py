@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from llava_todre.errors import TodreError
-from llava_todre.pruners.base import (
-    About,
-    LayerView,
-    Pruner,
-    option,
-    require,
-    require_int,
-    round_half_up,
-)
+from llava_todre.pruners.base import About, LayerView, Pruner, check_layer, option, round_half_up
+from llava_todre.pruners.options import Option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +26,7 @@ class VTW(Pruner):
         budget_note="share of the decoder layers that see the visual tokens, all of them; this is "
         "their mean share over the layers",
         count="own",
+        reads_text=False,
         deviations=(
             "The released code names layer 15 or 16 of 32; here the share carries K over to other "
             "depths.",
@@ -52,12 +46,12 @@ class VTW(Pruner):
     )
 
     def __post_init__(self) -> None:
-        """Check the knobs."""
+        """Refuse a number of tokens, which it cannot keep."""
         super().__post_init__()
         if self.retain_tokens is not None:
             raise TodreError(
-                f"retain_tokens {self.retain_tokens} cannot be kept by vtw, which withdraws all "
-                "visual tokens; allowed: null, with retain_ratio or layer instead."
+                "retain_tokens must be null for vtw, which withdraws all visual tokens (give "
+                f"retain_ratio or layer), got {self.retain_tokens}."
             )
 
     @property
@@ -68,11 +62,7 @@ class VTW(Pruner):
     def probe_layers(self, num_layers: int) -> tuple[int, ...]:
         """Return layer K - 1, or nothing when K is the number of layers."""
         first = self.layer or max(1, round_half_up(self.retain_ratio * num_layers))
-        if first > num_layers:
-            raise TodreError(
-                f"layer {first} is out of range for a decoder of {num_layers} layers; allowed: 1 "
-                f"to {num_layers}, the last meaning never."
-            )
+        check_layer(first, num_layers, num_layers)
         return (first - 1,) if first < num_layers else ()
 
     def at_layer(self, view: LayerView) -> Tensor:
@@ -101,23 +91,16 @@ def search_layer(
         K, which is ``num_layers`` if no layer meets the bound, and the divergence of each layer
         that was tried.
     """
-    require("eta", eta, 0.0, float("inf"))
-    require_int("first", first, 1)
-    if first >= num_layers:
-        raise TodreError(
-            f"first {first} is out of range for a decoder of {num_layers} layers; allowed: 1 to "
-            f"{num_layers - 1}."
-        )
+    Option("", float, low=0).check("eta", eta)
+    Option("", int, low=1, high=num_layers - 1).check("first", first)
     full = [logits.float().log_softmax(dim=-1) for logits in logits_at(None)]
     if not full:
-        raise TodreError("logits_at(None) returned no samples; allowed: at least one.")
+        raise TodreError("logits_at(None) must return the logits of one sample or more, got none.")
     divergences: dict[int, float] = {}
     for layer in range(first, num_layers):
         withdrawn = [logits.float().log_softmax(dim=-1) for logits in logits_at(layer)]
-        of_samples = [
-            (ours.exp() * (ours - theirs)).sum()
-            for ours, theirs in zip(withdrawn, full, strict=True)
-        ]
+        pairs = zip(withdrawn, full, strict=True)
+        of_samples = [(ours.exp() * (ours - theirs)).sum() for ours, theirs in pairs]
         divergences[layer] = float(torch.stack(of_samples).mean())
         if divergences[layer] <= eta:
             return layer, divergences

@@ -326,8 +326,11 @@ def test_statistics_are_those_of_the_last_call(model, inputs):
         (lambda model: hf.attach(model, METHOD, tau=0.1), "option of method .*'tau' is unknown"),
         (lambda model: hf.attach(model, "downsample"), "needs resized, which models of the family"),
         (lambda model: hf.attach(None), "model NoneType is not supported; allowed: Llava"),
-        (lambda model: hf.attach(model, None), "method None is neither a name nor a method object"),
-        (lambda model: hf.attach(model, type(METHOD)), "neither a name nor a method object"),
+        (
+            lambda model: hf.attach(model, None),
+            "a name or a method object, got None",
+        ),
+        (lambda model: hf.attach(model, type(METHOD)), "must be a name or a method object, got"),
         (lambda model: hf.last_stats(None), "nothing is attached to this NoneType"),
         (lambda model: hf.attach(nn.Linear(1, 1)), "model Linear is not supported; allowed: Llava"),
         (hf.detach, "nothing is attached"),

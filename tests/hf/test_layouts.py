@@ -26,7 +26,7 @@ from llava_todre.hf.families import FAMILIES, family_of
 from llava_todre.hf.llava import anyres_layout
 from llava_todre.hf.onevision import anyres_max_layout
 from llava_todre.pruners import LayerView, create_pruner
-from llava_todre.pruners.uniform import Uniform
+from llava_todre.pruners.grid import Uniform
 from llava_todre.spans import VisualTokens
 
 OF_VIDEO = ("llava_next_video", "llava_onevision")

@@ -6,6 +6,7 @@ Symbols: L tokens of the prompt, N of them present, H = 8 query heads, G = 4 key
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,15 @@ ANYRES = [SYSTEM] * 35 + [VISUAL] * 576 + ([VISUAL] * 48 + [NEWLINE]) * 48 + [TE
 TWO_IMAGES = [SYSTEM] * 9 + [VISUAL] * 576 + [TEXT] * 8 + [VISUAL] * 144 + [TEXT] * 14
 PROMPTS = {"LLaVA-1.5": LLAVA_15, "AnyRes": ANYRES, "two images": TWO_IMAGES}
 ENTERED = {"LLaVA-1.5": (576,), "AnyRes": (2880,), "two images": (576, 144)}
+GONE = [i for i, kind in enumerate(ANYRES) if kind != VISUAL or i % 2]
+INSIDE: list[Any] = [
+    ({"retain_ratio": ratio}, PROMPTS[name], ENTERED[name])
+    for ratio in (0.25, 0.10)
+    for name in PROMPTS
+]
+INSIDE += [({"retain_tokens": count}, LLAVA_15, (576,)) for count in (1, 575)]
+INSIDE += [({"retain_ratio": 0.10}, ANYRES, (2880,), GONE)]
+"""Budgets, prompts, what of them entered the decoder, and what is left (all unless given)."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,20 @@ def kept_patches(case: Case, decision: Any) -> set[int]:
     return set(kept)
 
 
+def assert_keeps(
+    method: type[Pruner], reference: Callable[[Case, int], set[int]], inside: Any, layer: int
+) -> None:
+    """Compare what a method keeps after ``layer`` with a reference, for one of ``INSIDE``."""
+    options, kinds, entered, *present = inside
+    case, pruner = make_case(kinds, entered, *present, layer=layer), method(**options)
+    count = sum(map(pruner.num_keep, entered))
+    kept = kept_patches(case, pruner.at_layer(case.view))
+    assert len(kept) == count
+    assert kept == reference(case, count)
+
+
 def patches_per_layer(pruner: Pruner, kinds: list[int], num_layers: int, **options: Any) -> list:
-    """Return how many patches each layer works on when ``pruner`` is asked after its layers."""
+    """Return how many patches each layer works on when ``pruner`` is called after its layers."""
     present = list(range(len(kinds)))
     layers, counts = pruner.probe_layers(num_layers), []
     for layer in range(num_layers):

@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 import torch
 from layer_views import (
-    ANYRES,
-    ENTERED,
+    INSIDE,
     LLAVA_15,
-    PROMPTS,
     SYSTEM,
     TEXT,
     VISUAL,
+    assert_keeps,
     kept_patches,
     make_case,
 )
 
-from llava_todre.errors import TodreError
 from llava_todre.pruners.dart import DART
 
 
@@ -39,23 +37,11 @@ def reference(case, count, num_image=4, num_text=4):
     return kept
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_it_keeps_pivots_and_what_is_least_like_them(prompt, ratio):
-    case = make_case(PROMPTS[prompt], ENTERED[prompt])
-    pruner = DART(retain_ratio=ratio)
-    count = sum(pruner.num_keep(n) for n in ENTERED[prompt])
-    kept = kept_patches(case, pruner.at_layer(case.view))
-    assert len(kept) == count
-    assert kept == reference(case, count)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 12, 13, 100, 575])
-def test_every_budget_is_met_exactly(count):
-    case = make_case(LLAVA_15, seed=1)
-    kept = kept_patches(case, DART(retain_tokens=count).at_layer(case.view))
-    assert len(kept) == count
-    assert kept == reference(case, count)
+@pytest.mark.parametrize(
+    "inside", INSIDE + [({"retain_tokens": n}, LLAVA_15, (576,)) for n in (2, 3, 4, 5, 12, 13, 132)]
+)
+def test_it_keeps_pivots_and_what_is_least_like_them(inside):
+    assert_keeps(DART, reference, inside, layer=1)
 
 
 @pytest.mark.parametrize(("num_image", "num_text"), [(1, 0), (3, 9), (50, 50), (4, 1)])
@@ -65,22 +51,6 @@ def test_the_numbers_of_pivots_are_options(num_image, num_text):
     pruner = DART(image_pivots=num_image, text_pivots=num_text)
     kept = kept_patches(case, pruner.at_layer(case.view))
     assert kept == reference(case, 58, num_image, num_text)
-
-
-def test_a_view_with_tokens_gone_is_read_by_its_own_places():
-    present = [i for i, kind in enumerate(ANYRES) if kind != VISUAL or i % 3 == 0]
-    case = make_case(ANYRES, (2880,), present)
-    kept = kept_patches(case, DART().at_layer(case.view))
-    assert len(kept) == 288
-    assert kept == reference(case, 288)
-
-
-@pytest.mark.parametrize("released", [128, 64, 192])
-def test_a_released_budget_is_4_more_here_and_then_every_pivot_takes_the_same(released):
-    assert divmod(released + 4 - 4, 8) == (released // 8, 0)
-    case = make_case(LLAVA_15)
-    kept = kept_patches(case, DART(retain_tokens=released + 4).at_layer(case.view))
-    assert kept == reference(case, released + 4)
 
 
 # Six patches, pivots: patch 1 and the first text token. Directions are angles in degrees.
@@ -127,7 +97,7 @@ def test_pivots_are_the_longest_keys_by_the_l1_norm_over_all_heads():
     assert kept_patches(case, DART(retain_tokens=1).at_layer(case.view)) == {2}
 
 
-def test_similarity_is_that_of_the_states_behind_the_final_norm():
+def test_similarity_is_that_of_the_states_after_the_final_norm():
     """The norm turns the plane: what was opposite to the pivot is now the same."""
     case = small_case()
     pruner = DART(retain_tokens=2, image_pivots=1, text_pivots=0)
@@ -139,21 +109,3 @@ def test_similarity_is_that_of_the_states_behind_the_final_norm():
         final_norm=lambda rows: rows.abs(),
     )
     assert kept_patches(folded, pruner.at_layer(folded.view)) == {1, 2}
-
-
-def test_text_before_the_image_is_no_pivot():
-    """The system token has the longest key of all and is like patch 1."""
-    case = small_case()
-    kept = kept_patches(
-        case, DART(retain_tokens=2, image_pivots=1, text_pivots=1).at_layer(case.view)
-    )
-    assert kept == {1, 5}
-
-
-def test_it_prunes_at_layer_2_with_four_pivots_of_each_kind():
-    pruner = DART()
-    assert pruner.probe_layers(32) == (1,)
-    assert DART(layer=5).probe_layers(32) == (4,)
-    with pytest.raises(TodreError, match="layer 8 is out of range .* allowed: 1 to 7"):
-        DART(layer=8).probe_layers(8)
-    assert (pruner.image_pivots, pruner.text_pivots) == (4, 4)

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import selected, visual_tokens
+from slow import at_every_shape, grid_of, kept, unit
 from torch import Tensor
 
 from llava_todre.pruners import divprune
@@ -17,8 +18,7 @@ from llava_todre.spans import VisualTokens
 
 def distances(features: Tensor) -> Tensor:
     """(N, N) one minus cosine, float64."""
-    rows = features.double()
-    rows = rows / rows.norm(dim=1, keepdim=True)
+    rows = unit(features)
     return 1 - rows @ rows.T
 
 
@@ -28,11 +28,11 @@ def slow_first(distance: Tensor) -> int:
     return isolation.index(max(isolation))
 
 
-def worst_gap(distance: Tensor, kept: list[int]) -> float:
-    """Replay the greedy rule inside ``kept``; how far its picks ever are from the best of all."""
+def worst_gap(distance: Tensor, picked: list[int]) -> float:
+    """Replay the greedy rule inside ``picked``; how far its picks ever are from the best of all."""
     first = slow_first(distance)
-    assert first in kept
-    nearest, left, worst = distance[first].clone(), set(kept) - {first}, 0.0
+    assert first in picked
+    nearest, left, worst = distance[first].clone(), set(picked) - {first}, 0.0
     nearest[first] = -1.0
     while left:
         pick = max(left, key=lambda i: float(nearest[i]))
@@ -44,29 +44,18 @@ def worst_gap(distance: Tensor, kept: list[int]) -> float:
 
 
 def select(tokens: VisualTokens, budget: int) -> list[int]:
-    kept = selected(DivPrune(), tokens, budget).indices
-    assert kept.dtype == torch.int64
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert len(kept) == budget
-    return kept.tolist()
+    return kept(DivPrune(), tokens, budget)
 
 
 def hand_made(*features: list[float]) -> VisualTokens:
-    count = len(features)
-    where = torch.arange(count)
-    return VisualTokens(torch.tensor(features), torch.zeros(count).long(), where * 0, where)
+    return grid_of(1, len(features), features=torch.tensor(features))
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize(
-    "shape",
-    [{}, {"grid": (2, 2), "side": 12, "padding": 3}, {"frames": 5, "side": 12}],
-    ids=["image", "unpadded", "video"],
-)
+@at_every_shape
 def test_every_pick_is_the_farthest_one_in_float64(shape, ratio):
     tokens = visual_tokens(**shape)
-    kept = select(tokens, round(ratio * len(tokens)))
-    assert worst_gap(distances(tokens.features), kept) < 1e-5
+    picked = select(tokens, round(ratio * len(tokens)))
+    assert worst_gap(distances(tokens.features), picked) < 1e-5
 
 
 def test_starts_with_the_most_isolated_token_and_then_takes_the_farthest():
@@ -86,25 +75,11 @@ def test_equal_isolation_goes_to_the_lowest_index():
     assert select(hand_made(*axes.tolist()), 3) == [0, 1, 2]
 
 
-def test_length_does_not_matter():
-    tokens = visual_tokens(side=12)
-    scale = torch.linspace(0.1, 10, len(tokens))[:, None]
-    assert select(tokens, 30) == select(
-        dataclasses.replace(tokens, features=tokens.features * scale), 30
-    )
-
-
 def test_duplicates_wait_until_all_distinct_tokens_are_kept():
     tokens = visual_tokens(side=4)
     features = tokens.features[torch.arange(16) % 5]
-    kept = select(dataclasses.replace(tokens, features=features), 5)
-    assert {i % 5 for i in kept} == set(range(5))
-
-
-def test_crops_and_thumbnail_are_one_pool():
-    tokens = visual_tokens(grid=(2, 2), side=12)
-    alone = dataclasses.replace(tokens, view=torch.zeros_like(tokens.view), grid=None)
-    assert select(tokens, 72) == select(alone, 72)
+    picked = select(dataclasses.replace(tokens, features=features), 5)
+    assert {i % 5 for i in picked} == set(range(5))
 
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 50, 144, 1000])

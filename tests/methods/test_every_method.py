@@ -117,6 +117,19 @@ def test_the_method_file_is_made_from_the_options(name: str) -> None:
         ("visionzip", {"cls_layer": -3}, {("cls_attention", -3), ("keys", -3), "vision_features"}),
         ("prumerge", {}, {("cls_attention_unsplit", -1), ("keys", -1), "vision_features"}),
         ("prumerge_plus", {}, {("cls_attention_unsplit", -1), ("keys", -1), "vision_features"}),
+        ("fastervlm", {}, {("cls_attention", -2)}),
+        ("fastervlm", {"cls_layer": -1}, {("cls_attention", -1)}),
+        ("holov", {}, {("cls_attention", -2)}),
+        ("globalcom2", {}, {("cls_logits", -1)}),
+        ("globalcom2", {"cls_layer": -2}, {("cls_logits", -2)}),
+        ("hiprune", {}, {("received_attention", 0.35), ("received_attention", -2)}),
+        (
+            "hiprune",
+            {"object_depth": 0.1, "register_layer": -1},
+            {("received_attention", 0.1), ("received_attention", -1)},
+        ),
+        ("downsample", {}, {"resized"}),
+        *((name, {}, set()) for name in STAGED),
     ],
 )
 def test_needs_follow_the_options(name: str, options: dict[str, Any], needs: set) -> None:
@@ -152,6 +165,19 @@ def test_half_precision_is_compared_in_float32(name: str) -> None:
     if expected.features is not None:
         assert kept.features is not None and kept.features.dtype == torch.bfloat16
         assert torch.equal(kept.features, expected.features.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["visionzip", "prumerge", "prumerge_plus"])
+def test_all_views_are_projected_at_once(name: str) -> None:
+    tokens = tokens_of(grid=(2, 2), side=12)
+    given = []
+
+    def project(states: torch.Tensor) -> torch.Tensor:
+        given.append(states.shape)
+        return tokens["project"](states)
+
+    selected(create_pruner(name), dataclasses.replace(tokens, project=project), 72)
+    assert given == [(72, 48)]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

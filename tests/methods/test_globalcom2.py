@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import selected, visual_tokens
+from conftest import visual_tokens
+from slow import SHAPES, groups, kept
 from torch import Tensor
 
 from llava_todre.pruners.globalcom2 import GlobalCom2, crop_ratios
@@ -68,13 +69,8 @@ def slow_select(tokens: VisualTokens, budget: int) -> list[int]:
     logits = tokens.vision[LOGITS].double().tolist()
     views = tokens.view.tolist()
     if tokens.grid is None:
-        groups = [[i for i, v in enumerate(views) if v == view] for view in sorted(set(views))]
-        sizes = [len(group) for group in groups]
-        shares = slow_shares(budget, [float(size) for size in sizes], sizes)
-        kept = []
-        for group, share in zip(groups, shares, strict=True):
-            kept += slow_top({i: logits[i] for i in group}, share)
-        return sorted(kept)
+        best = [slow_top({i: logits[i] for i in each}, n) for each, n in groups(tokens, budget)]
+        return sorted(sum(best, []))
     ratio = budget / len(tokens)
     thumbnail = [i for i, view in enumerate(views) if view == 0]
     side = 1 + max(int(tokens.row[i]) for i in thumbnail)
@@ -82,7 +78,7 @@ def slow_select(tokens: VisualTokens, budget: int) -> list[int]:
     for i in thumbnail:
         overview[int(tokens.row[i])][int(tokens.column[i])] = logits[i]
     num_thumbnail = math.floor(ratio * len(thumbnail) + 0.5)
-    kept = slow_top({i: logits[i] for i in thumbnail}, num_thumbnail)
+    picked = slow_top({i: logits[i] for i in thumbnail}, num_thumbnail)
     place = {i: canvas_place(tokens, i, side) for i, view in enumerate(views) if view > 0}
     top, bottom = min(y for y, _ in place.values()), max(y for y, _ in place.values())
     left, right = min(x for _, x in place.values()), max(x for _, x in place.values())
@@ -104,8 +100,8 @@ def slow_select(tokens: VisualTokens, budget: int) -> list[int]:
         }
         own_norm = math.sqrt(sum(value**2 for value in own.values()))
         guide_norm = math.sqrt(sum(value**2 for value in guide.values()))
-        kept += slow_top({i: own[i] / own_norm + guide[i] / guide_norm for i in crop}, share)
-    return sorted(kept)
+        picked += slow_top({i: own[i] / own_norm + guide[i] / guide_norm for i in crop}, share)
+    return sorted(picked)
 
 
 def part(tokens: VisualTokens, keep: Tensor) -> VisualTokens:
@@ -125,26 +121,14 @@ def with_logits(tokens: VisualTokens, logits: Tensor) -> VisualTokens:
 
 
 def select(tokens: VisualTokens, budget: int) -> list[int]:
-    kept = selected(GlobalCom2(), tokens, budget).indices
-    assert kept.dtype == torch.int64
-    assert kept.tolist() == sorted(set(kept.tolist()))
-    assert len(kept) == budget
-    return kept.tolist()
+    return kept(GlobalCom2(), tokens, budget)
+
+
+TALL = {"grid": (1, 3), "side": 14, "padding": 4}
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"grid": (2, 2), "side": 12},
-        {"grid": (2, 2), "side": 12, "padding": 3},
-        {"grid": (1, 3), "side": 12, "padding": 4},
-        {"grid": (3, 1), "side": 14, "padding": 3},
-        {"frames": 5, "side": 12},
-    ],
-    ids=["image", "anyres", "unpadded", "tall", "wide", "video"],
-)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), TALL], ids=[*SHAPES, "tall"])
 def test_keeps_what_the_reference_keeps(shape, ratio):
     tokens = visual_tokens(**shape)
     budget = round(ratio * len(tokens))
@@ -171,80 +155,15 @@ def test_crops_compare_by_their_part_of_the_thumbnail():
     assert crop_ratios(overview, (2, 2), 0.2, 1e9) == pytest.approx([0.2] * 4)
 
 
-def test_crops_are_numbered_row_by_row():
-    overview = torch.zeros(6, 6)
-    overview[0, 4] = 50.0
-    ratios = crop_ratios(overview, (3, 2), 0.1, 10.0)
-    assert ratios.index(max(ratios)) == 2
-
-
-def test_the_last_cells_of_the_thumbnail_take_the_remainder():
-    """Cells of 1, 1 and 3 columns and 2 and 3 rows."""
-    sums = torch.tensor([2.0, 2.0, 6.0, 3.0, 3.0, 9.0])
-    p = (sums / 10).softmax(dim=0)
-    expected = (0.1 * (1 + p - 1 / 6)).tolist()
-    assert crop_ratios(torch.ones(5, 5), (3, 2), 0.1, 10.0) == pytest.approx(expected)
-
-
-def test_a_crop_with_more_attention_keeps_more_tokens():
-    """R = 0.1, and one crop has all the weight: 0.175 of it stays, and 0.075 of the others."""
-    tokens = visual_tokens(grid=(2, 2))
-    logits = tokens.vision[LOGITS].clone()
-    logits[(tokens.view == 0) & (tokens.row >= 12) & (tokens.column < 12)] += 10
-    kept = select(with_logits(tokens, logits), 288)
-    counts = tokens.view[kept].bincount(minlength=5).tolist()
-    assert counts == [58, 43, 43, 101, 43]  # 230 in the proportions 43.1, 43.1, 100.6, 43.1
-
-
 def test_a_crop_asks_for_all_its_tokens_at_most():
     """12 and 4 columns, R = 0.8, all weight on the first: rho is 1 (not 1.2) and 0.4."""
     tokens = visual_tokens(grid=(2, 1), side=12)
     tokens = part(tokens, (tokens.view < 2) | (tokens.column < 4))
     logits = tokens.vision[LOGITS].clone()
     logits[(tokens.view == 0) & (tokens.column < 6)] += 10
-    kept = select(with_logits(tokens, logits), 269)
+    picked = select(with_logits(tokens, logits), 269)
     # Of 336 tokens; 115 of the thumbnail, and 154 in the proportions 144 * 1 to 48 * 0.4.
-    assert tokens.view[kept].bincount().tolist() == [115, 136, 18]
-
-
-def test_the_thumbnail_keeps_its_share_of_the_budget():
-    tokens = visual_tokens(grid=(2, 2), padding=5)
-    for budget in (240, 241, 500):
-        kept = select(tokens, budget)
-        expected = math.floor(budget * 576 / 2400 + 0.5)
-        assert int((tokens.view[kept] == 0).sum()) == expected
-
-
-@pytest.mark.parametrize(("row", "column"), [(3, 3), (20, 4), (5, 20), (16, 17)])
-def test_the_thumbnail_points_at_a_place_of_the_unpadded_canvas(row, column):
-    """Crops that attend evenly follow the thumbnail: what stays lies around the patch it marks."""
-    tokens = visual_tokens(grid=(2, 2), padding=10)  # rows 10 to 37 of 48, all 48 columns
-    away = (tokens.row - row) ** 2 + (tokens.column - column) ** 2
-    kept = select(with_logits(tokens, torch.where(tokens.view == 0, -away, 0).float()), 60)
-    crop = 1 + 2 * (row >= 12) + (column >= 12)
-    places = [canvas_place(tokens, i, 24) for i in kept if tokens.view[i] == crop]
-    assert len(places) == 18
-    centre = tuple(sum(axis) / len(axis) + 0.5 for axis in zip(*places, strict=True))
-    assert centre == pytest.approx((10 + (row + 0.5) * 28 / 24, (column + 0.5) * 2), abs=0.5)
-
-
-def test_attention_of_a_crop_and_of_the_thumbnail_weigh_the_same():
-    """However large the numbers of one of them are."""
-    tokens = visual_tokens(grid=(2, 2), side=12)
-    crops = tokens.view > 0
-    louder = tokens.vision[LOGITS] * torch.where(crops, 50.0, 1.0)
-    assert select(with_logits(tokens, louder), 72) == select(tokens, 72)
-
-
-def test_a_single_view_keeps_the_highest_logits():
-    logits = torch.zeros(16).index_fill(0, torch.tensor([3, 7, 12]), 1.0)
-    assert select(with_logits(visual_tokens(side=4), logits), 3) == [3, 7, 12]
-    assert select(with_logits(visual_tokens(side=4), logits), 4) == [0, 3, 7, 12]
-
-
-def test_frames_share_the_budget_evenly():
-    tokens = visual_tokens(frames=5, side=12)
-    assert tokens.view[select(tokens, 72)].bincount().tolist() == [15, 15, 14, 14, 14]
+    assert tokens.view[picked].bincount().tolist() == [115, 136, 18]
 
 
 def test_a_crop_that_is_all_padding_is_no_trouble():
@@ -254,35 +173,10 @@ def test_a_crop_that_is_all_padding_is_no_trouble():
         assert set(tokens.view[select(tokens, budget)].tolist()) <= {0, 2}
 
 
-def test_one_token_and_all_but_one_are_possible_budgets():
-    for tokens in (visual_tokens(side=6), visual_tokens(grid=(2, 2), side=6, padding=1)):
-        assert select(tokens, 1) == slow_select(tokens, 1)
-        (dropped,) = set(range(len(tokens))) - set(select(tokens, len(tokens) - 1))
-        logits, view = tokens.vision[LOGITS], int(tokens.view[dropped])
-        if view == 0:
-            assert logits[dropped] == logits[tokens.view == 0].min()
-
-
-def test_the_layer_is_a_knob():
-    tokens = visual_tokens(grid=(2, 2), side=12)
-    assert GlobalCom2().needs == {("cls_logits", -1)}
-    other = GlobalCom2(cls_layer=-2)
-    assert other.needs == {("cls_logits", -2)}
-    moved = dataclasses.replace(tokens, vision={LOGITS: tokens.vision["cls_logits", -2]})
-    assert selected(other, tokens, 72).indices.tolist() == select(moved, 72)
-
-
-def test_half_precision_logits_are_ranked_in_float32():
-    tokens = visual_tokens(grid=(2, 2))
-    half = with_logits(tokens, tokens.vision[LOGITS].bfloat16())
-    assert select(half, 720) == slow_select(half, 720)
-
-
 @pytest.mark.parametrize("budget", [1, 200, 575])
 def test_a_strip_of_whose_crops_nothing_is_left_is_pruned_like_a_thumbnail(budget: int) -> None:
     """Of an image over 72 times as long as high, unpadding leaves no patch of a crop."""
     strip, alone = visual_tokens(grid=(3, 1), padding=12), visual_tokens()
     assert len(strip) == len(alone) == 576
     strip.vision[LOGITS] = alone.vision[LOGITS]
-    kept = selected(GlobalCom2(), strip, budget).indices
-    assert torch.equal(kept, selected(GlobalCom2(), alone, budget).indices)
+    assert select(strip, budget) == select(alone, budget)

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import selected, visual_tokens
+from conftest import visual_tokens
+from slow import at_every_shape, grid_of, kept
 from torch import Tensor
 
 from llava_todre.pruners.holov import HoloV
@@ -55,63 +56,39 @@ def slow_select(
             extra[r] += 1
         for r in room:
             share[r] = min(len(runs[r]), share[r] + extra[r])
-    kept: list[int] = []
+    picked: list[int] = []
     for run, number in zip(runs, share, strict=True):
-        kept += sorted(run, key=lambda i: (-attention[i], i))[:number]
-    return sorted(kept)
+        picked += sorted(run, key=lambda i: (-attention[i], i))[:number]
+    return sorted(picked)
 
 
-SHAPES = [
-    {},
-    {"grid": (2, 2), "side": 12},
-    {"grid": (2, 2), "side": 12, "padding": 3},
-    {"frames": 5, "side": 12},
-    {"dtype": torch.bfloat16},
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float) -> None:
+@at_every_shape
+@pytest.mark.parametrize("layer", [-2, -1])
+def test_it_keeps_what_the_slow_reference_keeps(shape: dict, ratio: float, layer: int) -> None:
     tokens = visual_tokens(**shape)
-    method = HoloV(retain_ratio=ratio)
-    budget = method.num_keep(len(tokens))
-    kept = selected(method, tokens, budget).indices
-    assert kept.tolist() == slow_select(tokens, budget)
-    assert kept.dtype == torch.int64
+    budget = round(ratio * len(tokens))
+    expected = slow_select(tokens, budget, layer=layer)
+    assert kept(HoloV(cls_layer=layer), tokens, budget) == expected
 
 
-@pytest.mark.parametrize(("side", "budget"), [(3, 1), (3, 8), (4, 5), (5, 24), (5, 7)])
-def test_runs_may_have_one_token_or_none(side: int, budget: int) -> None:
+@pytest.mark.parametrize(
+    ("side", "budget", "num_runs"),
+    [(3, 1, 16), (3, 8, 16), (4, 5, 16), (5, 24, 16), (5, 7, 16)]
+    + [(12, 36, num_runs) for num_runs in (1, 5, 144, 1000)],
+)
+def test_runs_may_have_one_token_or_none(side: int, budget: int, num_runs: int) -> None:
     tokens = visual_tokens(side=side)
-    kept = selected(HoloV(), tokens, budget).indices.tolist()
-    assert kept == slow_select(tokens, budget)
-    assert len(set(kept)) == budget
-
-
-@pytest.mark.parametrize("num_runs", [1, 5, 144, 1000])
-def test_the_number_of_runs_is_a_knob(num_runs: int) -> None:
-    tokens = visual_tokens(side=12)
-    kept = selected(HoloV(num_runs=num_runs), tokens, 36).indices.tolist()
-    assert kept == slow_select(tokens, 36, num_runs)
+    expected = slow_select(tokens, budget, num_runs)
+    assert kept(HoloV(num_runs=num_runs), tokens, budget) == expected
 
 
 def planted(attention: list[float], features: Tensor | None = None) -> VisualTokens:
     """Tokens with this attention; all alike unless features are given."""
     count = len(attention)
-    return VisualTokens(
-        features=torch.ones(count, 4) if features is None else features,
-        view=torch.zeros(count, dtype=torch.int64),
-        row=torch.zeros(count, dtype=torch.int64),
-        column=torch.arange(count),
-        vision={("cls_attention", -2): torch.tensor(attention)},
+    given = torch.ones(count, 4) if features is None else features
+    return grid_of(
+        1, count, features=given, vision={("cls_attention", -2): torch.tensor(attention)}
     )
-
-
-def test_runs_are_contiguous_and_the_first_ones_longer() -> None:
-    """Two runs of 5 tokens are 0 1 2 and 3 4; one token each, as the runs weigh the same."""
-    tokens = planted([0.1, 0.2, 0.3, 0.19, 0.21])
-    assert selected(HoloV(num_runs=2), tokens, 2).indices.tolist() == [2, 4]
 
 
 def test_what_is_left_after_rounding_goes_to_the_heaviest_runs() -> None:
@@ -120,13 +97,13 @@ def test_what_is_left_after_rounding_goes_to_the_heaviest_runs() -> None:
     The largest remainder would have given it to run 2.
     """
     tokens = planted([0.1] * 5 + [0.06] * 5 + [0.04] * 5)
-    assert selected(HoloV(num_runs=3), tokens, 4).indices.tolist() == [0, 1, 2, 5]
+    assert kept(HoloV(num_runs=3), tokens, 4) == [0, 1, 2, 5]
 
 
 def test_what_a_full_run_cannot_take_goes_to_the_others_by_weight() -> None:
     """Of 5, run 0 asks for nearly all and has room for 2; 3 more go 2 : 1 to the other two."""
     tokens = planted([0.4, 0.4, 0.04, 0.04, 0.02, 0.02])
-    assert selected(HoloV(num_runs=3), tokens, 5).indices.tolist() == [0, 1, 2, 3, 4]
+    assert kept(HoloV(num_runs=3), tokens, 5) == [0, 1, 2, 3, 4]
 
 
 def test_a_run_of_orthogonal_tokens_lacks_nine_percent() -> None:
@@ -135,29 +112,10 @@ def test_a_run_of_orthogonal_tokens_lacks_nine_percent() -> None:
     alike = torch.ones(2, 4)
     attention = [0.105, 0.105, 0.1, 0.1]
     varied = planted(attention, torch.cat([orthogonal[:2], alike]))
-    assert selected(HoloV(num_runs=2), varied, 1).indices.tolist() == [2]
+    assert kept(HoloV(num_runs=2), varied, 1) == [2]
     uniform = planted(attention, orthogonal)
-    assert selected(HoloV(num_runs=2), uniform, 1).indices.tolist() == [0]
-
-
-def test_a_run_of_nearly_orthogonal_tokens_gains_less() -> None:
-    """Two tokens with cosine 0.001 have variance 0.000001, as large as epsilon: half of 9 %.
-
-    So run 0 weighs 1.045 against 1.03 and 1.06 of orthogonal ones.
-    """
-    nearly = torch.tensor([[1.0, 0.0], [0.001, 1.0]])
-    for other, kept in (0.103, 0), (0.106, 2):
-        tokens = planted([0.1, 0.1, other, other], torch.cat([nearly, torch.eye(2)]))
-        assert selected(HoloV(num_runs=2), tokens, 1).indices.tolist() == [kept]
+    assert kept(HoloV(num_runs=2), uniform, 1) == [0]
 
 
 def test_runs_without_any_attention_still_meet_the_budget() -> None:
-    assert selected(HoloV(num_runs=3), planted([0.0] * 6), 4).indices.tolist() == [0, 1, 2, 4]
-
-
-def test_the_layer_is_the_one_that_llava_reads_unless_another_is_asked_for() -> None:
-    tokens = visual_tokens()
-    assert HoloV().needs == {("cls_attention", -2)}
-    last = HoloV(cls_layer=-1)
-    assert last.needs == {("cls_attention", -1)}
-    assert selected(last, tokens, 58).indices.tolist() == slow_select(tokens, 58, layer=-1)
+    assert kept(HoloV(num_runs=3), planted([0.0] * 6), 4) == [0, 1, 2, 4]

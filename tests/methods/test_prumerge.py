@@ -10,18 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import selected, visual_tokens
-from slow import slow_shares
+from slow import SHAPES, assert_merged, at_every_shape, grid_of, groups
 from torch import Tensor
 
 from llava_todre.pruners.prumerge import PruMerge, PruMergePlus
 from llava_todre.spans import VisualTokens
-
-CASES = {
-    "LLaVA-1.5": {},
-    "AnyRes": {"grid": (2, 2), "side": 12},
-    "padded": {"grid": (2, 2), "side": 12, "padding": 3},
-    "video": {"frames": 5, "side": 12},
-}
 
 
 def reference(
@@ -36,11 +29,8 @@ def reference(
     keys = tokens.vision["keys", layer].double().reshape(len(tokens), -1)
     keys = keys / keys.norm(dim=1, keepdim=True)
     states = tokens.vision_features.double()
-    views = tokens.view.tolist()
-    groups = [[i for i, v in enumerate(views) if v == view] for view in sorted(set(views))]
     result = {}
-    sizes = [len(group) for group in groups]
-    for group, share in zip(groups, slow_shares(budget, sizes), strict=True):
+    for group, share in groups(tokens, budget):
         if share == 0:
             continue
         by_attention = sorted(group, key=lambda i: (-float(attention[i]), i))
@@ -66,29 +56,23 @@ def reference(
     return result
 
 
-def assert_matches(selection, tokens: VisualTokens, expected: dict[int, Tensor]) -> None:
-    """Places are equal; features are what the projector makes of the expected ones."""
-    places = sorted(expected)
-    assert selection.indices.dtype == torch.int64
-    assert selection.indices.tolist() == places
-    states = torch.stack([expected[place] for place in places])
-    projected = tokens.project(states.to(tokens.vision_features.dtype))
-    torch.testing.assert_close(selection.features, projected, rtol=1e-4, atol=1e-5)
+PARTS = pytest.mark.parametrize(
+    ("method", "part"), [(PruMerge, Fraction(1)), (PruMergePlus, Fraction(1, 4))]
+)
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("method", "part"), [(PruMerge, 1), (PruMergePlus, Fraction(1, 4))])
-def test_matches_the_slow_reference(method, part, case, ratio):
-    tokens = visual_tokens(**CASES[case])
-    budget = method(retain_ratio=ratio).num_keep(len(tokens))
+@at_every_shape
+@PARTS
+def test_matches_the_slow_reference(method, part, shape, ratio):
+    tokens = visual_tokens(**shape)
+    budget = round(ratio * len(tokens))
     expected = reference(tokens, budget, part)
     assert len(expected) == budget
-    assert_matches(selected(method(), tokens, budget), tokens, expected)
+    assert_merged(selected(method(), tokens, budget), tokens, expected)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "part"),
+    ("options", "part"),
     [
         ({}, Fraction(1)),
         ({"attention_share": 0.25}, Fraction(1, 4)),
@@ -99,13 +83,13 @@ def test_matches_the_slow_reference(method, part, case, ratio):
         ({"cls_layer": -2}, Fraction(1)),
     ],
 )
-def test_every_knob_does_what_the_reference_does(knobs, part):
+def test_every_option_does_what_the_reference_does(options, part):
     tokens = visual_tokens(grid=(2, 1), side=8, padding=1)
-    pruner = PruMerge(**knobs)
+    pruner = PruMerge(**options)
     for budget in (1, 2, 3, 5, 6, 9, 40, len(tokens) - 1):
         expected = reference(tokens, budget, part, pruner.num_merged, pruner.cls_layer)
         assert len(expected) == budget
-        assert_matches(selected(pruner, tokens, budget), tokens, expected)
+        assert_merged(selected(pruner, tokens, budget), tokens, expected)
 
 
 def small(attention: list[float]) -> VisualTokens:
@@ -113,11 +97,9 @@ def small(attention: list[float]) -> VisualTokens:
     index = torch.arange(8)
     angle = torch.deg2rad(10.0 * index)
     keys = torch.stack([angle.cos(), angle.sin()], dim=1).view(8, 2, 1)
-    return VisualTokens(
-        features=index[:, None].float(),
-        view=torch.zeros_like(index),
-        row=index // 4,
-        column=index % 4,
+    return grid_of(
+        2,
+        4,
         vision={
             ("cls_attention_unsplit", -1): torch.tensor(attention),
             ("keys", -1): keys * (1.0 + index.view(8, 1, 1)),
@@ -139,32 +121,6 @@ def test_eight_patches_by_hand():
     assert selection.features.flatten().tolist() == [2 * extra, 2 * two, 2 * seven]
 
 
-def test_neighbours_are_found_among_kept_tokens_too():
-    tokens = small([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.25, 0.5])
-    selection = selected(PruMerge(num_merged=1), tokens, 3)
-    assert selection.indices.tolist() == [0, 6, 7]
-    features = (selection.features / 2).flatten().tolist()
-    assert features[2] == 1e7 + 0.25 * 1e6  # 6 is kept and yet added to 7
-    assert features[0] == 0.0  # none of the dropped gets attention
-
-
-def test_spaced_tokens_are_spread_over_those_not_taken():
-    # T = 5: one (a quarter) by attention, 3; of 0 1 2 4 5 6 7 the 1/6, 3/6 and 5/6 points are
-    # 1, 4 and 6; the extra one stands at 0, the first of equals.
-    tokens = small([0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    selection = selected(PruMergePlus(num_merged=0), tokens, 5)
-    assert selection.indices.tolist() == [0, 1, 3, 4, 6]
-    assert (selection.features / 2).flatten().tolist() == [0.0, 1e1, 1e3, 1e4, 1e6]
-
-
-def test_one_token_has_no_extra():
-    tokens = small([0.0, 0.125, 0.0, 0.5, 0.25, 0.0, 0.0, 0.0])
-    for method in (PruMerge, PruMergePlus):
-        selection = selected(method(num_merged=1), tokens, 1)
-        assert selection.indices.tolist() == [3]
-        assert selection.features.item() == 2 * (1e3 + 0.25 * 1e4)
-
-
 def own_count(attention: Tensor) -> int:
     """Count the values above Q3 + 1.5 IQR."""
     values = attention.double().numpy()
@@ -172,16 +128,16 @@ def own_count(attention: Tensor) -> int:
     return sum(value > high + 1.5 * (high - low) for value in values.tolist())
 
 
-@pytest.mark.parametrize("case", ["LLaVA-1.5", "AnyRes", "video"])
-@pytest.mark.parametrize(("method", "part"), [(PruMerge, 1), (PruMergePlus, Fraction(1, 4))])
-def test_adaptive_keeps_the_outliers_of_the_whole_image_and_one_more_per_view(method, part, case):
-    tokens = visual_tokens(**CASES[case])
+@pytest.mark.parametrize("shape", ["image", "crops", "video"])
+@PARTS
+def test_adaptive_keeps_the_outliers_of_the_whole_image_and_one_more_per_view(method, part, shape):
+    tokens = visual_tokens(**SHAPES[shape])
     outliers = own_count(tokens.vision["cls_attention_unsplit", -1])
     num_views = int(tokens.view.max()) + 1
     total = min(len(tokens), int(outliers / part) + num_views)
     selections = [selected(method(adaptive=True), tokens, budget) for budget in (1, 300)]
     assert torch.equal(selections[0].indices, selections[1].indices)
-    assert_matches(selections[0], tokens, reference(tokens, total, part))
+    assert_merged(selections[0], tokens, reference(tokens, total, part))
 
 
 @pytest.mark.parametrize("method", [PruMerge, PruMergePlus])
@@ -216,20 +172,3 @@ def test_adaptive_never_asks_for_more_tokens_than_there_are():
     tokens = visual_tokens(grid=(2, 1), side=8, padding=1)
     selection = selected(PruMerge(adaptive=True, attention_share=0.01), tokens, 5)
     assert selection.indices.tolist() == list(range(len(tokens)))
-
-
-def test_all_views_are_projected_at_once():
-    tokens = visual_tokens(grid=(2, 2), side=12)
-    calls = []
-
-    def project(states: Tensor) -> Tensor:
-        calls.append(states.shape)
-        return tokens.project(states)
-
-    selected(PruMerge(), dataclasses.replace(tokens, project=project), 72)
-    assert calls == [(72, 48)]
-
-
-def test_plus_differs_only_in_the_share_by_attention():
-    plus = dataclasses.asdict(PruMergePlus())
-    assert plus == dataclasses.asdict(PruMerge()) | {"attention_share": 0.25}

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 from layer_views import (
-    ANYRES,
-    ENTERED,
     HEADS,
+    INSIDE,
     LLAVA_15,
-    PROMPTS,
-    TEXT,
     VISUAL,
+    assert_keeps,
     attention_row,
     best,
-    kept_patches,
-    make_case,
     patches_per_layer,
 )
 
@@ -27,23 +23,9 @@ def reference(case, count):
     return best(sum(rows) / HEADS, case.where(VISUAL), count)
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_it_keeps_what_the_last_token_will_attend_to_most(prompt, ratio):
-    case = make_case(PROMPTS[prompt], ENTERED[prompt], layer=23)
-    pruner = PyramidDrop(retain_ratio=ratio)
-    count = sum(pruner.num_keep(n) for n in ENTERED[prompt])
-    kept = kept_patches(case, pruner.at_layer(case.view))
-    assert len(kept) == count
-    assert kept == reference(case, count)
-
-
-def test_a_later_stage_chooses_among_what_is_left():
-    present = [i for i, kind in enumerate(ANYRES) if kind != VISUAL or i % 2]
-    case = make_case(ANYRES, (2880,), present, layer=15)
-    kept = kept_patches(case, PyramidDrop().at_layer(case.view))
-    assert len(kept) == 720
-    assert kept == reference(case, 720)
+@pytest.mark.parametrize("inside", INSIDE)
+def test_it_keeps_what_the_last_token_will_attend_to_most(inside):
+    assert_keeps(PyramidDrop, reference, inside, layer=23)
 
 
 def test_the_default_is_the_schedule_of_its_authors():
@@ -72,20 +54,3 @@ def test_every_stage_drops_the_same_factor():
 )
 def test_depths_name_the_first_layer_on_fewer_tokens(depths, num_layers, layers):
     assert PyramidDrop(prune_depths=depths).probe_layers(num_layers) == layers
-
-
-def test_stages_that_fall_together_keep_the_smaller_share():
-    assert PyramidDrop().stages(0.125, 2) == {0: 0.125}
-
-
-@pytest.mark.parametrize("count", [1, 575])
-def test_extreme_budgets(count):
-    case = make_case(LLAVA_15, layer=23)
-    kept = kept_patches(case, PyramidDrop(retain_tokens=count).at_layer(case.view))
-    assert kept == reference(case, count)
-
-
-def test_images_and_text_may_alternate():
-    kinds = [*LLAVA_15, *[VISUAL] * 30, *[TEXT] * 4]
-    case = make_case(kinds, (576, 30), layer=7)
-    assert len(kept_patches(case, PyramidDrop().at_layer(case.view))) == round(606 / 2)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from fractions import Fraction
 
 import pytest
 import torch
 from conftest import selected, visual_tokens
-from slow import slow_shares
+from slow import assert_merged, at_every_shape, grid_of, groups, unit
 from torch import Tensor
 
 from llava_todre.pruners.visionzip import VisionZip
 from llava_todre.spans import VisualTokens
-
-CASES = {
-    "LLaVA-1.5": {},
-    "AnyRes": {"grid": (2, 2), "side": 12},
-    "padded": {"grid": (2, 2), "side": 12, "padding": 3},
-    "video": {"frames": 5, "side": 12},
-}
 
 
 def reference(
@@ -32,14 +24,10 @@ def reference(
 ) -> dict[int, Tensor]:
     """Return what stands in each place before the projector, in float64."""
     attention = tokens.vision["cls_attention", layer].double().tolist()
-    metric = tokens.vision["keys", layer].double().mean(dim=1)
-    metric = metric / metric.norm(dim=1, keepdim=True)
+    metric = unit(tokens.vision["keys", layer].double().mean(dim=1))
     states, cls_states = tokens.vision_features.double(), tokens.cls_features.double()
-    views = tokens.view.tolist()
-    groups = [[i for i, v in enumerate(views) if v == view] for view in sorted(set(views))]
     result = {}
-    sizes = [len(group) for group in groups]
-    for group, share in zip(groups, slow_shares(budget, sizes), strict=True):
+    for group, share in groups(tokens, budget):
         if share == 0:
             continue
         num_dominant = max(1, math.floor(share * ratio + Fraction(1, 2)))
@@ -64,32 +52,21 @@ def reference(
             if joined[target]:
                 result[target] = states[target] + states[joined[target]].mean(dim=0)
         if keep_cls:
-            result[others[0]] = cls_states[views[group[0]]]
+            result[others[0]] = cls_states[int(tokens.view[group[0]])]
     return result
 
 
-def assert_matches(selection, tokens: VisualTokens, expected: dict[int, Tensor]) -> None:
-    """Places are equal; features are what the projector makes of the expected ones."""
-    places = sorted(expected)
-    assert selection.indices.dtype == torch.int64
-    assert selection.indices.tolist() == places
-    states = torch.stack([expected[place] for place in places])
-    projected = tokens.project(states.to(tokens.vision_features.dtype))
-    torch.testing.assert_close(selection.features, projected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("ratio", [0.25, 0.10])
-@pytest.mark.parametrize("case", CASES)
-def test_matches_the_slow_reference(case, ratio):
-    tokens = visual_tokens(**CASES[case])
-    budget = VisionZip(retain_ratio=ratio).num_keep(len(tokens))
+@at_every_shape
+def test_matches_the_slow_reference(shape, ratio):
+    tokens = visual_tokens(**shape)
+    budget = round(ratio * len(tokens))
     expected = reference(tokens, budget)
     assert len(expected) == budget
-    assert_matches(selected(VisionZip(), tokens, budget), tokens, expected)
+    assert_merged(selected(VisionZip(), tokens, budget), tokens, expected)
 
 
 @pytest.mark.parametrize(
-    ("knobs", "ratio"),
+    ("options", "ratio"),
     [
         ({"keep_cls": False}, Fraction(27, 32)),
         ({"dominant_ratio": 0.5}, Fraction(1, 2)),
@@ -99,13 +76,13 @@ def test_matches_the_slow_reference(case, ratio):
         ({"cls_layer": -1}, Fraction(27, 32)),
     ],
 )
-def test_every_knob_does_what_the_reference_does(knobs, ratio):
+def test_every_option_does_what_the_reference_does(options, ratio):
     tokens = visual_tokens(grid=(2, 1), side=12, padding=2)
-    pruner = VisionZip(**knobs)
+    pruner = VisionZip(**options)
     for budget in (1, 3, 40, 131, len(tokens) - 1):
         expected = reference(tokens, budget, ratio, pruner.keep_cls, pruner.cls_layer)
         assert len(expected) == budget
-        assert_matches(selected(pruner, tokens, budget), tokens, expected)
+        assert_merged(selected(pruner, tokens, budget), tokens, expected)
 
 
 @pytest.mark.parametrize(
@@ -120,80 +97,26 @@ def test_the_published_budgets_split_as_published(total, dominant, contextual):
     assert total - int(unchanged.sum()) == contextual + 1
 
 
-def small(**changes) -> VisualTokens:
-    """Return 3 x 3 patches: attention falls with the index, keys point along 2 axes."""
+def test_nine_patches_by_hand():
+    """3 x 3 patches; attention falls with the index, keys point along 2 axes.
+
+    T = 5, half of it (2.5) rounds up to 3 dominant: [CLS], patches 0 and 1; left 2...8, every third
+    is a target: 2 and 5. Patches 3, 6, 7 join 2; 4 and 8 join 5. [CLS] stands at 3.
+    """
     index = torch.arange(9)
     keys = torch.zeros(9, 2, 2)
     keys[:, :, 0] = 1.0
-    keys[[4, 5, 8], :, 0] = 0.0
-    keys[[4, 5, 8], :, 1] = 2.0
-    tokens = VisualTokens(
-        features=index[:, None].float(),
-        view=torch.zeros_like(index),
-        row=index // 3,
-        column=index % 3,
+    keys[[4, 5, 8]] = torch.tensor([0.0, 2.0])
+    tokens = grid_of(
+        3,
+        3,
         vision={("cls_attention", -2): 1.0 / (1 + index), ("keys", -2): keys},
         vision_features=10.0 * index[:, None].float(),
         cls_features=torch.tensor([[-7.0]]),
         project=lambda states: states + 1,
     )
-    return dataclasses.replace(tokens, **changes)
-
-
-def test_nine_patches_by_hand():
-    # T = 5, half of it (2.5) rounds up to 3 dominant: [CLS], patches 0 and 1; left 2...8, every
-    # third is a target: 2 and 5. Patches 3, 6, 7 join 2; 4 and 8 join 5. [CLS] stands at 3.
-    selection = selected(VisionZip(dominant_ratio=0.5), small(), 5)
+    selection = selected(VisionZip(dominant_ratio=0.5), tokens, 5)
     assert selection.indices.tolist() == [0, 1, 2, 3, 5]
     means = [20 + (30 + 60 + 70) / 3, 50 + (40 + 80) / 2]
     expected = torch.tensor([0.0, 10.0, means[0], -7.0, means[1]]) + 1
     torch.testing.assert_close(selection.features[:, 0], expected)
-
-
-def test_without_cls_a_patch_takes_its_turn():
-    # 3 dominant patches 0, 1, 2; left 3...8, targets 3 and 6 (both along the first axis, first
-    # wins); nobody joins 6, which stays as it is.
-    selection = selected(VisionZip(dominant_ratio=0.5, keep_cls=False), small(), 5)
-    assert selection.indices.tolist() == [0, 1, 2, 3, 6]
-    expected = torch.tensor([0.0, 10.0, 20.0, 30 + (40 + 50 + 70 + 80) / 4, 60.0]) + 1
-    torch.testing.assert_close(selection.features[:, 0], expected)
-
-
-def test_similarity_is_the_cosine_of_the_mean_key_of_all_heads():
-    tokens = small()
-    keys = tokens.vision["keys", -2]
-    keys[4, 0] = torch.tensor([30.0, 0.0])  # the mean over heads now lies along the first axis
-    selection = selected(VisionZip(dominant_ratio=0.5), tokens, 5)
-    assert selection.features[2, 0] == 20 + (30 + 40 + 60 + 70) / 4 + 1
-    scaled = {**tokens.vision, ("keys", -2): keys * torch.arange(1, 10).view(9, 1, 1)}
-    again = selected(VisionZip(dominant_ratio=0.5), dataclasses.replace(tokens, vision=scaled), 5)
-    assert torch.equal(again.features, selection.features)
-
-
-def test_one_token_is_cls_in_the_first_place():
-    selection = selected(VisionZip(), small(), 1)
-    assert selection.indices.tolist() == [0]
-    assert selection.features.tolist() == [[-6.0]]
-    selection = selected(VisionZip(keep_cls=False), small(), 1)
-    assert selection.indices.tolist() == [0]
-    assert selection.features.tolist() == [[1.0]]
-
-
-def test_each_view_gets_its_own_cls():
-    tokens = visual_tokens(grid=(2, 1), side=6)
-    selection = selected(VisionZip(), tokens, 3)
-    views = tokens.view[selection.indices]
-    assert sorted(views.tolist()) == [0, 1, 2]
-    torch.testing.assert_close(selection.features, tokens.project(tokens.cls_features[views]))
-
-
-def test_all_views_are_projected_at_once():
-    tokens = visual_tokens(grid=(2, 2), side=12)
-    calls = []
-
-    def project(states: Tensor) -> Tensor:
-        calls.append(states.shape)
-        return tokens.project(states)
-
-    selected(VisionZip(), dataclasses.replace(tokens, project=project), 72)
-    assert calls == [(72, 48)]
