@@ -26,7 +26,7 @@ from llava_todre.model.bounded import within
 from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import check_elongation, open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
-from llava_todre.pruners import Pruner, create_pruner
+from llava_todre.pruners import Pruner, resolve
 from llava_todre.request import VLM, Answer, Request, call_settings
 from llava_todre.stats import PruneStats
 
@@ -55,7 +55,7 @@ class StockModel(VLM):
 
     def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
-        pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
+        pruner = resolve(method, knobs)
         with turn(self.model):  # not between a call of another thread and its statistics
             attach(self.model, pruner)  # raises before the one at work is gone
             detach(self.model)
