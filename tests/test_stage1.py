@@ -20,7 +20,7 @@ from llava_todre.selection import greedy_diverse_batch
 from llava_todre.spans import NewlineRule, TokenType, VisualTokens, with_newlines
 from llava_todre.stage1.anyres import NEWLINE, merge_slots
 from llava_todre.stage1.layout import Layout
-from llava_todre.stage1.pack import Prompt, expand, prune_prompts
+from llava_todre.stage1.pack import Prompt, expand, pad_prompts, prune_prompts
 from llava_todre.stage1.select import ImageFeatures, PrunedImage, prune_images
 
 # (columns, rows) of crops and (width, height) of an image on them; odd numbers on purpose.
@@ -404,3 +404,13 @@ def test_the_rule_is_an_option_of_every_method_wherever_options_are_given(rule, 
         assert create_pruner(method, **options) == pruner
         with pytest.raises(TodreError, match="newlines 'rows' is unknown. Did you mean 'row'"):
             create_pruner(name, newlines="rows")
+
+
+def test_one_prompt_is_padded_without_a_copy(draw):
+    case, ids = encoded(), torch.tensor([1, -200, 7])
+    row, image = expand(ids == -200, [len(case.image.layout)])
+    embeds = torch.randn(3, 8, generator=draw)
+    prompts = prune_prompts([Prompt(ids, embeds, [case.image], row, image)], Vanilla())
+    padded, spans, _ = pad_prompts(prompts)
+    assert padded.data_ptr() == prompts[0].embeds.data_ptr()
+    assert padded.shape == (1, 2 + len(case.slots), 8) and bool(spans.valid.all())
