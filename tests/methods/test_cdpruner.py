@@ -100,6 +100,8 @@ def test_irrelevant_tokens_lose_however_different_they_are():
     tokens = hand_made(THREE, [0.1, 0.2, 0.3])
     assert select(tokens, 1, relevance="clip") == [0]
     assert select(tokens, 2, relevance="clip") == [0, 1]
+    relevance = CDPruner(relevance="clip").relevance_of(tokens, tokens.features)
+    assert 0 < float(relevance.min()) < 1e-4, "the least relevant token stays above zero"
 
 
 def test_past_the_rank_the_most_relevant_tokens_make_up_the_number():

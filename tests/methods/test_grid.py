@@ -115,3 +115,5 @@ def test_four_cells_of_a_small_image_are_averaged_by_hand():
     selection = selected(Pooling(), grid_of(4, 4, features=torch.arange(16.0)[:, None]), 4)
     assert selection.indices.tolist() == [0, 2, 8, 10]
     assert selection.features.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    alone = selected(Pooling(), grid_of(1, 3, features=torch.arange(3.0)[:, None]), 2)
+    assert alone.features.flatten().tolist() == [0.5, 2.0]

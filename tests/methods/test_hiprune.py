@@ -97,3 +97,10 @@ def test_neighbours_at_the_edge_follow_the_released_code() -> None:
     for anchor, neighbours in {5: {4, 6, 0, 10}, 2: {1, 3, 0, 7}, 22: {21, 23, 17, 24}}.items():
         tokens = planted(5, objects=[anchor], deep=[])
         assert set(kept(HiPrune(alpha=1.0), tokens, 5)) == neighbours | {anchor}
+
+
+def test_buffers_of_the_best_anchor_come_first() -> None:
+    """Budget 13 makes three anchors (2.6), which with their crosses would be fifteen."""
+    tokens = planted(9, objects=[40, 60, 20], deep=[0, 80])
+    expected = sorted([40, 60, 20] + [39, 41, 31, 49] + [59, 61, 51, 69] + [19, 21])
+    assert kept(HiPrune(alpha=1.0), tokens, 13) == expected

@@ -119,3 +119,11 @@ def test_a_run_of_orthogonal_tokens_lacks_nine_percent() -> None:
 
 def test_runs_without_any_attention_still_meet_the_budget() -> None:
     assert kept(HoloV(num_runs=3), planted([0.0] * 6), 4) == [0, 1, 2, 4]
+
+
+def test_a_run_of_nearly_orthogonal_tokens_gains_less() -> None:
+    """Two tokens with cosine 0.001 have variance 0.000001, as large as epsilon: half of 9 %."""
+    nearly = torch.tensor([[1.0, 0.0], [0.001, 1.0]])
+    for other, expected in (0.104, 0), (0.105, 2):
+        tokens = planted([0.1, 0.1, other, other], torch.cat([nearly, torch.eye(2)]))
+        assert kept(HoloV(num_runs=2), tokens, 1) == [expected]
