@@ -58,4 +58,4 @@ def by_view(tokens: VisualTokens, budget: int) -> Iterator[tuple[Tensor, int]]:
 
 def view_groups(tokens: VisualTokens) -> list[Tensor]:
     """Return the ascending token indices of each view that has any, in the order of views."""
-    return [(tokens.view == view).nonzero()[:, 0] for view in tokens.view.unique().tolist()]
+    return [(tokens.view == view).nonzero()[:, 0] for view in sorted(set(tokens.view.tolist()))]
