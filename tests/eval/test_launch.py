@@ -43,6 +43,7 @@ grid:
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(launch, "prepare", lambda suite: None)
+    monkeypatch.setattr(launch, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(launch, "visible_gpus", lambda: ())
     monkeypatch.setattr(commands, "visible_gpus", lambda: ())
 
