@@ -313,7 +313,9 @@ def test_a_stock_model_has_the_same_loads(
     original = stock.StockModel.answer
 
     def spy(model: Any, requests: Any, **kwargs: Any) -> Any:
-        asked.append((type(model.pruner).__name__, len(requests), kwargs["image_cache"] is not None))
+        asked.append(
+            (type(model.pruner).__name__, len(requests), kwargs["image_cache"] is not None)
+        )
         answers = original(model, requests, **kwargs)
         assert {len(each.stats.images) for each in answers} == {1}
         return answers

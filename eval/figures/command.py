@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "figure",
         help="draw a figure of the papers, or all: PNG, SVG and the numbers in them",
-        description="Draw figures as PNG and SVG, and store what they show as JSON beside them.",
+        description="Draw figures as PNG and SVG, and store what they show as JSON next to them.",
         epilog="\n".join(["figures:", *names]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
