@@ -106,6 +106,15 @@ def stock_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder and results of ``todre demo`` on two images; copy the folder to change it."""
+    from eval.demo.run import run_demo
+
+    out = tmp_path_factory.mktemp("demo")
+    return out, run_demo(None, ["random", "todre"], [0.25], 2, out)
+
+
 @pytest.fixture(autouse=True)
 def pillow_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what some task modules of lmms-eval do: let Pillow read damaged files silently."""

@@ -313,7 +313,9 @@ def test_a_stock_model_has_the_same_loads(
     original = stock.StockModel.answer
 
     def spy(model: Any, requests: Any, **kwargs: Any) -> Any:
-        asked.append((type(model.pruner).__name__, len(requests), kwargs["memory"] is not None))
+        asked.append(
+            (type(model.pruner).__name__, len(requests), kwargs["image_cache"] is not None)
+        )
         answers = original(model, requests, **kwargs)
         assert {len(each.stats.images) for each in answers} == {1}
         return answers
@@ -367,7 +369,7 @@ def test_every_goal_can_be_met_and_missed() -> None:
 
 
 def test_a_miss_that_noise_may_explain_is_unclear() -> None:
-    def verdict(median: float, low: float, high: float, index: int = 9) -> str:
+    def verdict(median: float, low: float, high: float, index: int = 8) -> str:
         given = result()
         found = {"median": median, "low": low, "high": high}
         given["attached_but_off"] = {"added": found}

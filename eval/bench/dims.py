@@ -51,7 +51,7 @@ SIZES = {
     },
 }
 """What ``--size`` allows. ``cpu`` keeps the shares of a 7B model: a tower with a twentieth of the
-prefill's FLOPs, a head with a fiftieth of the weights. It has a layer behind the probe at 7/8 of
+prefill's FLOPs, a head with a fiftieth of the weights. It has a layer after the probe at 7/8 of
 its depth, so that withdrawal saves something."""
 
 

@@ -35,8 +35,8 @@ class Run:
     def pruner(self, image_index: int) -> Pruner:
         """Return the method for one image; a random method draws afresh for each."""
         key = "before.seed" if "+" in self.method else "seed"
-        knobs = {key: 10_000 * self.draw + image_index} if self.is_random else {}
-        return create_pruner(self.method, retain_ratio=self.retain_ratio, **knobs)
+        options = {key: 10_000 * self.draw + image_index} if self.is_random else {}
+        return create_pruner(self.method, retain_ratio=self.retain_ratio, **options)
 
 
 def plan(methods: Sequence[str], ratios: Sequence[float]) -> list[Run]:

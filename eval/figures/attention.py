@@ -15,7 +15,7 @@ from llava_todre.spans import TokenType
 def ratios(view: LayerView) -> dict[str, tuple[float, float]]:
     """Return (text to visual, visual to text) of ToDRE Eq. 8, for both readings of its set T.
 
-    ``after_image`` is the text behind the first visual token, ``all`` every token that is not
+    ``after_image`` is the text after the first visual token, ``all`` every token that is not
     visual, the system prompt included.
     """
     return {

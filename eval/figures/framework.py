@@ -184,11 +184,11 @@ def _stage_two(axes: Any, data: Data) -> None:
     named = {*probed, *(between if len(layers) > 12 else range(len(layers)))}
     for layer, visual in enumerate(layers):
         low = bottom + layer * pitch
-        behind = kinds["system"] + max(layers)  # the question keeps its place
+        after = kinds["system"] + max(layers)  # the question keeps its place
         for kind, start, count in (
             ("system", 0, kinds["system"]),
             ("visual", kinds["system"], visual),
-            ("text", behind, kinds["text"]),
+            ("text", after, kinds["text"]),
         ):
             _, colour, hatch = _KINDS[kind]
             corner, size = (left + start * scale, low), (count * scale, thick)

@@ -77,7 +77,7 @@ def gather(sources: Sources) -> Data:
 
 
 def draw(data: Data) -> Any:
-    """Return the figure: a panel without pruning, a panel behind Stage 1."""
+    """Return the figure: a panel without pruning, a panel after Stage 1."""
     figure = new_figure(COLUMN, 4.0, data["note"])
     panels = figure.subplots(len(data["panels"]), 1, sharex=True, sharey=True)
     for axes, (name, series), mark in zip(panels, data["panels"].items(), "ab", strict=True):

@@ -27,7 +27,7 @@ _DIGITS = 5
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a figure takes its numbers from; those that are committed unless told otherwise."""
+    """Where a figure takes its numbers from; by default those that are committed."""
 
     model: str | None = None
     """A checkpoint for live runs; the bundled one when None."""

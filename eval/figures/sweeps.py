@@ -185,7 +185,7 @@ def _joined(points: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _shares(axes: Any, x: list[float], points: Sequence[Data], cost: list[float]) -> None:
-    """Write beside each point on what share of the questions tokens were withdrawn."""
+    """Write next to each point on what share of the questions tokens were withdrawn."""
     for place, point, height in zip(x, points, cost, strict=True):
         axes.annotate(
             f"{point['withdrawn']:.0f}%",

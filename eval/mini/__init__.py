@@ -8,6 +8,6 @@ from eval.mini.heldout import TEST_SEED, Sample, held_out
 from eval.mini.questions import TASKS, Question
 
 NUM_IMAGES = 96
-"""Test pictures behind every stored result."""
+"""Test images of every stored result."""
 
 __all__ = ["NUM_IMAGES", "TASKS", "TEST_SEED", "Question", "Sample", "held_out"]

@@ -2,7 +2,7 @@
 
     python -m eval.mini.data [--num_images 96]
 
-writes configs/tasks/mini/data/mini.parquet, where the task files beside it look for it from any
+writes configs/tasks/mini/data/mini.parquet, where the task files next to it look for it from any
 working directory: one row per picture, with the column ``image`` and, for every task,
 ``<task>_question`` and ``<task>_answer``. These are the pictures and questions of ``todre demo``.
 """

@@ -53,7 +53,7 @@ def of_runs(
 
     Args:
         runs: label -> a complete run's JSON.
-        folder: where they are stored, with ``logs`` and ``raw`` beside them. Without these, as in
+        folder: where they are stored, with ``logs`` and ``raw`` next to them. Without these, as in
             results that were passed on, there are no answers.
         num_items: of each benchmark.
 
@@ -68,10 +68,8 @@ def of_runs(
     first = runs[next(iter(logged))]
     expected = _expected(folder, first)
     for benchmark, part in first["benchmarks"].items():
-        if part["items"] is None or "+" in part.get(
-            "task", "+"
-        ):  # several tasks share their numbers
-            continue
+        if part["items"] is None or "+" in part.get("task", "+"):
+            continue  # several tasks share their numbers
         scores = {label: _scores(runs[label], benchmark) for label in logged}
         for place, (doc_id, _) in zip(found, part["items"], strict=False):
             key = (part["task"], doc_id)

@@ -77,7 +77,7 @@ def table(
         header: of the columns.
         rows: of as many cells; a line break in a cell stays one.
         left: columns of text; the others hold numbers.
-        wraps: whether long text may take several lines, which then stand beside none of the others.
+        wraps: whether long text may take several lines.
     """
 
     def row(cells: Sequence[object], tag: str) -> str:

@@ -52,7 +52,7 @@ def report(
 
     Args:
         runs: of the folder.
-        folder: with what lies beside the runs' JSONs after a run: answers, if it is still there.
+        folder: with the logs of answers next to the runs' JSONs, if they are still there.
         model: the bundled one, for pictures; runs of other models are shown without.
         tokenizer: of the model.
         charts: drawn from the runs.

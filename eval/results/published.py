@@ -87,7 +87,7 @@ class RowSpec:
     label: str
     method: str
     options: Mapping[str, Any]
-    """Knobs to run with; the others at their defaults: ``create_pruner(method, **options)``."""
+    """Options to run with; the others at their defaults: ``create_pruner(method, **options)``."""
     published: Mapping[str, Mapping[str, float | str]]
     """Paper version -> column (benchmark, average, time, ...) -> what is printed there."""
 

@@ -16,7 +16,7 @@ from eval.results.schema import checked, read_json
 from llava_todre.errors import TodreError, unknown
 
 WAITING = "the server must give the score; it was not asked or did not answer"
-"""Note of a benchmark whose submission nobody has scored yet."""
+"""Note of a benchmark whose submission is not scored yet."""
 SHAPE = {
     "what": str,
     "run": str,

@@ -26,11 +26,7 @@ from typing import Any
 import torch
 
 from eval.results.server_scores import server_file
-from eval.run.collect import (
-    is_current,
-    read_record,
-    write_record,
-)
+from eval.run.collect import is_current, read_record, write_record
 from eval.run.processes import Crew, Launch, locked
 from eval.run.progress import Progress
 from eval.run.spec import Run

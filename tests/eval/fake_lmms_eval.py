@@ -1,7 +1,7 @@
 """Stands in for lmms-eval: same arguments, files and exit status, in a tenth of a second.
 
 Leading arguments plan what goes wrong: ``--fault NAME`` and ``--only TEXT``, a part of the names
-of the runs it happens to; ``--pause SECONDS`` after every item.
+of the runs it happens to, both repeatable; ``--pause SECONDS`` after every item.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import zlib
+from itertools import zip_longest
 from pathlib import Path
 
 from llava_todre.lmms_plugin.answer_log import AnswerLog
@@ -38,15 +39,16 @@ UNREAD = dict.fromkeys([key for key in STATS if key.endswith(("tokens", "layer",
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fault", default="")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--fault", action="append", default=[])
+    parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--log_samples", action="store_true")
     for name in "model model_args tasks batch_size include_path output_path seed".split():
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--limit", type=int, default=SIZE)
     options = parser.parse_args()
-    fault = options.fault if options.only in options.output_path else ""
+    planned = zip_longest(options.fault, options.only, fillvalue="")
+    fault = next((name for name, only in planned if only in options.output_path), "")
     print("2026-11-21 12:00:00 | INFO     | lmms_eval.__main__:cli_evaluate:516 - Hello")
     try:
         evaluate(options, fault)

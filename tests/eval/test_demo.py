@@ -10,39 +10,24 @@ from typing import Any
 
 import pytest
 
-from eval.demo import measure, sheets
-from eval.demo import plan as planning
+from eval.demo import command, measure, sheets
 from eval.demo import run as running
 from eval.demo.plan import RANDOM_DRAWS, Run, plan
 from eval.demo.rows import rows_of
 from eval.demo.run import run_demo
+from eval.demo.stored import fingerprint, unused
 from eval.demo.stored import finished as finished_run
-from eval.demo.stored import unused
-from eval.mini import TASKS
+from eval.figures.sources import opened
+from eval.mini import TASKS, Sample, held_out
 from eval.results.bootstrap import intervals
 from eval.tables.demo import as_markdown, as_text, with_interval
 from llava_todre import TodreError
 from llava_todre.cli import main
+from llava_todre.model.checkpoint import bundled_checkpoint
 from llava_todre.pruners import PRUNERS
+from llava_todre.vlm import Answer, Request, answer
 
 NUM_IMAGES = 2
-
-
-def small_demo(out: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "model_path": None,
-        "methods": ["random", "todre"],
-        "ratios": [0.25],
-        "num_images": NUM_IMAGES,
-        "out": out,
-    }
-    return run_demo(**(options | changes))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("demo")
-    return out, small_demo(out)
 
 
 def test_rows_tokens_and_files(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -64,9 +49,11 @@ def test_rows_tokens_and_files(finished: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
-    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    out, results = finished
+    results = finished[1]
+    out = tmp_path / "demo"
+    shutil.copytree(finished[0], out)
     repeated: list[str] = []
     evaluate = running.evaluate
 
@@ -75,6 +62,8 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
         return evaluate(run, *rest)
 
     monkeypatch.setattr(running, "evaluate", spy)
+    monkeypatch.setattr(running, "draw_sheets", lambda *_: None)
+    monkeypatch.setattr(measure, "TIMED_PROMPTS", 1)
     file = out / "runs" / "todre_0.25.json"
     whole = file.read_text()
     damages = [whole[: len(whole) // 2], "null", "{}", "[]"]
@@ -87,22 +76,32 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_one_is(
     for damage in damages:
         file.write_text(damage)
         assert finished_run(file, version, run, num_images) is None, damage[:80]
-    again = small_demo(out)
+    again = run_demo(None, ["random", "todre"], [0.25], NUM_IMAGES, out)
     assert repeated == ["todre_0.25"]
     assert [row["accuracy"] for row in again["rows"]] == [
         row["accuracy"] for row in results["rows"]
     ]
-    repeated.clear()
-    small_demo(out, num_images=1)
-    assert len(repeated) == 5, "other questions are other runs"
+    other = fingerprint(bundled_checkpoint(), 1)
+    assert fingerprint(bundled_checkpoint(), num_images) == version != other
+    assert finished_run(file, other, run, num_images) is None, "other questions are other runs"
 
 
 def test_the_first_look_says_how_to_see_all(
-    finished: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    out = str(finished[0])
+    called: list[tuple[Any, ...]] = []
+
+    def spy(*given: Any) -> dict[str, Any]:
+        called.append(given)
+        return finished[1]
+
+    monkeypatch.setattr(command, "run_demo", spy)
     few = ["--methods", "random", "todre", "--ratios", "0.25", "--num-images", str(NUM_IMAGES)]
-    assert main(["demo", *few, "--out", out]) == 0
+    assert main(["demo", *few, "--out", str(tmp_path)]) == 0
+    assert called == [(None, ["random", "todre"], [0.25], NUM_IMAGES, tmp_path, False)]
     printed = capsys.readouterr().out
     assert "A first look, at 2 pictures: make demo IMAGES=96, or --num-images 96" in printed
     assert re.search(r"random 25% \(mean of 3\) .*% \[[\d.]+, [\d.]+\]", printed), "intervals"
@@ -199,7 +198,7 @@ def test_a_decoder_stage_without_a_stage_before_it_runs_once() -> None:
 
 
 def test_many_methods_get_a_sheet_per_ratio_in_rows(
-    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     drawn: list[list[list[str]]] = []
     contact_sheet = sheets.contact_sheet
@@ -208,14 +207,18 @@ def test_many_methods_get_a_sheet_per_ratio_in_rows(
         drawn.append([[title for title, _ in row] for row in rows])
         return contact_sheet(rows, caption)
 
+    tokenizer, model = opened(None)
+
+    def ask(sample: Sample, questions: list[int], pruner: Any, **_: Any) -> list[Answer]:
+        model.set_pruner(pruner)
+        requests = [Request(sample.questions[i].text, [sample.image]) for i in questions]
+        return answer(model, tokenizer, requests, max_new_tokens=1)
+
     monkeypatch.setattr(sheets, "contact_sheet", spy)
-    monkeypatch.setattr(measure, "TIMED_PROMPTS", 1)
-    monkeypatch.setattr(planning, "RANDOM_DRAWS", 2)
     monkeypatch.setattr(sheets, "_ONE_SHEET", 2)
     monkeypatch.setattr(sheets, "ROW_OF_PICTURES", 1)
-    monkeypatch.setattr(running, "fingerprint", lambda *_: finished[1]["runs"][0]["version"])
-    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
-    small_demo(tmp_path, ratios=[0.1, 0.25])
+    runs = plan(["random", "todre"], [0.1, 0.25])
+    sheets.draw_sheets(runs, held_out(NUM_IMAGES), ask, model, tmp_path)
     pictures = {f"kept_{scene}_{ratio}.png" for scene in (0, 1) for ratio in (0.25, 0.1)}
     assert {file.name for file in tmp_path.glob("*.png")} == pictures
     for sheet, tokens in zip(drawn, (80, 32) * NUM_IMAGES, strict=True):
@@ -244,11 +247,12 @@ def test_mistakes_are_found_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(TodreError, match="retain_ratio"):
         plan(["todre"], [25])
     assert plan(["todre", "todre"], [0.25, 0.25]) == plan(["todre"], [0.25])
-    with pytest.raises(TodreError, match="cannot be a folder"):
-        (tmp_path / "file").write_text("")
-        small_demo(tmp_path / "file")
-    with pytest.raises(TodreError, match="num_images"):
-        small_demo(tmp_path, num_images=0)
-    with pytest.raises(TodreError, match="num_images 10001 is out of range; allowed: 1 to 10,000"):
-        small_demo(tmp_path / "new", num_images=10_001)
+    (tmp_path / "file").write_text("")
+    for out, num_images, message in (
+        ("file", 2, "cannot be a folder"),
+        ("new", 0, "num_images"),
+        ("new", 10_001, "num_images 10001 is out of range; allowed: 1 to 10,000"),
+    ):
+        with pytest.raises(TodreError, match=message):
+            run_demo(None, ["todre"], [0.25], num_images, tmp_path / out)
     assert not (tmp_path / "new").exists()

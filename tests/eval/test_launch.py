@@ -39,10 +39,16 @@ grid:
 """
 
 
+_provenance = functools.cache(outcome.provenance)
+"""It calls git and reads the versions of all packages."""
+
+
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(launch, "prepare", lambda suite: None)
+    monkeypatch.setattr(launch, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(outcome, "provenance", _provenance)
     monkeypatch.setattr(launch, "visible_gpus", lambda: ())
     monkeypatch.setattr(commands, "visible_gpus", lambda: ())
 
@@ -77,6 +83,13 @@ def records(out: Path) -> dict[str, dict[str, Any]]:
 
 def run_of(method: str = "todre", **changes: Any) -> Run:
     return resolve(CONFIG | {"method": method} | changes)
+
+
+def carried_out(out: Path, fault: str = "", **changes: Any) -> dict[str, Any]:
+    """Carry out one run; returns what it stored."""
+    run, how = run_of(**changes), Launch(out, program=(str(FAKE), "--fault", fault))
+    execute([run], how)
+    return read_record(how.file(run)) or {}
 
 
 # ------------------------------------------------------------------------------- results
@@ -118,40 +131,30 @@ def test_time_is_that_of_the_scored_items_and_shared_by_processes(tmp_path: Path
     assert complete(split, work, log_dir, processes=2)["seconds"] == pytest.approx(18 * 0.25)
 
 
-def test_means_are_over_prompts_that_show_something(
-    evaluate: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_means_are_over_prompts_that_show_something(tmp_path: Path) -> None:
     """ScienceQA has questions without an image, on which nothing can be pruned."""
-    assert evaluate("--limit", "3", fault="text only")[0] == 0
-    found = records(tmp_path / "out")["todre"]
+    found = carried_out(tmp_path, "text only", limit=3)
     tokens = found["tokens"]
     tasks = len(found["benchmarks"])
     assert (tokens["prompts"], tokens["prompts_with_visuals"]) == (3 * tasks, 2 * tasks)
     assert (tokens["visual_tokens"], tokens["kept_tokens"]) == (320, 80)
     assert (tokens["prefill_flops"], tokens["withdrawn_share"]) == (1e9, 0.0)
-    assert evaluate("--limit", "1", fault="text only")[0] == 0  # nobody saw anything
-    tokens = next(
-        json.loads(file.read_text())["tokens"] for file in (tmp_path / "out").glob("*limit1-*.json")
-    )
+    tokens = carried_out(tmp_path, "text only", limit=1)["tokens"]  # none has an image
     assert tokens["prompts_with_visuals"] == 0 and tokens["kept_tokens"] is None
 
 
+@pytest.mark.parametrize(
+    ("fault", "seconds", "groups"),
+    [("", 4 * 0.5, [0, 0, 1, 1]), ("old log", None, None)],
+)
 def test_computing_time_and_images_of_items_come_from_the_log(
-    evaluate: Callable[..., Any], tmp_path: Path
+    fault: str, seconds: float | None, groups: list[int] | None, tmp_path: Path
 ) -> None:
-    assert evaluate("--limit", "4")[0] == 0
-    found = records(tmp_path / "out")["todre"]
-    assert found["cpu_seconds"] == 4 * 0.5 * len(found["benchmarks"])
-    assert {tuple(mark["groups"]) for mark in found["benchmarks"].values()} == {(0, 0, 1, 1)}
-
-
-def test_a_log_of_an_earlier_version_tells_neither(
-    evaluate: Callable[..., Any], tmp_path: Path
-) -> None:
-    assert evaluate(fault="old log")[0] == 0
-    found = records(tmp_path / "out")["todre"]
-    assert found["cpu_seconds"] is None
-    assert {mark["groups"] for mark in found["benchmarks"].values()} == {None}
+    """A log of an earlier version has neither."""
+    found = carried_out(tmp_path, fault, limit=4)
+    marks = found["benchmarks"].values()
+    assert found["cpu_seconds"] == (seconds and seconds * len(marks))
+    assert [mark["groups"] for mark in marks] == [groups] * len(marks)
 
 
 def test_what_is_done_is_not_done_again(evaluate: Callable[..., Any], tmp_path: Path) -> None:
@@ -162,13 +165,14 @@ def test_what_is_done_is_not_done_again(evaluate: Callable[..., Any], tmp_path: 
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").glob("*.json")}
 
 
-def test_a_damaged_result_is_made_again(evaluate: Callable[..., Any], tmp_path: Path) -> None:
-    evaluate()
-    file = next((tmp_path / "out").glob("*todre*.json"))
+def test_a_damaged_result_is_made_again(tmp_path: Path) -> None:
+    run, how = run_of(), Launch(tmp_path, program=(str(FAKE),))
+    file = how.file(run)
     for content in ("{", "[]", '{"format": 0, "status": "complete"}', '{"format": 1}'):
         file.write_text(content)
-        assert evaluate()[0] == 0
-        assert (read_record(file) or {})["status"] == "complete"
+        assert read_record(file) is None, content
+    execute([run], how)
+    assert (read_record(file) or {})["status"] == "complete"
 
 
 FAULTS = {
@@ -185,27 +189,31 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_failed_run_is_told_and_never_looks_like_a_score(
-    fault: str, evaluate: Callable[..., Any], tmp_path: Path
-) -> None:
-    # With a limit, a metric may be missing because none of its items were asked.
-    limit = ["--limit", "96"] if fault == "no metric" else []
-    status, printed, said = evaluate(*limit, fault=fault, only="divprune")
-    assert status == 1 and not printed
-    assert "2 runs complete, 1 failed" in said
-    (line,) = [line for line in said.splitlines() if line.startswith("eval: FAILED mini-mini-div")]
-    assert FAULTS[fault] in line
-    found = records(tmp_path / "out")
-    assert found["divprune"]["status"] == "failed" and FAULTS[fault] in found["divprune"]["error"]
-    assert found["divprune"]["benchmarks"] == {} and found["divprune"]["tokens"] is None
-    assert found["todre"]["status"] == found["vanilla"]["status"] == "complete"
+def test_a_failed_run_has_a_reason_and_never_a_score(tmp_path: Path) -> None:
+    """Each of the runs fails in another way, and the last one is complete."""
+    program, runs = [str(FAKE)], {}
+    for seed, fault in enumerate(FAULTS):
+        # With a limit, a metric may be missing because none of its items were scored.
+        runs[fault] = run_of(seed=seed, limit=96 if fault == "no metric" else 2)
+        program += ["--fault", fault, "--only", runs[fault].name]
+    whole = run_of("divprune")
+    how = Launch(tmp_path, program=tuple(program))
+    report = execute([*runs.values(), whole], how)
+    assert report.done == [whole.name]
+    for fault, run in runs.items():
+        record = read_record(how.file(run)) or {}
+        assert record["status"] == "failed" and record["error"] == report.failed[run.name]
+        assert FAULTS[fault] in record["error"]
+        assert record["benchmarks"] == {} and record["tokens"] is None
 
 
 def test_a_failed_run_is_repeated_on_demand_and_keeps_its_answers(
     evaluate: Callable[..., Any], tmp_path: Path
 ) -> None:
-    evaluate(fault="raises", only="divprune")
+    status, printed, said = evaluate(fault="raises", only="divprune")
+    assert status == 1 and not printed and "2 runs complete, 1 failed" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("eval: FAILED mini-mini-div")]
+    assert FAULTS["raises"] in line
     status, _, said = evaluate()
     assert status == 1 and "1 runs failed earlier; --retry-failed repeats them" in said
     assert "FAILED mini-mini-divprune" in said and "document 1" in said
@@ -215,25 +223,18 @@ def test_a_failed_run_is_repeated_on_demand_and_keeps_its_answers(
     assert log.read_text().count('"doc_id": 0,') == 1
 
 
-def test_other_data_than_the_suite_expects_fails_with_advice(
-    evaluate: Callable[..., Any], tmp_path: Path
-) -> None:
-    status, _, said = evaluate("--limit", "3", fault="other data", only="divprune")
-    assert status == 1
-    assert "2 items were scored; suite 'mini' expects 3. The data here has 2; if that" in said
+def test_other_data_than_the_suite_expects_fails_with_advice(tmp_path: Path) -> None:
+    error = carried_out(tmp_path, "other data", limit=3)["error"]
+    assert "2 items were scored; suite 'mini' expects 3. The data here has 2; if that" in error
 
 
-def test_answers_that_were_not_logged_fail_the_run(
-    evaluate: Callable[..., Any], tmp_path: Path
-) -> None:
-    evaluate()
-    file = next((tmp_path / "out").glob("*divprune*.json"))
-    file.unlink()
-    log = tmp_path / "out" / "logs" / file.stem / "fingerprint"
-    for line in (log / "todre_mini_exist.test.rank0.jsonl").read_text().splitlines()[:1]:
-        (log / "todre_mini_exist.test.rank0.jsonl").write_text(line.replace("_exist", "_other"))
-    status, _, said = evaluate()
-    assert status == 1 and "lacks items that were scored: 1 of todre_mini_exist" in said
+def test_answers_that_were_not_logged_fail_the_run(tmp_path: Path) -> None:
+    name = carried_out(tmp_path)["name"]
+    (tmp_path / f"{name}.json").unlink()
+    log = tmp_path / "logs" / name / "fingerprint" / "todre_mini_exist.test.rank0.jsonl"
+    log.write_text(log.read_text().splitlines()[0].replace("_exist", "_other"))
+    error = carried_out(tmp_path)["error"]
+    assert "lacks items that were scored: 1 of todre_mini_exist" in error
 
 
 def test_a_folder_that_cannot_be_made_is_said_first(tmp_path: Path) -> None:

@@ -1,20 +1,21 @@
-"""The report: one file, from what the demo or a sweep left, that asks nothing of anybody."""
+"""The report: one file, made from what the demo or a sweep left, that requests nothing."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eval.__main__ import main
-from eval.demo.run import run_demo
 from eval.mini import held_out
 from eval.pages.readme import REPRODUCED
-from eval.report import page
+from eval.report import charts, page
 from eval.report.answers import of_runs
 from eval.report.command import report
 from eval.report.runs import pruner_of
@@ -65,51 +66,68 @@ def read(text: str) -> Reader:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo")
-    run_demo(None, ["random", "todre"], [0.1], 2, out)
-    return out
+def demo(
+    finished: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str]:
+    """The results of a demo and the text of its report."""
+    folder = tmp_path_factory.mktemp("report")
+    shutil.copy(finished[0] / "results.json", folder)
+    assert main(["report", str(folder)]) == 0
+    return finished[1], (folder / "report.html").read_text()
 
 
-def test_the_demo_has_a_report_with_tables_pictures_answers_and_origin(demo: Path) -> None:
-    assert main(["report", str(demo)]) == 0
-    results = json.loads((demo / "results.json").read_text())
-    found = read((demo / "report.html").read_text())
+def test_the_demo_has_a_report_with_tables_images_answers_and_origin(
+    demo: tuple[dict[str, Any], str],
+) -> None:
+    results, text = demo
+    found = read(text)
     for row in results["rows"]:
         assert f"{100 * row['average']:.1f}" in found.cells
-    assert {"todre 10%", "random 10% (mean of 3)", "vanilla 100%"} <= set(found.cells)
+    assert {"todre 25%", "random 25% (mean of 3)", "vanilla 100%"} <= set(found.cells)
     kept = [alt for alt in found.alts if alt.startswith("Visual tokens kept by")]
-    assert len(kept) == 2 * 3, "two pictures, three methods"
-    assert "Visual tokens kept by todre 10%: 32 of 320 tokens enter the decoder" in kept
+    assert len(kept) == 2 * 3, "two images, three methods"
+    assert "Visual tokens kept by todre 25%: 80 of 320 tokens enter the decoder" in kept
     assert {results["git_commit"], results["device"], results["versions"]["torch"]} <= set(
         found.cells
     )
 
 
-def test_answers_are_marked_as_the_run_found_them(demo: Path) -> None:
-    results = json.loads((demo / "results.json").read_text())
+def test_answers_are_marked_as_the_run_found_them(demo: tuple[dict[str, Any], str]) -> None:
+    results, text = demo
     first = [run for run in results["runs"] if run["run"]["draw"] == 0]
     right = sum(hit for run in first for hits in run["hits"].values() for hit in hits)
     asked = sum(len(hits) for run in first for hits in run["hits"].values())
-    marks = read(report(demo)).marks
+    marks = read(text).marks
     assert (marks.count("right"), len(marks)) == (right, asked)
     assert 0 < right < asked
 
 
-def test_a_report_asks_nothing_of_anybody(demo: Path) -> None:
-    text = report(demo)
+def test_a_report_requests_nothing(demo: tuple[dict[str, Any], str]) -> None:
+    text = demo[1]
     assert all(source.startswith(("data:", "#")) for source in read(text).sources)
     assert "default-src 'none'" in text and "<script" not in text
     assert not re.search(r"url\(|@import|https?://", text)
 
 
-def test_results_that_were_passed_on_have_a_report_without_answers() -> None:
-    found = read(report(REPRODUCED))
+def test_runs_without_their_logs_have_a_report_without_answers(tmp_path: Path) -> None:
+    """Of runs in the tables of the papers, one that is in none, and one that failed."""
+    for name in ("vanilla-1", "todre-0.1", "divprune-0.25", "todre-1-tau-0.05", "todre-1-tau-0.03"):
+        (file,) = REPRODUCED.glob(f"mini-mini-{name}-????????.json")
+        shutil.copy(file, tmp_path)
+    run = json.loads(next(REPRODUCED.glob("*-todre-1-tau-0.15-*.json")).read_text())
+    run["config"]["options"] = {"retain_ratio": 0.3, "tau": 0.07}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    run = json.loads(next(REPRODUCED.glob("*random-0.1-*.json")).read_text())
+    run |= {"status": "failed", "error": "the <model> broke", "benchmarks": {}}
+    (tmp_path / "failed.json").write_text(json.dumps(run))
+    found = read(report(tmp_path))
     assert {"todre 10%", "98.3", "[97.2, 99.3]", "todre stage 2, tau 0.05"} <= {
         line for cell in found.cells for line in cell.split("\n")
     }
+    assert {"retain_ratio=0.3, tau=0.07", "the <model> broke"} <= set(found.cells)
     assert found.marks == []
     assert any(alt.startswith("Visual tokens kept by divprune 25%") for alt in found.alts)
+    assert any("threshold tau" in alt for alt in found.alts), "a figure"
 
 
 def test_pictures_of_runs_show_the_tokens_that_led_to_the_answers() -> None:
@@ -157,57 +175,42 @@ def test_answers_of_runs_come_from_their_logs(tmp_path: Path) -> None:
     assert read(text).marks == ["wrong"] and "kept by" not in text
 
 
-def test_a_run_of_no_table_stands_among_all_runs(tmp_path: Path) -> None:
-    run = json.loads(next(REPRODUCED.glob("*-todre-1-tau-0.05-*.json")).read_text())
-    run["config"]["options"] = {"retain_ratio": 0.3, "tau": 0.07}
-    (tmp_path / "run.json").write_text(json.dumps(run))
-    shutil.copy(next(REPRODUCED.glob("*vanilla*.json")), tmp_path)
-    assert "retain_ratio=0.3, tau=0.07" in read(report(tmp_path)).cells
+def damaged(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, dict[str, Any]], None]:
+    """Return what writes changed results of a demo into a folder."""
 
+    def write(folder: Path, results: dict[str, Any]) -> None:
+        results = json.loads(json.dumps(results))
+        change(results)
+        (folder / "results.json").write_text(json.dumps(results))
 
-def test_a_failed_run_is_told_with_its_reason(tmp_path: Path) -> None:
-    for file in REPRODUCED.glob("*todre-0.1-c13855e2.json"):
-        run = json.loads(file.read_text())
-        run |= {"status": "failed", "error": "the <model> broke", "benchmarks": {}}
-        (tmp_path / file.name).write_text(json.dumps(run))
-    shutil.copy(next(REPRODUCED.glob("*vanilla*.json")), tmp_path)
-    assert "the <model> broke" in read(report(tmp_path)).cells
+    return write
 
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda folder: folder.rmdir(), "is not a folder"),
-        (lambda folder: None, "holds no results"),
-        (lambda folder: (folder / "results.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "results.json").write_text("[]"), "holds no results"),
+        (lambda folder, _: folder.rmdir(), "is not a folder"),
+        (lambda folder, _: None, "holds no results"),
+        (lambda folder, _: (folder / "results.json").write_text("{"), "is not JSON"),
+        (lambda folder, _: (folder / "results.json").write_text("[]"), "holds no results"),
+        (damaged(lambda results: results.pop("versions")), "holds no results"),
+        (damaged(lambda results: results["rows"].clear()), "holds no results"),
+        (damaged(lambda results: results["runs"][0]["run"].update(old=1)), "of another version"),
     ],
 )
-def test_a_folder_without_results_is_one_line(prepare, message: str, tmp_path: Path) -> None:
+def test_a_folder_without_whole_results_is_one_line(
+    prepare: Callable[..., object],
+    message: str,
+    finished: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(charts, "of_demo", lambda file: [])
     folder = tmp_path / "results"
     folder.mkdir()
-    prepare(folder)
+    prepare(folder, finished[1])
     with pytest.raises(TodreError, match=message) as caught:
         report(folder)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda results: results.pop("versions"), "holds no results"),
-        (lambda results: results["rows"].clear(), "holds no results"),
-        (lambda results: results["runs"][0]["run"].update(old=1), "of another version"),
-    ],
-)
-def test_results_of_another_version_are_one_line(
-    change, message: str, demo: Path, tmp_path: Path
-) -> None:
-    results = json.loads((demo / "results.json").read_text())
-    change(results)
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    with pytest.raises(TodreError, match=message) as caught:
-        report(tmp_path)
     assert "\n" not in str(caught.value)
 
 
