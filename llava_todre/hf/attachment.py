@@ -22,6 +22,7 @@ from llava_todre.hf.encoded import (
     encoded_images,
     in_prompts,
     layouts_of,
+    position_inputs,
     prefixes_of,
     with_deepstack,
 )
@@ -124,7 +125,7 @@ class Attachment:
             inputs: as in the model's own.
             args: as in the model's own.
             encoded: the images and videos of all prompts, from :meth:`encode`, in order of
-                appearance; then no pixels are given.
+                appearance; nothing else then describes them.
             prefixes: where the keys of prompts up to their images are kept for later questions
                 about the same encoded images; not read where it would change an answer.
             kwargs: as in the model's own.
@@ -162,7 +163,8 @@ class Attachment:
             with self._fitting_inputs():
                 ids, real, (visuals,) = self._read(ids, real, given)
                 captured = self._captured(given, self._needs, ids.shape[1])
-            return encoded_images(visuals, self._features([visuals], captured)[0], captured)
+            (features,) = self._features([visuals], captured)
+            return encoded_images(visuals, features, captured, inputs, self.family.positioned_by)
 
     def _from_encoded(
         self,
@@ -177,11 +179,13 @@ class Attachment:
         probes = self.pruner.probe_layers(decoder.config.num_hidden_layers)
         check(self.model, decoder, kwargs, inside=bool(probes))
         real = self._real(ids, kwargs)
-        kwargs.pop("attention_mask", None)
+        refuse(self.model, [key for key in self.family.inputs if "pixel" in key], kwargs, "encoded")
+        kwargs = {key: kwargs[key] for key in kwargs.keys() - {"attention_mask", *self._consumed}}
         visuals = find_visuals(ids, real, self._placeholders, layouts_of(encoded))
         images = in_prompts(encoded, visuals)
         with torch.no_grad():
             given = {"input_ids": ids, "attention_mask": real.long(), **kwargs}
+            given |= position_inputs(ids, visuals, images)
             captured = capture(self.model, self.family, given, ())
             captured = with_deepstack(captured, visuals, images)
             features = [[image.features for image in row] for row in images]

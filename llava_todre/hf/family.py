@@ -57,6 +57,9 @@ class Family:
     """What ``measure`` knows, of :data:`llava_todre.pruners.base.VISION_NEEDS`."""
     inputs: tuple[str, ...]
     """Arguments of ``generate`` that describe images and videos."""
+    positioned_by: Mapping[str, str] = field(default_factory=dict)
+    """Those of them with one row per image or video that positions in space are computed from, and
+    whether they describe an image or a video."""
     towers: tuple[str, ...] = ()
     """``model_type`` of the towers that ``measure`` knows; () where a family has one kind only."""
     feature_layer: Callable[[Any], int] | None = None

@@ -136,6 +136,11 @@ def _family(name: str, model: str, **differences: Any) -> Family:
             *("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"),
             "second_per_grid_ts",
         ),
+        positioned_by={
+            "image_grid_thw": "image",
+            "video_grid_thw": "video",
+            "second_per_grid_ts": "video",
+        },
         proxies={"cls_attention": "received_attention"},
         **differences,
     )

@@ -17,7 +17,7 @@ from llava_todre.hf import attach, detach, encode, last_stats
 from llava_todre.hf.arguments import any_refused
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
-from llava_todre.hf.shared_inputs import Shown, by_token, joined, shown_by
+from llava_todre.hf.shared_inputs import Shown, joined
 from llava_todre.hf.video_metadata import metadata_of
 from llava_todre.image_cache import ImageCache, lasting_identity
 from llava_todre.locking import turn
@@ -138,29 +138,24 @@ class StockModel(VLM):
             prompts = [self._known(request, image_cache) for request in requests]
         finally:
             image_cache.trim()
-        inputs = joined(prompts, self.processor.tokenizer.pad_token_id or 0)
-        for key, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                inputs[key] = value.to(self.device)
+        inputs = joined(prompts, self.processor.tokenizer.pad_token_id or 0, self.device)
         return inputs | {"prefixes": image_cache.prefixes}
 
-    def _known(
-        self, request: Request, image_cache: ImageCache
-    ) -> tuple[dict[str, torch.Tensor], Shown]:
-        """Return the ids of a request and what it shows, which is read where it is new."""
+    def _known(self, request: Request, image_cache: ImageCache) -> tuple[torch.Tensor, Shown]:
+        """Return the (T,) ids of a request and what it shows, which is read where it is new."""
         names = tuple(map(lasting_identity, request.images))
         key = (request.is_video, tuple(request.seconds), names)
-        known: Any = image_cache.find(key, self.pruner)
-        ids, placeholders = self._tokens(request), self._placeholders()
-        row = None if known is None else known.row(ids, placeholders)
-        if row is None:
+        known: Any = image_cache.find(key, self.pruner) if names else Shown([])
+        short, placeholders = self._tokens(request), self._placeholders()
+        ids = None if known is None else known.ids(short, placeholders)
+        if ids is None:
             processed = self._processed([request])
-            row = by_token(processed)
+            ids = processed["input_ids"][0].cpu()
             if known is None:
-                images = encode(self.model, **processed) if request.images else []
-                known = shown_by(processed, images, ids, placeholders)
+                images = encode(self.model, **processed)
+                known = Shown.of(images, ids, short, placeholders)
                 image_cache.add(key, self.pruner, request.images, known)
-        return row, known
+        return ids, known
 
     def _placeholders(self) -> torch.Tensor:
         """Return the ids that stand for an image or a video in a prompt."""

@@ -63,19 +63,13 @@ def questions(inputs: dict[str, Any], lengths: list[int], seed: int = 0) -> list
 
 
 def batched(prompts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return prompts, padded on the left, without their pixels."""
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids")
-    found = {
+    """Return prompts, padded on the left, without what describes their images."""
+    return {
         key: torch.nn.utils.rnn.pad_sequence(
             [prompt[key][0] for prompt in prompts], True, 0, padding_side="left"
         )
-        for key in keys
-        if key in prompts[0]
+        for key in ("input_ids", "attention_mask")
     }
-    for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
-        if key in prompts[0]:
-            found[key] = torch.cat([prompt[key] for prompt in prompts])
-    return found
 
 
 def answered(model: Any, given: dict[str, Any], **more: Any) -> tuple[Tensor, Tensor]:
@@ -261,3 +255,47 @@ def test_an_image_is_encoded_for_its_method():
         answered(model, batched([prompt]), encoded=images)
     with hf.prune(model, "divprune"), pytest.raises(TodreError, match="its next image has 0"):
         answered(model, batched([prompt]), encoded=[])
+
+
+def test_encoded_images_are_all_that_a_prompt_shows():
+    model = model_of("qwen2_5_vl")
+    (prompt,) = questions(inputs_for(model, [SHOWN]), [5])
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        images = hf.encode(model, **prompt)
+        expected = answered(model, batched([prompt]), encoded=images)
+        wrong = prompt | {"image_grid_thw": prompt["image_grid_thw"] * 2}
+        wrong = {key: wrong[key] for key in wrong if key != "pixel_values"}
+        assert torch.equal(answered(model, wrong, encoded=images)[1], expected[1])
+        with pytest.raises(TodreError, match="pixel_values is not supported together with encoded"):
+            answered(model, prompt, encoded=images)
+        with pytest.raises(TodreError, match="encoded must hold the 1 images .* got 2"):
+            answered(model, batched([prompt]), encoded=images * 2)
+
+
+def test_the_seconds_of_a_video_are_those_of_its_encoding():
+    model = model_of("qwen2_5_vl")
+    (prompt,) = questions(inputs_for(model, [[3, "video", 6]]), [5])
+    store = PrefixStore()
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        for seconds in (0.5, 4.0):
+            prompt["second_per_grid_ts"] = torch.tensor([seconds])
+            _, logits, _ = asked_afresh(model, [prompt])
+            video = hf.encode(model, **prompt)
+            shared = answered(model, batched([prompt]), encoded=video, prefixes=store)
+            torch.testing.assert_close(shared[1], logits, **TOLERANCE)
+    assert store.hits == 0
+
+
+def test_an_array_painted_over_is_another_image_and_text_takes_no_place():
+    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    shown, memory = np.asarray(pictures(1)[0]).copy(), ImageCache()
+    requests = [Request("What is this?", [shown]), Request("Nothing to see.")]
+    for expected_hits in (0, 1, 1):
+        fresh = [model.answer([request], max_new_tokens=5)[0].text for request in requests]
+        ours = [
+            model.answer([request], max_new_tokens=5, image_cache=memory)[0].text
+            for request in requests
+        ]
+        assert ours == fresh and memory.prefixes.hits == expected_hits
+        if expected_hits:
+            shown[:] = 255 - shown
