@@ -1,15 +1,37 @@
-"""Arguments of ``generate`` that cannot be combined with pruning."""
+"""Which arguments of ``generate`` cannot be combined with pruning, or cannot be read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from llava_todre.errors import TodreError
+from llava_todre.model.checkpoint import first_line
 from llava_todre.settings import REFUSED_WITH_PRUNING, refuse, setting
 from llava_todre.stage2.cache import CACHE_ARGUMENT, has_sliding_window
 
+_UNREADABLE = (
+    *(AttributeError, IndexError, KeyError, OverflowError),
+    *(RuntimeError, TypeError, ValueError),
+)
 _REFUSED = (*REFUSED_WITH_PRUNING, CACHE_ARGUMENT)
+
+
+@contextmanager
+def fitting_inputs(model: Any) -> Iterator[None]:
+    """Raise a TodreError for inputs that the model's own code cannot read in this block."""
+    try:
+        yield
+    except (TodreError, torch.OutOfMemoryError):
+        raise
+    except _UNREADABLE as error:
+        raise TodreError(
+            f"inputs do not fit {type(model).__name__}, which says "
+            f"{type(error).__name__}: {first_line(error)}; allowed: what its processor returns."
+        ) from error
 
 
 def any_refused(model: Any, kwargs: Mapping[str, Any]) -> bool:
