@@ -78,9 +78,9 @@ class Attachment:
             require_readable(decoder_of(model))
         if self.probe_layers and min(self.probe_layers) < deep:
             raise TodreError(
-                f"{type(pruner).__name__} drops tokens after decoder layer "
-                f"{min(self.probe_layers)}, but the family {self.family.name} adds image features "
-                f"to them up to layer {deep - 1}; allowed: after layer {deep} or later."
+                f"{type(pruner).__name__} must drop tokens after decoder layer {deep} or later, "
+                f"as the family {self.family.name} adds image features to them up to layer "
+                f"{deep - 1}, got layer {min(self.probe_layers)}."
             )
         self._last = Latest[tuple[PruneStats, ...]](())
 
@@ -116,7 +116,7 @@ class Attachment:
             given = signature.bind_partial(inputs, *args).arguments
             kwargs |= {key: value for key, value in given.items() if key != "inputs"}
         if prefixes is not None and encoded is None:
-            raise TodreError("prefixes is given without encoded; give both or none of them.")
+            raise TodreError("prefixes is given without encoded; give both or neither.")
         with turn(self.model), finite_prefill(self.model):
             self._last.put(())
             kwargs = checked(self.model, kwargs)

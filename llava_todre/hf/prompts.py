@@ -85,9 +85,8 @@ def find_visuals(
                 layout, patches = next(parts[modality], (_NOTHING, slice(0)))
                 if not 0 < len(layout) <= len(columns):
                     raise TodreError(
-                        f"prompt has {len(columns)} {modality} tokens where its next "
-                        f"{modality} has {len(layout)}; allowed: what the model's processor "
-                        "makes of the same images."
+                        f"prompt must have the {len(layout)} tokens of its next {modality}, as "
+                        f"the processor makes them, got {len(columns)}."
                     )
                 found.append(Visual(layout, columns[: len(layout)], patches, modality))
                 columns = columns[len(layout) :]

@@ -57,7 +57,7 @@ class StockModel(VLM):
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
         pruner = method if isinstance(method, Pruner) else create_pruner(method, **knobs)
         with turn(self.model):  # not between a call of another thread and its statistics
-            attach(self.model, pruner)  # raises before the one at work is gone
+            attach(self.model, pruner)  # raises before the active one is gone
             detach(self.model)
             detach(self.model)
             attach(self.model, pruner)
@@ -180,12 +180,12 @@ class StockModel(VLM):
         for request in requests:
             if not request.question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
                 raise TodreError(f"question {request.question!r} is empty; give at least one word.")
-            pictures = [self._picture(picture) for picture in request.images]
-            texts.append(self._prompt(request, len(pictures)))
+            shown_images = [self._image(image) for image in request.images]
+            texts.append(self._prompt(request, len(shown_images)))
             if request.is_video:
-                videos.append(pictures)
-            elif pictures:  # by request: OneVision cuts an image only where it is the only one
-                images.append(pictures)
+                videos.append(shown_images)
+            elif shown_images:  # by request: OneVision cuts an image only where it is the only one
+                images.append(shown_images)
         shown: dict[str, Any] = {}
         if videos:
             # The frames were chosen by whoever asks; a processor would choose among them again.
@@ -237,13 +237,13 @@ class StockModel(VLM):
                 f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
             ) from error
 
-    def _picture(self, picture: Any) -> Any:
-        """Return a picture as it is shown; arrays are the processor's affair."""
-        if not isinstance(picture, (str, os.PathLike, Image.Image)):
-            return picture
-        shown = open_picture(picture)
+    def _image(self, image: Any) -> Any:
+        """Return an image as it is shown; arrays are left to the processor."""
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
+            return image
+        shown = open_picture(image)
         if self.config.model_type == "llava":  # resizes by the short side, whatever comes
-            images = self.processor.image_processor
-            mode = "pad" if getattr(images, "do_pad", False) else "square"
-            check_elongation(shown.size, dict(images.size).get("shortest_edge") or 1, mode)
+            processor = self.processor.image_processor
+            mode = "pad" if getattr(processor, "do_pad", False) else "square"
+            check_elongation(shown.size, dict(processor.size).get("shortest_edge") or 1, mode)
         return shown
