@@ -371,7 +371,7 @@ def test_right_padded_prompts_are_repacked_too(tiny_llava, implementation):
     ],
 )
 def test_cached_decoding_equals_starting_over(tiny_llava, implementation, name):
-    """With every kind of mask; samples alone have none, so once is enough."""
+    """Batches with every kind of mask, samples alone with one."""
     model = tiny_llava(implementation)
     output = generate(model, BATCHES[name])
     assert_equals_oracle(model, BATCHES[name], output)

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
+from llava_todre.hf.llava import require_strategy
 from llava_todre.model.vision import QUANTITIES
 from llava_todre.stage1.layout import Layout
 
 
 def _layouts(model: Any, inputs: Inputs) -> Layouts:
-    strategy = model.config.vision_feature_select_strategy
-    if strategy != "default":
-        raise TodreError(f"vision_feature_select_strategy must be default, got {strategy}.")
+    require_strategy(model, "default")
     shown = (inputs["input_ids"] == model.config.image_token_id) & inputs["attention_mask"].bool()
     patches, merge = _patches_per_side(model), round(1 / model.config.downsample_ratio)
     tokens = (patches // merge) ** 2

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
 from checks import (
@@ -37,7 +34,6 @@ from tiny import (
 from eval.pages.models import MATRIX, YES
 from llava_todre import hf
 
-LLAVA = tuple(USUAL_DECODER)
 PROMPTS = {"one": ONE, "batch": THREE, "video": VIDEO, "videos and images": VIDEO_BATCH}
 CASES = [
     (family, prompt)
@@ -82,20 +78,6 @@ def test_what_is_dropped_matters(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_keeping_everything_changes_no_bit(family, attention):
-    model = model_of(family, attention)
-    inputs = inputs_for(model, BATCH)
-    more = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
-    before = model.generate(**inputs, **more)
-    with hf.prune(model, method="todre", retain_ratio=1.0, probe_depths=()):
-        during = model.generate(**inputs, **more)
-    after = model.generate(**inputs, **more)
-    for other in (during, after):
-        assert torch.equal(before.sequences, other.sequences)
-        assert all(map(torch.equal, before.logits, other.logits))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_probe_that_drops_nothing_changes_no_token(family):
     """The prompt then goes through the capture with all its tokens, positions and features."""
     model = model_of(family)
@@ -103,37 +85,13 @@ def test_a_probe_that_drops_nothing_changes_no_token(family):
     before = model.generate(**inputs, **GREEDY)
     with hf.prune(model, method="todre", retain_ratio=1.0, probe_depths=(0.5,), tau=0.0):
         during = model.generate(**inputs, **GREEDY)
+        assert [len(of_sample.probes) for of_sample in hf.last_stats(model)] == [1, 1, 0]
     assert torch.equal(before, during)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_is_left_behind(family):
-    model = copy.deepcopy(model_of(family))
-
-    def everything() -> Any:
-        modules = {
-            name: (
-                type(module),
-                sorted(module.__dict__),
-                [len(getattr(module, key)) for key in module.__dict__ if key.endswith("_hooks")],
-            )
-            for name, module in model.named_modules()
-        }
-        return modules, model.config.to_dict(), model.generation_config.to_dict()
-
-    inputs = inputs_for(model, BATCH)
-    model.generate(**inputs, max_new_tokens=1)  # transformers installs hooks of its own once
-    before = everything()
-    with hf.prune(model, retain_ratio=0.25, tau=1.0, probe_depths=(0.5,)):
-        model.generate(**inputs, max_new_tokens=2)
-        with pytest.raises(Exception, match="."):
-            model.generate(**inputs, max_new_tokens=2, logits_processor="broken")
-    assert everything() == before
-
-
 @pytest.mark.parametrize("family", ["llava_next", *QWEN, "internvl"])
-def test_fastv_drops_what_the_last_token_looks_at_least(family, attention):
-    model = model_of(family, attention)
+def test_fastv_drops_what_the_last_token_attends_to_least(family):
+    model = model_of(family, "eager" if family in ("llava_next", "qwen2_vl") else "sdpa")
     inputs = inputs_for(model, BATCH)
     output, stats = run(model, inputs, "fastv", retain_ratio=0.25, layer=4)
     oracle, stages = Oracle(model, inputs), []
@@ -182,9 +140,9 @@ def test_stage_1_alone(family):
     assert_equals_oracle(model, inputs, output, [stages_of(of_sample) for of_sample in stats])
 
 
-@pytest.mark.parametrize("family", LLAVA)
-def test_part_of_the_tokens_is_dropped_inside(family, attention):
-    model = model_of(family, attention)
+@pytest.mark.parametrize("family", USUAL_DECODER)
+def test_part_of_the_tokens_is_dropped_inside(family):
+    model = model_of(family, "eager")
     inputs = inputs_for(model, [*ONE, *TWO_IMAGES])
     method = planned(inputs, 0.25, (0, 1, 2), (0, 4, 2), (1, 2, 3), (1, 5, 0))
     stats = assert_follows(model, inputs, method)
