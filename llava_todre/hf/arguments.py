@@ -36,7 +36,8 @@ def fitting_inputs(model: Any) -> Iterator[None]:
 
 def any_refused(model: Any, kwargs: Mapping[str, Any]) -> bool:
     """Return whether :func:`check` would refuse one of these arguments, whatever the method."""
-    return any(setting(model, key, kwargs) not in (None, False) for key in _REFUSED)
+    values = (setting(model, key, kwargs) for key in _REFUSED)
+    return any(value is not None and value is not False for value in values)
 
 
 def check(model: Any, decoder: Any, kwargs: Mapping[str, Any], inside: bool) -> None:
