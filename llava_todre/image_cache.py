@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -81,10 +83,14 @@ def identity(picture: Picture | Views) -> Any:
     return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else id(picture)
 
 
-def lasting_identity(picture: Picture | Views) -> Any:
-    """Return what tells images apart between calls, in which they may be painted over."""
+def lasting_identity(picture: Any) -> Any:
+    """Return what tells images apart between calls, in which their pixels may be changed."""
     if isinstance(picture, Image.Image):
         return picture_digest(picture)
+    if isinstance(picture, (np.ndarray, Tensor)):
+        array: Any = picture if isinstance(picture, np.ndarray) else picture.cpu().float().numpy()
+        digest = hashlib.blake2b(array.tobytes(), digest_size=12).hexdigest()
+        return array.shape, str(picture.dtype), digest
     if not isinstance(picture, (str, os.PathLike)):
         return id(picture)
     try:

@@ -1,4 +1,4 @@
-"""What ``generate`` takes: which setting counts, which tokens, and which numbers are absurd.
+"""What ``generate`` takes: which setting counts, which tokens, and which numbers are refused.
 
 The same for our class and for the stock classes of transformers.
 

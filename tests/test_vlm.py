@@ -178,7 +178,7 @@ def test_a_memory_serves_one_model(loaded: tuple[Any, Any], images: list[Image.I
     _, other, _, _ = load_pretrained_model(GOLDEN / "llava-v1.6-tiny")
     cache = ImageCache()
     ask(model, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, image_cache=cache)
-    with pytest.raises(TodreError, match="memory of one model was given to another"):
+    with pytest.raises(TodreError, match="must be of one model"):
         ask(other, tokenizer, images[0], QUESTIONS[0], max_new_tokens=1, image_cache=cache)
 
 

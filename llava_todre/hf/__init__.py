@@ -6,7 +6,7 @@
         model.generate(**inputs)
 
 Stage 1 runs the model up to its decoder, drops visual tokens, and calls ``generate`` with what is
-left; Stage 2 works through hooks that exist only during that call.
+left; Stage 2 uses hooks that exist only during that call.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def prune(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Iterator[
 def last_stats(model: Any) -> tuple[PruneStats, ...]:
     """Return what happened to each sample of this thread's last ``generate`` with images.
 
-    A thread that has made no call is told of the last of any.
+    For a thread that has made no call: of the last of any thread.
 
     Raises:
         TodreError: nothing is attached.
@@ -101,7 +101,7 @@ def encode(model: Any, **inputs: Any) -> list[EncodedImage]:
         inputs: what the model's processor returns for the prompt.
 
     Raises:
-        TodreError: nothing is attached, or inputs that are none.
+        TodreError: nothing is attached, or the inputs do not fit the model.
     """
     return _stack(model)[-1].encode(**inputs)
 
@@ -126,5 +126,5 @@ def _stack(model: Any) -> list[Attachment]:
     model = unwrapped(model)
     stack: list[Attachment] = getattr(model, "__dict__", {}).get(_STACK, [])
     if not stack:
-        raise TodreError(f"nothing is attached to this {type(model).__name__}.")
+        raise TodreError(f"nothing is attached to this {type(model).__name__}; call attach first.")
     return stack

@@ -1,7 +1,7 @@
-"""What a stock model hands to its decoder, taken down instead of run.
+"""Capture the decoder inputs of a stock model without running the decoder.
 
 The model's own code runs the tower, projects, packs and scatters the features and computes the
-positions; only the decoder is replaced, for one call, by something that notes its arguments.
+positions; only the decoder is replaced, for one call, by a function that records its arguments.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class DecoderInputs:
     position_ids: Tensor | None
     """(3 or 4, B, L) where the model has positions in space (M-RoPE)."""
     deepstack: list[Tensor] | None
-    """Features added behind the first decoder layers: (visual tokens of the batch, D) each."""
+    """Features added after the first decoder layers: (visual tokens of the batch, D) each."""
     deepstack_at: Tensor | None
     """(B, L) bool, the positions they are added to."""
     measured: dict[Need, Tensor]
-    """(patches of all images, then of all videos, ...) for each (quantity, layer) asked for."""
+    """(patches of all images, then of all videos, ...) for each requested (quantity, layer)."""
 
 
 def decoder_of(model: Any) -> Any:
@@ -62,21 +62,21 @@ def capture(
     """
     known = inspect.signature(model.model.forward).parameters
     given = {key: value for key, value in inputs.items() if key in known and value is not None}
-    with _recorded(decoder_of(model)) as taken, measuring(family, model, needs) as measured:
+    with _recorded(decoder_of(model)) as recorded, measuring(family, model, needs) as measured:
         model.model(**(given | {"use_cache": False}))
-    positions = taken.get("position_ids")
+    positions = recorded.get("position_ids")
     return DecoderInputs(
-        taken["inputs_embeds"],
+        recorded["inputs_embeds"],
         positions if positions is not None and positions.ndim == 3 else None,
-        taken.get("deepstack_visual_embeds"),
-        taken.get("visual_pos_masks"),
+        recorded.get("deepstack_visual_embeds"),
+        recorded.get("visual_pos_masks"),
         measured,
     )
 
 
 @contextmanager
 def measuring(family: Family, model: Any, needs: Iterable[Need]) -> Iterator[dict[Need, Tensor]]:
-    """Measure in the tower while the block runs; the dictionary is full behind it.
+    """Measure in the tower while the block runs; the dictionary is full after it.
 
     Args:
         family: the model's.
@@ -94,18 +94,18 @@ def measuring(family: Family, model: Any, needs: Iterable[Need]) -> Iterator[dic
 
 @contextmanager
 def _recorded(decoder: Any) -> Iterator[dict[str, Any]]:
-    """Let the decoder's next call be noted, and do nothing else."""
-    taken: dict[str, Any] = {}
+    """Record the arguments of the decoder's calls instead of running it."""
+    recorded: dict[str, Any] = {}
 
-    def note(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def record(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         assert not args, "models call their decoder with keywords"
-        taken.update(kwargs)
+        recorded.update(kwargs)
         return BaseModelOutputWithPast(last_hidden_state=kwargs["inputs_embeds"])
 
     before = decoder.__dict__.get("forward")  # accelerate puts one there
-    decoder.__dict__["forward"] = note
+    decoder.__dict__["forward"] = record
     try:
-        yield taken
+        yield recorded
     finally:
         if before is None:
             del decoder.__dict__["forward"]

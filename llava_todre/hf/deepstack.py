@@ -1,4 +1,4 @@
-"""DeepStack: features of earlier layers of the tower, added behind the first decoder layers.
+"""DeepStack: features of earlier layers of the tower, added after the first decoder layers.
 
 ``generate`` does not pass these on for a prompt given as embeddings, so a hook does.
 """
@@ -24,14 +24,14 @@ def adding(decoder: Any, visual: Tensor, features: list[Tensor]) -> Iterator[Non
             merged tokens, those are still the features of the place that stayed.
     """
     counts = visual.sum(dim=1).tolist()
-    is_behind = False
+    is_done = False
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal is_behind
+        nonlocal is_done
         del module
-        if is_behind:
-            return None  # there is nothing visual behind the prompt
-        is_behind = True
+        if is_done:
+            return None  # later steps have no visual tokens
+        is_done = True
         copies = len(kwargs["inputs_embeds"]) // len(visual)  # beam search repeats every sample
         repeated = [
             torch.cat([part for part in each.split(counts) for _ in range(copies)])

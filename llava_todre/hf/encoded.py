@@ -6,13 +6,14 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llava_todre.errors import TodreError
 from llava_todre.hf.capture import DecoderInputs
 from llava_todre.hf.family import Layouts
 from llava_todre.hf.prompts import Visual
@@ -31,10 +32,17 @@ class EncodedImage:
     """image or video."""
     deepstack: tuple[Tensor, ...] = ()
     """(S, D) added after each of the first decoder layers."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Its row of the arguments of ``generate`` that its positions are computed from, e.g. (1, 3)
+    ``image_grid_thw``."""
 
 
 def encoded_images(
-    visuals: Sequence[Visual], features: Sequence[ImageFeatures], captured: DecoderInputs
+    visuals: Sequence[Visual],
+    features: Sequence[ImageFeatures],
+    captured: DecoderInputs,
+    inputs: Mapping[str, Any],
+    positioned_by: Mapping[str, str],
 ) -> list[EncodedImage]:
     """Return the images and videos of the only prompt in a batch.
 
@@ -42,14 +50,22 @@ def encoded_images(
         visuals: where they stand.
         features: each as Stage 1 reads it.
         captured: the prompt as the decoder would have read it.
+        inputs: arguments of ``generate``.
+        positioned_by: see :class:`~llava_todre.hf.family.Family`.
     """
-    found = []
+    found: list[EncodedImage] = []
     for visual, image in zip(visuals, features, strict=True):
         deep: tuple[Tensor, ...] = ()
         if captured.deepstack is not None and captured.deepstack_at is not None:
             rows = captured.deepstack_at[0].cumsum(0)[visual.columns] - 1
             deep = tuple(each[rows.to(each.device)] for each in captured.deepstack)
-        found.append(EncodedImage(image, visual.modality, deep))
+        number = sum(each.modality == visual.modality for each in found)
+        own = {
+            key: inputs[key][number : number + 1]
+            for key, modality in positioned_by.items()
+            if modality == visual.modality and inputs.get(key) is not None
+        }
+        found.append(EncodedImage(image, visual.modality, deep, own))
     return found
 
 
@@ -64,12 +80,49 @@ def layouts_of(encoded: Sequence[EncodedImage]) -> Layouts:
 def in_prompts(
     encoded: Sequence[EncodedImage], visuals: Sequence[Sequence[Visual]]
 ) -> list[list[EncodedImage]]:
-    """Return the images and videos of each prompt, in the order of ``visuals``."""
+    """Return the images and videos of each prompt, in the order of ``visuals``.
+
+    Raises:
+        TodreError: the prompts do not show all of them.
+    """
+    num_shown = sum(map(len, visuals))
+    if num_shown != len(encoded):
+        raise TodreError(
+            f"encoded must hold the {num_shown} images and videos of the prompts, got "
+            f"{len(encoded)}."
+        )
     remaining = {
         modality: iter([image for image in encoded if image.modality == modality])
         for modality in ("image", "video")
     }
     return [[next(remaining[visual.modality]) for visual in row] for row in visuals]
+
+
+def position_inputs(
+    ids: Tensor,
+    visuals: Sequence[Sequence[Visual]],
+    images: Sequence[Sequence[EncodedImage]],
+) -> dict[str, Any]:
+    """Return the arguments of ``generate`` that a model computes positions in space from, if any.
+
+    Args:
+        ids: (B, L).
+        visuals: where the images stand in each prompt.
+        images: what they are.
+    """
+    shown = [image for row in images for image in row]
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(key for image in shown for key in image.inputs):
+        parts = [image.inputs[key] for image in shown if key in image.inputs]
+        is_tensor = isinstance(parts[0], Tensor)
+        found[key] = torch.cat(parts) if is_tensor else [one for part in parts for one in part]
+    if found:
+        types = torch.zeros_like(ids)
+        for row, of_row in zip(types, visuals, strict=True):
+            for visual in of_row:
+                row[visual.columns] = 1 if visual.modality == "image" else 2
+        found["mm_token_type_ids"] = types
+    return found
 
 
 def with_deepstack(

@@ -20,8 +20,8 @@ def family_of(model: Any) -> Family:
     """Return the family of a model, or raise a TodreError that names those there are."""
     if hasattr(model, "_orig_mod"):
         raise TodreError(
-            "a model wrapped by torch.compile is not supported, and its generate does not run "
-            "compiled; allowed: the model itself, and torch.compile on its forward."
+            "model must be the model itself, or one whose forward is compiled, got one wrapped by "
+            "torch.compile, whose generate does not run compiled."
         )
     if hasattr(model, "set_pruner"):
         raise TodreError("this model prunes by itself; call its set_pruner instead.")
@@ -44,4 +44,4 @@ def family_named(*names: str) -> Family:
         if set(names) & set(family.models):
             return family
     known = ", ".join(name for family in (*FAMILIES, ORIGINAL) for name in family.models)
-    raise TodreError(f"model {names[0]} is not supported; allowed: {known}.")
+    raise TodreError(f"model must be one of {known}, got {names[0]}.")

@@ -1,4 +1,4 @@
-"""What a family of models has to say for itself; everything else is the same for all."""
+"""Per-family description: tower, token layout, available quantities."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Layouts = dict[str, list[Layout]]
 """By modality, "image" and "video", in the order of the tensors of pixels."""
 
 STATES = "states"
-"""What enters a layer of the tower, as it is: asked for beside the quantities of a family."""
+"""What enters a layer of the tower, as it is; available next to the quantities of a family."""
 
 
-def _as_asked(model: Any, quantity: str, layer: int) -> int:
+def _same_layer(model: Any, quantity: str, layer: int) -> int:
     del model, quantity
     return layer
 
@@ -41,7 +41,7 @@ class Family:
     """One family of transformers' vision-language models.
 
     To add one: where its tower is, how the tokens of its images lie in the prompt, and what of its
-    tower a method may ask about.
+    tower a method may read.
     """
 
     name: str
@@ -57,6 +57,9 @@ class Family:
     """What ``measure`` knows, of :data:`llava_todre.pruners.base.VISION_NEEDS`."""
     inputs: tuple[str, ...]
     """Arguments of ``generate`` that describe images and videos."""
+    positioned_by: Mapping[str, str] = field(default_factory=dict)
+    """Those of them with one row per image or video that positions in space are computed from, and
+    whether they describe an image or a video."""
     towers: tuple[str, ...] = ()
     """``model_type`` of the towers that ``measure`` knows; () where a family has one kind only."""
     feature_layer: Callable[[Any], int] | None = None
@@ -66,10 +69,10 @@ class Family:
     """Model, (K, W) such features -> (K, D)."""
     proxies: Mapping[str, str] = field(default_factory=dict)
     """Quantity that the tower does not have -> the one a method gets in its place."""
-    measured_at: Callable[[Any, str, int], int] = _as_asked
-    """Model, quantity, layer asked for -> layer of the tower at which it is measured."""
+    measured_at: Callable[[Any, str, int], int] = _same_layer
+    """Model, quantity, requested layer -> layer of the tower at which it is measured."""
     deep_layers: Callable[[Any], int] = _none
-    """Model -> first decoder layers behind which more of the tower is added to the visual tokens
+    """Model -> first decoder layers after which more of the tower is added to the visual tokens
     (DeepStack): none may leave earlier."""
 
     @property

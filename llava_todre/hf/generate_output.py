@@ -1,4 +1,4 @@
-"""What ``generate`` gives back: the prompts as they came, and what was generated behind them."""
+"""What ``generate`` returns: the prompts as they came, and what was generated after them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Streamer:
-    """Passes on what is generated, behind the prompt as it was given."""
+    """Passes on what is generated, after the prompt as it was given."""
 
     def __init__(self, streamer: Any, prompt: Tensor) -> None:
         self.streamer = streamer
         self.ahead = [prompt.cpu()]
 
     def put(self, value: Tensor) -> None:
-        """Pass on the prompt in place of the pruned one, and what comes behind it."""
+        """Pass on the prompt in place of the pruned one, and what comes after it."""
         self.streamer.put(self.ahead.pop() if self.ahead else value)
 
     def end(self) -> None:

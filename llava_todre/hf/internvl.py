@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from llava_todre.errors import TodreError
 from llava_todre.hf.family import Family, Inputs, Layouts
+from llava_todre.hf.llava import require_strategy
 from llava_todre.model.vision import QUANTITIES
 from llava_todre.stage1.layout import Layout
 
 
 def _layouts(model: Any, inputs: Inputs) -> Layouts:
-    strategy = model.config.vision_feature_select_strategy
-    if strategy != "default":
-        raise TodreError(
-            f"vision_feature_select_strategy {strategy!r} is not supported; allowed: default."
-        )
+    require_strategy(model, "default")
     shown = (inputs["input_ids"] == model.config.image_token_id) & inputs["attention_mask"].bool()
     patches, merge = _patches_per_side(model), round(1 / model.config.downsample_ratio)
     tokens = (patches // merge) ** 2
@@ -36,15 +33,15 @@ def _layouts(model: Any, inputs: Inputs) -> Layouts:
         for length in lengths[is_run].tolist():
             if length % tokens:
                 raise TodreError(
-                    f"prompt has {length} image tokens in a row; allowed: multiples of {tokens}, "
-                    "as the model's processor makes them."
+                    f"image tokens in a row must be a multiple of {tokens}, as the processor makes "
+                    f"them, got {length}."
                 )
             num_tiles.append(length // tokens)
     num_given = len(inputs["pixel_values"])
     if sum(num_tiles) != num_given:
         raise TodreError(
-            f"prompt has room for {sum(num_tiles)} tiles, but pixel_values has {num_given}; "
-            "allowed: what the model's processor makes of the same images."
+            f"pixel_values must have {sum(num_tiles)} tiles, as the prompts have room for, got "
+            f"{num_given}."
         )
     return {"image": [tiles_layout(count, patches, merge) for count in num_tiles]}
 

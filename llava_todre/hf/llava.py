@@ -47,8 +47,8 @@ def clip_feature_layer(model: Any) -> int:
     layer, num_layers = feature_layer(model.config.vision_feature_layer), len(tower_layers(model))
     if not isinstance(layer, int) or not -num_layers - 1 <= layer < num_layers or layer == -1:
         raise TodreError(
-            f"vision_feature_layer {layer} is not supported by methods that need vision_features; "
-            f"allowed: {-num_layers - 1} to -2."
+            f"vision_feature_layer must be {-num_layers - 1} to -2 for methods that need "
+            f"vision_features, got {layer}."
         )
     return layer % (num_layers + 1)
 
@@ -62,9 +62,7 @@ def require_strategy(model: Any, allowed: str) -> None:
     """
     strategy = model.config.vision_feature_select_strategy
     if strategy != allowed:
-        raise TodreError(
-            f"vision_feature_select_strategy {strategy!r} is not supported; allowed: {allowed}."
-        )
+        raise TodreError(f"vision_feature_select_strategy must be {allowed}, got {strategy}.")
 
 
 def crop_grid(model: Any, height: int, width: int) -> Size:

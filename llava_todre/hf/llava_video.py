@@ -69,8 +69,7 @@ def _feature_layer(model: Any) -> int:
     mode = model.config.spatial_pool_mode
     if mode != "average":
         raise TodreError(
-            f"spatial_pool_mode {mode!r} is not supported by methods that need vision_features; "
-            "allowed: average."
+            f"spatial_pool_mode must be average for methods that need vision_features, got {mode}."
         )
     return clip_feature_layer(model)
 

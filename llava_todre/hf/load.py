@@ -1,4 +1,4 @@
-"""Loading stock models of transformers, and telling which checkpoints are theirs."""
+"""Load stock models of transformers, and recognise which checkpoints are theirs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def load_stock_model(path: str, options: LoadOptions | None = None, **changes: A
         if is_quantised:
             require(stated_method(raw) or "transformers")
             spread = spread or {"": target}  # each weight is quantised where it is to stay
-        model, told = AutoModelForImageTextToText.from_pretrained(
+        model, loading = AutoModelForImageTextToText.from_pretrained(
             base,
             revision=of_base,
             dtype=wanted,
@@ -109,7 +109,7 @@ def load_stock_model(path: str, options: LoadOptions | None = None, **changes: A
         check_tokenizer(base, processor.tokenizer)
     except _LOADING_ERRORS as error:
         raise _does_not_load(path, error) from error
-    _check_loaded(base, model, processor, told)
+    _check_loaded(base, model, processor, loading)
     if spreads(device_map):
         check_spread(getattr(model, "hf_device_map", {}))
     elif not is_quantised:
@@ -142,9 +142,9 @@ def _does_not_load(path: str, error: BaseException) -> TodreError:
     return TodreError(f"pretrained {path!r} does not load: {reason}")
 
 
-def _check_loaded(path: str, model: Any, processor: Any, told: Mapping[str, Any]) -> None:
+def _check_loaded(path: str, model: Any, processor: Any, loading: Mapping[str, Any]) -> None:
     """Raise unless all weights were there, and the processor writes what the model reads."""
-    missing = sorted(told["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if missing:  # transformers draws them at random
         raise TodreError(
             f"pretrained {path!r} lacks {len(missing)} tensors of the model, such as {missing[0]}."
@@ -173,7 +173,7 @@ def _check_stored(path: str, raw: dict[str, Any]) -> None:
     if described > 2 * stored:  # tied weights may be stored once
         raise TodreError(
             f"{path}/config.json describes a model of {described:,} parameters, but the weights "
-            f"beside it have {stored:,}; a size is wrong or left out."
+            f"next to it have {stored:,}; a size is wrong or left out."
         )
 
 

@@ -26,9 +26,7 @@ def _tower(model: Any) -> Any:
             "the vision tower is not loaded; call model.get_vision_tower().load_model() first."
         )
     if tower.select_feature != "patch":
-        raise TodreError(
-            f"mm_vision_select_feature {tower.select_feature!r} is not supported; allowed: patch."
-        )
+        raise TodreError(f"mm_vision_select_feature must be patch, got {tower.select_feature}.")
     return tower
 
 
@@ -68,8 +66,8 @@ def _feature_layer(model: Any) -> int:
     layer, num_layers = _tower(model).select_layer, len(_tower_layers(model))
     if not -num_layers - 1 <= layer < num_layers or layer == -1:
         raise TodreError(
-            f"mm_vision_select_layer {layer} is not supported by methods that need "
-            f"vision_features; allowed: {-num_layers - 1} to -2."
+            f"mm_vision_select_layer must be {-num_layers - 1} to -2 for methods that need "
+            f"vision_features, got {layer}."
         )
     return int(layer) % (num_layers + 1)
 

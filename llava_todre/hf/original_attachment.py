@@ -29,11 +29,11 @@ _PREPARE = "prepare_inputs_labels_for_multimodal"
 
 
 class OriginalAttachment(Attachment):
-    """A method at work on a model of the original package."""
+    """A method that is active on a model of the original package."""
 
     def encode(self, **inputs: Any) -> list[EncodedImage]:
-        """Refuse: prompts of the original package do not hold the places of their images."""
-        raise TodreError("encode is not supported for models of llava; allowed: transformers'.")
+        """Raise a TodreError: prompts of the original package have no place for each token."""
+        raise TodreError("model must be of transformers to encode images, got one of llava.")
 
     def _real(self, ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """Return (B, T) bool: without a mask, the original takes everything for real."""
@@ -42,7 +42,7 @@ class OriginalAttachment(Attachment):
         return super()._real(ids, kwargs)
 
     def _selects(self, ids: Tensor) -> bool:
-        return self.pruner.will_select(MANY)  # placeholders do not tell how many tokens there are
+        return self.pruner.will_select(MANY)  # placeholders do not say how many tokens there are
 
     def _read(self, ids: Tensor, real: Tensor, inputs: Mapping[str, Any]) -> Read:
         """Put as many placeholders as an image has tokens, and pad as the original does."""
@@ -66,8 +66,8 @@ class OriginalAttachment(Attachment):
         embeds = prepared[4]
         if embeds.shape[1] != length:
             raise TodreError(
-                f"the prompts have {embeds.shape[1]} tokens, {length} expected; allowed: "
-                "prompts within tokenizer_model_max_length, and the layouts of llava-torch 1.2.2."
+                f"prompts must have {length} tokens, as with llava-torch 1.2.2 and within "
+                f"tokenizer_model_max_length, got {embeds.shape[1]}."
             )
         return DecoderInputs(embeds, None, None, None, measured)
 

@@ -1,11 +1,11 @@
-"""Where the images of a batch stand in prompts of a stock model, and what a method sees of them.
+"""Stage 1 on prompts of a stock model: where their images stand, and what a method reads of them.
 
-Symbols: B batch, L prompt length, S tokens of one image in the prompt.
+Symbols: B batch, L prompt length, S tokens of one image in the prompt, D decoder width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,16 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.hf.capture import DecoderInputs
 from llava_todre.hf.family import STATES, Layouts
-from llava_todre.pruners import Need
+from llava_todre.pruners import Need, Pruner
 from llava_todre.stage1.layout import Layout
+from llava_todre.stage1.pack import Prompt, SplicedPrompt, prune_prompts
 from llava_todre.stage1.select import ImageFeatures
+from llava_todre.stats import PruneStats
 
+_PLACEHOLDERS = {
+    "image": ("image_token_id", "image_token_index"),
+    "video": ("video_token_id", "video_token_index"),
+}
 _NOTHING = Layout.of_slots(torch.empty(0, dtype=torch.int64), 0, 1)
 
 
@@ -35,9 +41,23 @@ class Visual:
     """image or video."""
 
 
+Visuals = list[list[Visual]]
+"""The images and videos of each sample, in the order of their first tokens."""
+
+
+def placeholders_of(config: Any) -> dict[str, int]:
+    """Return modality -> the id that stands for its tokens in prompts of a model."""
+    found: dict[str, int] = {}
+    for modality, names in _PLACEHOLDERS.items():
+        for token in (getattr(config, name, None) for name in names):
+            if isinstance(token, int):
+                found.setdefault(modality, token)
+    return found
+
+
 def find_visuals(
     ids: Tensor, real: Tensor, placeholders: Mapping[str, int], layouts: Layouts
-) -> list[list[Visual]]:
+) -> Visuals:
     """Return the images and videos of every sample, in the order of their tokens.
 
     Args:
@@ -56,7 +76,7 @@ def find_visuals(
             ends.append((layout, slice(start, start + layout.num_patches)))
             start += layout.num_patches
         parts[modality] = iter(ends)
-    visuals: list[list[Visual]] = []
+    visuals: Visuals = []
     for row, keep in zip(ids.cpu(), real.cpu(), strict=True):
         found = []
         for modality, token in placeholders.items():
@@ -65,9 +85,8 @@ def find_visuals(
                 layout, patches = next(parts[modality], (_NOTHING, slice(0)))
                 if not 0 < len(layout) <= len(columns):
                     raise TodreError(
-                        f"prompt has {len(columns)} {modality} tokens where its next "
-                        f"{modality} has {len(layout)}; allowed: what the model's processor "
-                        "makes of the same images."
+                        f"prompt must have the {len(layout)} tokens of its next {modality}, as "
+                        f"the processor makes them, got {len(columns)}."
                     )
                 found.append(Visual(layout, columns[: len(layout)], patches, modality))
                 columns = columns[len(layout) :]
@@ -117,3 +136,49 @@ def features_of(
         },
         **before,
     )
+
+
+def prune_batch(
+    ids: Tensor,
+    real: Tensor,
+    visuals: Visuals,
+    embeds: Tensor,
+    features: Sequence[Sequence[ImageFeatures]],
+    pruner: Pruner,
+) -> list[SplicedPrompt]:
+    """Let the method select from the images of all prompts.
+
+    Args:
+        ids: (B, L).
+        real: (B, L) bool, False for padding.
+        visuals: where the images stand in each prompt.
+        embeds: (B, L, D).
+        features: the images of each prompt.
+        pruner: the method.
+    """
+    prompts = []
+    for row, (of_row, keep) in enumerate(zip(visuals, real.cpu(), strict=True)):
+        image = torch.full_like(keep, -1, dtype=torch.int64)
+        for number, visual in enumerate(of_row):
+            image[visual.columns] = number
+        source = keep.nonzero()[:, 0]
+        prompts.append(Prompt(ids[row].cpu(), embeds[row], features[row], source, image[keep]))
+    return prune_prompts(prompts, pruner)
+
+
+def unpruned_stats(real: Tensor, visuals: Visuals, num_layers: int) -> tuple[PruneStats, ...]:
+    """Return the statistics of a call in which nothing is dropped.
+
+    Args:
+        real: (B, L) bool, False for padding.
+        visuals: the images and videos of each sample.
+        num_layers: of the decoder.
+    """
+    found = []
+    for of_sample, length in zip(visuals, real.sum(dim=1).tolist(), strict=True):
+        images = tuple(visual.layout.stats() for visual in of_sample)
+        shown = sum(len(visual.columns) for visual in of_sample)
+        newlines = sum(image.num_newlines for image in images)
+        lengths, counts = (length,) * num_layers, (shown,) * num_layers
+        found.append(PruneStats(images, newlines, (), lengths, counts))
+    return tuple(found)

@@ -33,8 +33,8 @@ _MAX_ENTRIES = 2**26
 def _layouts(model: Any, inputs: Inputs) -> Layouts:
     if inputs.get("mm_token_type_ids") is None:
         raise TodreError(
-            "mm_token_type_ids is missing, without which no token has a place in space; allowed: "
-            "what the model's processor returns."
+            "mm_token_type_ids is missing, which positions in space are computed from; give all "
+            "that the processor returns."
         )
     for modality, key in _GRIDS.items():
         if inputs.get(key) is not None and inputs.get(_PIXELS[modality]) is None:
@@ -136,6 +136,11 @@ def _family(name: str, model: str, **differences: Any) -> Family:
             *("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"),
             "second_per_grid_ts",
         ),
+        positioned_by={
+            "image_grid_thw": "image",
+            "video_grid_thw": "video",
+            "second_per_grid_ts": "video",
+        },
         proxies={"cls_attention": "received_attention"},
         **differences,
     )

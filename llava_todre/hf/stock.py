@@ -17,7 +17,7 @@ from llava_todre.hf import attach, detach, encode, last_stats
 from llava_todre.hf.arguments import any_refused
 from llava_todre.hf.capture import decoder_of
 from llava_todre.hf.families import family_of
-from llava_todre.hf.shared_inputs import Shown, by_token, joined, shown_by
+from llava_todre.hf.shared_inputs import Shown, joined
 from llava_todre.hf.video_metadata import metadata_of
 from llava_todre.image_cache import ImageCache, lasting_identity
 from llava_todre.locking import turn
@@ -57,7 +57,7 @@ class StockModel(VLM):
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
         pruner = resolve(method, knobs)
         with turn(self.model):  # not between a call of another thread and its statistics
-            attach(self.model, pruner)  # raises before the one at work is gone
+            attach(self.model, pruner)  # raises before the active one is gone
             detach(self.model)
             detach(self.model)
             attach(self.model, pruner)
@@ -138,29 +138,24 @@ class StockModel(VLM):
             prompts = [self._known(request, image_cache) for request in requests]
         finally:
             image_cache.trim()
-        inputs = joined(prompts, self.processor.tokenizer.pad_token_id or 0)
-        for key, value in inputs.items():
-            if isinstance(value, torch.Tensor):
-                inputs[key] = value.to(self.device)
+        inputs = joined(prompts, self.processor.tokenizer.pad_token_id or 0, self.device)
         return inputs | {"prefixes": image_cache.prefixes}
 
-    def _known(
-        self, request: Request, image_cache: ImageCache
-    ) -> tuple[dict[str, torch.Tensor], Shown]:
-        """Return the ids of a request and what it shows, which is read where it is new."""
+    def _known(self, request: Request, image_cache: ImageCache) -> tuple[torch.Tensor, Shown]:
+        """Return the (T,) ids of a request and what it shows, which is read where it is new."""
         names = tuple(map(lasting_identity, request.images))
         key = (request.is_video, tuple(request.seconds), names)
-        known: Any = image_cache.find(key, self.pruner)
-        ids, placeholders = self._tokens(request), self._placeholders()
-        row = None if known is None else known.row(ids, placeholders)
-        if row is None:
+        known: Any = image_cache.find(key, self.pruner) if names else Shown([])
+        short, placeholders = self._tokens(request), self._placeholders()
+        ids = None if known is None else known.ids(short, placeholders)
+        if ids is None:
             processed = self._processed([request])
-            row = by_token(processed)
+            ids = processed["input_ids"][0].cpu()
             if known is None:
-                images = encode(self.model, **processed) if request.images else []
-                known = shown_by(processed, images, ids, placeholders)
+                images = encode(self.model, **processed)
+                known = Shown.of(images, ids, short, placeholders)
                 image_cache.add(key, self.pruner, request.images, known)
-        return row, known
+        return ids, known
 
     def _placeholders(self) -> torch.Tensor:
         """Return the ids that stand for an image or a video in a prompt."""
@@ -185,12 +180,12 @@ class StockModel(VLM):
         for request in requests:
             if not request.question.replace(DEFAULT_IMAGE_TOKEN, "").strip():
                 raise TodreError(f"question {request.question!r} is empty; give at least one word.")
-            pictures = [self._picture(picture) for picture in request.images]
-            texts.append(self._prompt(request, len(pictures)))
+            shown_images = [self._image(image) for image in request.images]
+            texts.append(self._prompt(request, len(shown_images)))
             if request.is_video:
-                videos.append(pictures)
-            elif pictures:  # by request: OneVision cuts an image only where it is the only one
-                images.append(pictures)
+                videos.append(shown_images)
+            elif shown_images:  # by request: OneVision cuts an image only where it is the only one
+                images.append(shown_images)
         shown: dict[str, Any] = {}
         if videos:
             # The frames were chosen by whoever asks; a processor would choose among them again.
@@ -242,13 +237,13 @@ class StockModel(VLM):
                 f"{type(self.processor).__name__} cannot write the prompt: {first_line(error)}"
             ) from error
 
-    def _picture(self, picture: Any) -> Any:
-        """Return a picture as it is shown; arrays are the processor's affair."""
-        if not isinstance(picture, (str, os.PathLike, Image.Image)):
-            return picture
-        shown = open_picture(picture)
+    def _image(self, image: Any) -> Any:
+        """Return an image as it is shown; arrays are left to the processor."""
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
+            return image
+        shown = open_picture(image)
         if self.config.model_type == "llava":  # resizes by the short side, whatever comes
-            images = self.processor.image_processor
-            mode = "pad" if getattr(images, "do_pad", False) else "square"
-            check_elongation(shown.size, dict(images.size).get("shortest_edge") or 1, mode)
+            processor = self.processor.image_processor
+            mode = "pad" if getattr(processor, "do_pad", False) else "square"
+            check_elongation(shown.size, dict(processor.size).get("shortest_edge") or 1, mode)
         return shown

@@ -20,7 +20,7 @@ _CLOCK = 1000
 
 
 def metadata_of(videos: Sequence[Request], model_type: str) -> list[VideoMetadata] | None:
-    """Return what a processor is told about videos; None where the model does not read time.
+    """Return what a processor needs to know about videos; None where the model does not read time.
 
     Raises:
         TodreError: the model reads time and a request does not give it, or not for every frame.
@@ -34,8 +34,8 @@ def _metadata(video: Request, model_type: str) -> VideoMetadata:
         later < earlier for earlier, later in zip(seconds, seconds[1:], strict=False)
     ):
         raise TodreError(
-            f"video of {num_frames} frames with seconds {seconds}: models of type {model_type} "
-            "read when each frame is seen; allowed: as many seconds, ascending (--fps in a shell)."
+            f"seconds must be {num_frames} ascending numbers, one per frame, for models of type "
+            f"{model_type}, got {seconds} (--fps in a shell)."
         )
     apart = (seconds[-1] - seconds[0]) / (num_frames - 1) if num_frames > 1 else 1.0
     return VideoMetadata(

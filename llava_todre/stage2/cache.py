@@ -51,7 +51,7 @@ class PrunedCache(DynamicCache):
             cache.__class__ = cls
         if not isinstance(cache, cls):
             raise TodreError(
-                f"cache {type(cache).__name__} cannot drop tokens per layer; allowed: DynamicCache."
+                f"{CACHE_ARGUMENT} must be a DynamicCache, got {type(cache).__name__}."
             )
         cache.state = state
         return cache

@@ -38,8 +38,8 @@ def require_readable(decoder: Any) -> None:
     other = sorted(names - READABLE) or ([] if names else [type(decoder).__name__])
     if other:
         raise TodreError(
-            f"decoder with {', '.join(other)} is not supported by methods that drop tokens inside "
-            f"it; allowed: {', '.join(sorted(READABLE))}, or a method that only selects."
+            f"attention of the decoder must be one of {', '.join(sorted(READABLE))} for methods "
+            f"that drop tokens inside it, got {', '.join(other)}."
         )
 
 

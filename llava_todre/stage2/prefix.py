@@ -62,7 +62,7 @@ class PrefixStore:
                 1.4 GiB for 2,900.
         """
         if max_prefixes < 1:
-            raise TodreError(f"max_prefixes {max_prefixes} is out of range; allowed: 1 or more.")
+            raise TodreError(f"max_prefixes must be 1 or more, got {max_prefixes}.")
         self.max_prefixes = max_prefixes
         self.hits = 0
         """Prompts that were served from the store."""
@@ -70,15 +70,15 @@ class PrefixStore:
         self._model: weakref.ref[Any] | None = None
 
     def claim(self, model: Any) -> None:
-        """Take note of whose keys these are.
+        """Remember which model these keys are of.
 
         Raises:
-            TodreError: they are another model's.
+            TodreError: they are of another model.
         """
         if self._model is None:
             self._model = weakref.ref(model)
         if self._model() is not model:
-            raise TodreError("the memory of one model was given to another; allowed: one for each.")
+            raise TodreError("stored prefixes must be of one model, got those of another.")
 
     def __len__(self) -> int:
         return len(self._stored)

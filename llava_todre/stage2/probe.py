@@ -157,7 +157,7 @@ class LayerProbe:
         if self._num_stored:
             raise TodreError(
                 f"{self._method} has withdraws_all, but reads rows before the end of the images; "
-                "allowed: rows after them, and keys."
+                "it must read keys, and rows after them, only."
             )
         return states
 

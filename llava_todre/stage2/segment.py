@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+Context = tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None]
+"""Mask, RoPE tables and position ids, as in :class:`LayerInputs`."""
+
 
 class KeyStore(Protocol):
     """What Stage 2 reads and changes in a KV cache: the part of ``PrunedCache`` it needs."""
@@ -57,8 +60,8 @@ class Segment:
     merged_hidden: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Sample -> (N,) indices into the segment before, and the (N, D) hidden states put there first.
     """
-    prompt_context: tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None] | None = None
-    """Mask, RoPE tables and position ids of the prompt, as in :class:`LayerInputs`."""
+    prompt_context: Context | None = None
+    """Of the prompt."""
     decode_mask: Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 from llava_todre.errors import TodreError
 from llava_todre.pruners import Keep, Pruner
 from llava_todre.spans import Spans, TokenType, is_visual, with_newlines
-from llava_todre.stage2.masks import causal, gather, hide
+from llava_todre.stage2.masks import causal, context, decode_mask, gather, hide
 from llava_todre.stage2.probe import LayerProbe
 from llava_todre.stage2.segment import KeyStore, LayerInputs, Segment
 from llava_todre.stats import ImageStats, Probe, PruneStats
@@ -144,10 +144,12 @@ class DecoderPruning:
         if not self.prefilling:
             assert cache is not None, "only a cached call follows the prefill"
             if segment.decode_mask is None:
-                num_queries = inputs.hidden_states.shape[1]
-                num_new = cache.num_seen - self.segments[0].positions.shape[1]
-                segment.decode_mask = self._decode_mask(
-                    segment, inputs.attention_mask, num_new, num_queries, flash
+                segment.decode_mask = decode_mask(
+                    segment,
+                    inputs.attention_mask,
+                    range(self.segments[0].positions.shape[1], cache.num_seen),
+                    inputs.hidden_states.shape[1],
+                    flash,
                 )
             return replace(inputs, attention_mask=segment.decode_mask)
         if self.cached:
@@ -161,7 +163,7 @@ class DecoderPruning:
                 hidden_states[sample, present.to(hidden_states.device)] = merged.to(hidden_states)
             segment.merged_hidden.clear()
             hidden_states = gather(hidden_states, segment.gather_idx, dim=1)
-            segment.prompt_context = self._prompt_context(segment, inputs, flash)
+            segment.prompt_context = context(segment, inputs, flash)
         assert segment.prompt_context is not None
         return LayerInputs(hidden_states, *segment.prompt_context)
 
@@ -333,39 +335,3 @@ class DecoderPruning:
         kinds = previous.kinds.gather(1, order).masked_fill(~valid, TokenType.PADDING)
         positions = previous.positions.gather(1, order)
         self.segments.append(Segment(start, positions, valid, kinds, order, merged))
-
-    def _prompt_context(
-        self, segment: Segment, inputs: LayerInputs, flash: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor], Tensor | None]:
-        """Gather mask and positions, built for layer 0's prompt, at the segment's positions."""
-        mask, positions = inputs.attention_mask, segment.positions
-        length = positions.shape[1]
-        if mask is None and segment.ragged:
-            mask = segment.valid if flash else causal(length, length, segment.valid)
-        elif mask is not None:
-            rows = mask if mask.ndim == 2 else gather(mask, positions, dim=2)
-            mask = hide(gather(rows, positions, dim=-1), segment.valid)
-        cosines, sines = (gather(table, positions, dim=1) for table in inputs.position_embeddings)
-        position_ids = inputs.position_ids
-        if position_ids is not None:
-            # Layers rotate by the tables above. FlashAttention's check for packed sequences is the
-            # only reader of the ids, and would take the gap left by the visual tokens for a
-            # boundary between two sequences.
-            plain = torch.arange(length, device=positions.device)
-            position_ids = plain.expand(len(position_ids), -1)
-        return mask, (cosines, sines), position_ids
-
-    def _decode_mask(
-        self, segment: Segment, mask: Tensor | None, num_new: int, num_queries: int, flash: bool
-    ) -> Tensor | None:
-        """Re-express layer 0's mask, ``num_new`` later keys included, in the segment's axis."""
-        if mask is None and not segment.ragged:
-            return None
-        batch, length = segment.positions.shape
-        valid = torch.cat([segment.valid, segment.valid.new_ones(batch, num_new)], dim=1)
-        if mask is None:
-            return valid if flash else causal(num_queries, length + num_new, valid)
-        first_new = self.segments[0].positions.shape[1]
-        new = torch.arange(first_new, first_new + num_new, device=segment.positions.device)
-        positions = torch.cat([segment.positions, new.expand(batch, -1)], dim=1)
-        return hide(gather(mask, positions, dim=-1), valid)

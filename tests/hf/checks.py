@@ -20,7 +20,7 @@ from llava_todre.pruners import LayerView, Pruner
 from llava_todre.spans import TokenType, VisualTokens
 from llava_todre.stats import PruneStats
 
-STEPS = 16
+STEPS = 8
 ANY = -1
 GREEDY = {"max_new_tokens": STEPS, "do_sample": False}
 TOLERANCE = {"rtol": 0, "atol": 5e-5}

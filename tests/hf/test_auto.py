@@ -118,7 +118,7 @@ def test_a_stale_index_beside_whole_weights(
         ),
         (
             {"text_config": {"model_type": "llama"}},
-            "describes a model of 6,.* parameters, but the weights beside it have",
+            "describes a model of 6,.* parameters, but the weights next to it have",
             "do not fit its config",
         ),
         (

@@ -52,7 +52,8 @@ def test_a_compiled_decoder_runs_compiled_where_its_layers_keep_all_tokens(model
     model.model.language_model.compile(backend=noting(graphs))
     assert torch.equal(answer(model, STAGE_2), expected[STAGE_2])
     assert not graphs
-    assert torch.equal(answer(model, STAGE_1), expected[STAGE_1])
+    first = answer(model, STAGE_1, max_new_tokens=1)
+    assert torch.equal(first, expected[STAGE_1][:, : first.shape[1]])
     assert graphs
 
 
@@ -70,12 +71,12 @@ def test_steps_compiled_by_generate_itself_over_a_static_cache(model, graphs):
     found = answer(model, STAGE_1, cache_implementation="static", compile_config=how)
     assert torch.equal(found, expected)
     assert graphs
-    with pytest.raises(TodreError, match=r"cache_implementation 'static' .* allowed: dynamic, or"):
+    with pytest.raises(TodreError, match="cache_implementation must be dynamic .*, got static"):
         answer(model, STAGE_2, cache_implementation="static", compile_config=how)
 
 
 def test_a_model_wrapped_by_compile_is_refused(model):
-    with pytest.raises(TodreError, match=r"wrapped by torch.compile .* allowed: the model itself"):
+    with pytest.raises(TodreError, match="must be the model itself, .* wrapped by torch.compile"):
         hf.attach(torch.compile(model, backend="eager"))
 
 

@@ -121,7 +121,7 @@ def test_a_prompt_that_does_not_fit_the_pixels_is_an_error_of_one_line(missing):
     keep = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
     keep[10 : 10 + missing] = False
     inputs |= {key: inputs[key][:, keep] for key in ("input_ids", "attention_mask")}
-    message = "in a row; allowed: multiples of 16" if missing == 1 else "room for 3 tiles"
+    message = "must be a multiple of 16" if missing == 1 else "must have 3 tiles"
     with hf.prune(model, retain_ratio=0.25), pytest.raises(TodreError, match=message) as told:
         model.generate(**inputs, max_new_tokens=1)
     assert "\n" not in str(told.value)

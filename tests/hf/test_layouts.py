@@ -239,7 +239,7 @@ def test_a_hidden_state_behind_the_last_layer_is_not_served():
     model.config.vision_feature_layer = -1
     inputs = inputs_for(model, ONE)
     with (
-        pytest.raises(TodreError, match="vision_feature_layer -1 is not supported"),
+        pytest.raises(TodreError, match="vision_feature_layer must be .* got -1"),
         hf.prune(model, create_pruner("visionzip")),
     ):
         model.generate(**inputs, **GREEDY)

@@ -426,8 +426,10 @@ def assert_refused(
 
 @refusal("use_cache=False, inside the decoder")
 def no_cache_inside(family: str) -> None:
-    assert_refused(family, "use_cache False", use_cache=False)
-    assert_refused(family, "use_cache False", generation_config=GenerationConfig(use_cache=False))
+    assert_refused(family, "use_cache must be True", use_cache=False)
+    assert_refused(
+        family, "use_cache must be True", generation_config=GenerationConfig(use_cache=False)
+    )
 
 
 @refusal("static cache, inside the decoder")

@@ -240,7 +240,7 @@ def test_a_prompt_that_the_original_cuts_short_is_refused(anyres, batch):
     _, other = anyres
     other.config.tokenizer_model_max_length = 50
     try:
-        with pytest.raises(TodreError, match="have 50 tokens, .* tokenizer_model_max_length"):
+        with pytest.raises(TodreError, match="tokenizer_model_max_length, got 50"):
             with hf.prune(other, "todre"):
                 other.generate(**batch, **NEW)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from tiny import (
     FAMILIES,
     IMAGE_ID,
     TWO_IMAGES,
+    USUAL_DECODER,
     VIDEO,
     VIDEO_ID,
     Sample,
+    build,
     inputs_for,
     model_of,
 )
@@ -31,11 +34,12 @@ from llava_todre.vlm import ImageCache, Request
 STEPS = 6
 SHOWN: Sample = [3, (112, 100), 9]
 OTHER: Sample = [3, (50, 112), 9]
+WITHDRAWING = "todre, withdrawing"
 METHODS: dict[str, dict[str, Any]] = {
     "vanilla": {},
     "divprune": {"retain_ratio": 0.25},
     "todre": {"retain_ratio": 0.25, "tau": 0.0},
-    "todre, withdrawing": {"retain_ratio": 0.25, "tau": 1.0, "probe_depths": (0.5,)},
+    WITHDRAWING: {"retain_ratio": 0.25, "tau": 1.0, "probe_depths": (0.5,)},
     "vtw": {},
 }
 AFRESH: dict[str, dict[str, Any]] = {
@@ -63,19 +67,13 @@ def questions(inputs: dict[str, Any], lengths: list[int], seed: int = 0) -> list
 
 
 def batched(prompts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return prompts, padded on the left, without their pixels."""
-    keys = ("input_ids", "attention_mask", "mm_token_type_ids")
-    found = {
+    """Return prompts, padded on the left, without what describes their images."""
+    return {
         key: torch.nn.utils.rnn.pad_sequence(
             [prompt[key][0] for prompt in prompts], True, 0, padding_side="left"
         )
-        for key in keys
-        if key in prompts[0]
+        for key in ("input_ids", "attention_mask")
     }
-    for key in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
-        if key in prompts[0]:
-            found[key] = torch.cat([prompt[key] for prompt in prompts])
-    return found
 
 
 def answered(model: Any, given: dict[str, Any], **more: Any) -> tuple[Tensor, Tensor]:
@@ -96,7 +94,13 @@ def asked_afresh(model: Any, prompts: list[dict[str, Any]]) -> tuple[Tensor, Ten
     return tokens, logits, stats
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("attention", "name"),
+    [
+        *zip(("sdpa", "eager", "sdpa", "sdpa", "eager"), METHODS, strict=True),
+        ("eager", WITHDRAWING),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_questions_about_an_image_are_answered_as_if_each_were_the_first(family, name, attention):
     model = model_of(family, attention)
@@ -119,7 +123,7 @@ def test_questions_about_an_image_are_answered_as_if_each_were_the_first(family,
         assert (len(store), store.hits) == (1, 6)
 
 
-@pytest.mark.parametrize("method", ["divprune", "todre, withdrawing"])
+@pytest.mark.parametrize("method", ["divprune", WITHDRAWING])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_of_different_lengths_share_a_batch(family, method):
     model = model_of(family)
@@ -181,7 +185,7 @@ def test_a_store_belongs_to_one_model():
         with hf.prune(model, "divprune", retain_ratio=0.25):
             given = batched([prompt]) | {"encoded": hf.encode(model, **prompt), "prefixes": store}
             if fails:
-                with pytest.raises(TodreError, match="memory of one model"):
+                with pytest.raises(TodreError, match="must be of one model"):
                     answered(model, given)
             else:
                 answered(model, given)
@@ -202,7 +206,7 @@ QUESTIONS = ["What is this?", "How many?", "Is it a <b>?", "Where?"]
 NEEDS_TORCHVISION = pytest.mark.skipif(not HAS_TORCHVISION, reason="its processor needs it")
 
 
-@pytest.mark.parametrize("method", ["vanilla", "todre, withdrawing", "trimtokenator"])
+@pytest.mark.parametrize("method", ["vanilla", WITHDRAWING, "trimtokenator"])
 @pytest.mark.parametrize(
     "family",
     [
@@ -224,8 +228,8 @@ def test_requests_share_what_they_show(family, method, monkeypatch):
     processed: list[int] = []
     process = model._inputs
     monkeypatch.setattr(model, "_inputs", lambda r: processed.append(len(r)) or process(r))
-    for size in (1, 4):
-        memory = ImageCache(max_images=4)
+    for size, max_images in ((1, 4), (4, 1)):
+        memory = ImageCache(max_images)
         found = []
         for start in range(0, len(requests), size):
             batch = requests[start : start + size]
@@ -259,5 +263,92 @@ def test_an_image_is_encoded_for_its_method():
         images = hf.encode(model, **prompt)
     with hf.prune(model, "fastervlm"), pytest.raises(TodreError, match="cls_attention"):
         answered(model, batched([prompt]), encoded=images)
-    with hf.prune(model, "divprune"), pytest.raises(TodreError, match="its next image has 0"):
+    with (
+        hf.prune(model, "divprune"),
+        pytest.raises(TodreError, match="the 0 tokens of its next image"),
+    ):
         answered(model, batched([prompt]), encoded=[])
+
+
+def test_encoded_images_are_all_that_a_prompt_shows():
+    model = model_of("qwen2_5_vl")
+    (prompt,) = questions(inputs_for(model, [SHOWN]), [5])
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        images = hf.encode(model, **prompt)
+        expected = answered(model, batched([prompt]), encoded=images)
+        wrong = prompt | {"image_grid_thw": prompt["image_grid_thw"] * 2}
+        wrong = {key: wrong[key] for key in wrong if key != "pixel_values"}
+        assert torch.equal(answered(model, wrong, encoded=images)[1], expected[1])
+        with pytest.raises(TodreError, match="pixel_values is not supported together with encoded"):
+            answered(model, prompt, encoded=images)
+        with pytest.raises(TodreError, match="encoded must hold the 1 images .* got 2"):
+            answered(model, batched([prompt]), encoded=images * 2)
+
+
+def test_the_seconds_of_a_video_are_those_of_its_encoding():
+    model = model_of("qwen2_5_vl")
+    (prompt,) = questions(inputs_for(model, [[3, "video", 6]]), [5])
+    store = PrefixStore()
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        for seconds in (0.5, 4.0):
+            prompt["second_per_grid_ts"] = torch.tensor([seconds])
+            _, logits, _ = asked_afresh(model, [prompt])
+            video = hf.encode(model, **prompt)
+            shared = answered(model, batched([prompt]), encoded=video, prefixes=store)
+            torch.testing.assert_close(shared[1], logits, **TOLERANCE)
+    assert store.hits == 0
+
+
+def test_an_array_painted_over_is_another_image_and_text_takes_no_place():
+    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    shown, memory = np.asarray(pictures(1)[0]).copy(), ImageCache()
+    requests = [Request("What is this?", [shown]), Request("Nothing to see.")]
+    for expected_hits in (0, 1, 1):
+        fresh = [model.answer([request], max_new_tokens=5)[0].text for request in requests]
+        ours = [
+            model.answer([request], max_new_tokens=5, image_cache=memory)[0].text
+            for request in requests
+        ]
+        assert ours == fresh and memory.prefixes.hits == expected_hits
+        if expected_hits:
+            shown[:] = 255 - shown
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
+def test_half_precision_is_shared_too(family):
+    model = build(family, USUAL_DECODER.get(family)).bfloat16()
+    prompts = questions(inputs_for(model, [SHOWN]), [9, 4])
+    for prompt in prompts:
+        prompt["pixel_values"] = prompt["pixel_values"].bfloat16()
+    with hf.prune(model, "todre", **METHODS[WITHDRAWING]):
+        _, logits, _ = asked_afresh(model, prompts)
+        (image,), store = hf.encode(model, **prompts[0]), PrefixStore()
+        for prompt, expected in zip(prompts, logits, strict=True):
+            _, found = answered(model, batched([prompt]), encoded=[image], prefixes=store)
+            assert (found[:, 0].float() - expected[0].float()).abs().max() < 0.1
+    assert store.hits == 1
+
+
+def test_one_cache_serves_threads_and_survives_a_failure():
+    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    model.set_pruner("todre", **METHODS[WITHDRAWING])
+    requests = [Request(text, [image]) for image in pictures(2) for text in QUESTIONS]
+    memory = ImageCache()
+
+    def call(request: Request, **cached: Any) -> str:
+        return model.answer([request], max_new_tokens=5, **cached)[0].text
+
+    expected = [call(request) for request in requests]
+
+    def fail(*_: Any) -> None:
+        raise KeyError("mlp")
+
+    for failing in (0, 5):  # while the prefix is computed, and when the rest runs
+        layer = model.decoder.layers[failing].mlp.register_forward_hook(fail)
+        with pytest.raises(KeyError, match="mlp"):
+            call(requests[0], image_cache=memory)
+        layer.remove()
+        assert call(requests[1], image_cache=memory) == expected[1]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda request: call(request, image_cache=memory), requests))
+    assert found == expected

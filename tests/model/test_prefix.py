@@ -167,7 +167,7 @@ def test_the_store_forgets_what_was_not_asked_about_for_longest(tiny_llava: Mode
         config.num_attention_heads // config.num_key_value_heads
     )  # fmt: skip
     assert store.num_bytes == width * len(prefix.embeds)
-    with pytest.raises(TodreError, match="max_prefixes 0 is out of range; allowed: 1 or more"):
+    with pytest.raises(TodreError, match="max_prefixes must be 1 or more, got 0"):
         PrefixStore(0)
 
 
