@@ -173,7 +173,7 @@ def test_frames_are_the_same_whichever_way_a_clip_comes_in(command: Any) -> None
     frames = read_clip(str(SIDEWAYS), 2).frames
     upright = read_clip(str(UPRIGHT), 2).frames
     item: Any = SimpleNamespace(doc_id=0, task="task")
-    for others in (read_upload(SIDEWAYS, 2).images, shown_of(item, [str(SIDEWAYS)], 2).pictures):
+    for others in (read_upload(SIDEWAYS, 2).images, shown_of(item, [str(SIDEWAYS)], 2).images):
         assert all(np.array_equal(a, b) for a, b in zip(frames, others, strict=True))
     for one, other in zip(frames, upright, strict=True):
         assert np.abs(np.asarray(one, np.int16) - np.asarray(other)).mean() < 1.5

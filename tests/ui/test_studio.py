@@ -111,7 +111,7 @@ def test_who_stops_listening_stops_the_model(studio: Studio) -> None:
     ("changes", "message"),
     [
         ({"wanted": [("tudre", 0.1), ("todre", 0.1)]}, "Did you mean &#x27;todre&#x27;?"),
-        ({"wanted": [("todre", 0.0), ("todre", 0.1)]}, "0 < retain_ratio <= 1, got 0.0"),
+        ({"wanted": [("todre", 0.0), ("todre", 0.1)]}, "0 &lt; retain_ratio &lt;= 1, got 0.0"),
         ({"question": "  "}, "question &#x27;  &#x27; is empty"),
         ({"path": None}, "There is nothing to look at"),
         ({"path": "<b>.png"}, "&lt;b&gt;.png"),
