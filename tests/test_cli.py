@@ -117,7 +117,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         ({"extra": ["--option", "tua=0.1"]}, "Did you mean 'tau'?"),
         ({"extra": ["--option", "tau=x"]}, "tau must be a number, 0 <= tau <= 1, got 'x'"),
         ({"extra": ["--option", "probe_depths=0.5"]}, "probe_depths must be a list of numbers"),
-        ({"extra": ["--option", "tau"]}, "not of the form KEY=VALUE"),
+        ({"extra": ["--option", "tau"]}, "must be of the form KEY=VALUE, got 'tau'"),
         ({"extra": ["--option", "tau=["]}, "not valid YAML"),
         ({"extra": ["--option", "cls_layer=a"]}, "cls_layer must be a whole number, got 'a'"),
         ({"extra": ["--option", "cls_layer=99"]}, "vision layer 99"),

@@ -188,7 +188,7 @@ def test_frames_are_the_same_whichever_way_a_clip_comes_in(command: Any) -> None
     [
         ([SIDEWAYS], "is a video; in a shell --video"),
         ([SIDEWAYS, UPRIGHT, "--video"], "display_matrix_90.mp4' is a video"),
-        ([SIDEWAYS, "--video", "--fps", "2"], "fps 2.0 is for frames given as images"),
+        ([SIDEWAYS, "--video", "--fps", "2"], "fps must be left out with a video file, got 2.0"),
         ([SIDEWAYS, "--video", "--max-frames", "0"], "count 0 of frames"),
         ([CASES / "README.md", "--video"], "README.md' cannot be read: Invalid data"),
         ([CASES / "none.mp4", "--video"], "none.mp4' does not exist"),

@@ -317,4 +317,4 @@ def test_frames_per_second_belong_to_a_video(capsys):
     command = ["generate", "--model", "none", "--question", "?", "--image", "none.png"]
     for wrong in (["--fps", "2"], ["--video", "--fps", "0"]):
         assert main([*command, *wrong]) == 1
-        assert "is for --video; allowed: a number above 0" in capsys.readouterr().err
+        assert "fps must be a number above 0, with --video" in capsys.readouterr().err
