@@ -362,9 +362,7 @@ def _list(options: Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    print(
-        "\nprunes: before the decoder, inside it, or both; text: which tokens go depends on the text."
-    )
+    print("\nprunes: before the decoder, inside it, or both; text: whether it reads the text.")
     print(COMBINATION)
     print(f"\nmethod files: {configs('methods')}\ntask files for lmms-eval: {configs('tasks')}")
 

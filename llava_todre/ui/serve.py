@@ -23,8 +23,8 @@ from llava_todre.ui.uploads import LIMITS
 LOCAL = "127.0.0.1"
 PORT = 7860
 _WAITING = 16
-_BUNDLED_NOTE = """The bundled model was trained on drawn scenes like the examples only; it shows how
-the methods work and is no evidence about larger models."""
+_BUNDLED_NOTE = """The bundled model was trained on drawn scenes like the examples only; it shows
+how the methods work and is no evidence about larger models."""
 
 
 def serve(model_path: str | None, *, host: str = LOCAL, port: int = PORT, **options: Any) -> None:

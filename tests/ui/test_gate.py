@@ -201,9 +201,7 @@ def test_hosts_that_are_none_are_refused_before_anything_is_loaded(
 ) -> None:
     need("gradio")
     monkeypatch.setattr(serve, "Studio", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(
-        TodreError, match="port must be free, on an address of this machine .* got 7860 of "
-    ):
+    with pytest.raises(TodreError, match="port must be free, on .* got 7860 of "):
         serve.serve(None, host=host)
     assert main(["ui", "--host", host]) == 1
     error = capsys.readouterr().err
