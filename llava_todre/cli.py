@@ -111,7 +111,7 @@ def _loading_fields() -> list[Field[Any]]:
 def _add_loading(parser: ArgumentParser) -> None:
     for each in _loading_fields():
         name, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
-        text += "; of our class" if each.metadata["own"] else ""
+        text += " (our class only)" if each.metadata["own"] else ""
         if each.default is False:
             parser.add_argument(name, action="store_true", help=text)
         else:

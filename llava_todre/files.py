@@ -1,7 +1,7 @@
 """Reading untrusted YAML and JSON, and writing files whole or not at all.
 
-A file may be damaged or hostile: reading it gives its content or one TodreError that names it, after
-a bounded amount of work.
+A file may be damaged or hostile: reading it gives its content or one TodreError that names it,
+after a bounded amount of work.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_todre import TodreError
+from llava_todre import TodreError, vlm
 from llava_todre.cli import _prefill, main
 from llava_todre.flops import DecoderShape, decoder_prefill_flops
 from llava_todre.pruners import PRUNERS
@@ -84,7 +85,10 @@ def test_paper_protocol_keeps_five_views_without_newlines(
     assert report["newline_tokens"] == 0
 
 
-def test_every_method_file_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_method_file_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm, "load_pretrained_model", functools.cache(vlm.load_pretrained_model))
     for file in sorted((Path(__file__).parents[1] / "configs" / "methods").glob("*.yaml")):
         assert generate("--method", str(file)) == 0, file
     assert "vanilla" in capsys.readouterr().out
