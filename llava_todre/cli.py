@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -18,9 +18,6 @@ from llava_todre.errors import TodreError
 from llava_todre.files import configs, parse_yaml, read_mapping
 from llava_todre.load_options import LoadOptions
 from llava_todre.version import __version__
-
-if TYPE_CHECKING:
-    from llava_todre.request import VLM, Answer
 
 # Commands import what they use when they run, so that `todre --help` does not wait for torch.
 
@@ -183,6 +180,7 @@ def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
 
 def _generate(options: Namespace) -> None:
     from llava_todre.pruners import create_pruner
+    from llava_todre.report import as_text, report_of
     from llava_todre.request import Request
     from llava_todre.viz import picture_of
     from llava_todre.vlm import load
@@ -200,23 +198,8 @@ def _generate(options: Namespace) -> None:
     (result,) = vlm.answer([request], max_new_tokens=options.max_new_tokens, timed=True)
     if options.picture:
         _save(picture_of(images, result.stats, vlm.model), options.picture)
-    report = _report(vlm, method, result)
-    print(json.dumps(report) if options.json else _as_text(report))
-
-
-def _report(vlm: VLM, method: str, result: Answer) -> dict[str, Any]:
-    from llava_todre.work import prefill_work
-
-    work = prefill_work(vlm, result.stats)
-    return {
-        "answer": result.text,
-        "method": method,
-        **result.stats.as_dict(),
-        "prefill_flops": work and work.flops,
-        "probe_flops": work and work.probe_flops,
-        "prefill_flops_unpruned": work and work.unpruned_flops,
-        "stages_ms": {stage: round(ms, 2) for stage, ms in result.stages_ms.items()},
-    }
+    report = report_of(vlm, method, result)
+    print(json.dumps(report) if options.json else as_text(report))
 
 
 def _pictures(options: Namespace) -> tuple[Sequence[Any], Sequence[float]]:
@@ -256,47 +239,6 @@ def _save(picture: Any, path: str) -> None:
         picture.save(path)
     except (OSError, ValueError) as error:
         raise TodreError(f"picture {path!r} cannot be written: {error}") from None
-
-
-def _as_text(report: dict[str, Any]) -> str:
-    kept, total = report["kept_tokens"], report["visual_tokens"]
-    lines = [
-        report["answer"],
-        "",
-        f"method     {report['method']}",
-        f"tokens     {kept} of {total} visual tokens kept ({kept / total:.1%}) before the decoder, "
-        f"{report['newline_tokens']} newline, {report['text_tokens']} text",
-        f"per layer  {report['mean_visual_tokens']:.1f} visual tokens, newlines included, "
-        "mean over decoder layers",
-        f"prefill    {_prefill(report)}",
-    ]
-    for probe in report["probes"]:
-        seen = []
-        if probe["text_to_visual"] is not None:
-            seen = [
-                f"text to visual {probe['text_to_visual']:.3f}",
-                f"visual to text {probe['visual_to_text']:.3f}",
-            ]
-        seen.append(f"{probe['dropped']} tokens dropped")
-        lines.append(f"probe      after layer {probe['layer']}: {', '.join(seen)}")
-    start = report["withdrawn_from"]
-    where = "never" if start is None else f"from layer {start} on"
-    lines.append(f"withdrawn  {where}")
-    times = ", ".join(f"{stage} {ms:.1f}" for stage, ms in report["stages_ms"].items())
-    lines.append(f"time (ms)  {times}")
-    return "\n".join(lines)
-
-
-def _prefill(report: dict[str, Any]) -> str:
-    spent, unpruned = report["prefill_flops"], report["prefill_flops_unpruned"]
-    if spent is None:
-        return "FLOPs of this decoder are not known"
-    probes = report["probe_flops"] / spent
-    included = f", {probes:.1%} of it for the method's probes" if probes >= 0.001 else ""
-    return (
-        f"{spent / unpruned:.1%} of the FLOPs of the unpruned decoder prefill "
-        f"({spent:.3g} of {unpruned:.3g}{included})"
-    )
 
 
 def _ui(options: Namespace) -> None:

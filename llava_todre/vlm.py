@@ -286,8 +286,8 @@ def _encode(
 def _keyed(requests: Sequence[Request], lasting: bool) -> list[tuple[Any, Group]]:
     """Return the images at each placeholder, with a key that identifies them."""
     name = lasting_identity if lasting else identity
-    pictures = {id(item): item for request in requests for item in request.images}
-    names = {key: name(item) for key, item in pictures.items()}
+    images = {id(item): item for request in requests for item in request.images}
+    names = {key: name(item) for key, item in images.items()}
     return [
         ((request.is_video, *(names[id(item)] for item in group)), group)
         for request in requests

@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_todre import TodreError, vlm
-from llava_todre.cli import _prefill, main
+from llava_todre.cli import main
 from llava_todre.flops import DecoderShape, decoder_prefill_flops
 from llava_todre.pruners import PRUNERS
+from llava_todre.report import _prefill
 
 GOLDEN = Path(__file__).parent / "golden"
 MODEL = str(GOLDEN / "llava-v1.6-tiny")

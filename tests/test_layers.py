@@ -34,7 +34,7 @@ FLOORS = [
     ["model"],
     ["image_cache"],
     ["request"],
-    ["hf", "viz"],
+    ["hf", "report", "viz"],
     ["vlm", "generate"],
     ["lmms_plugin"],
     ["ui"],

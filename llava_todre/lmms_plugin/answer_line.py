@@ -1,23 +1,25 @@
 """One line of the answer log: an item, its answer, and what it cost.
 
-task, split, doc_id, repeat     the item; repeat counts questions about one document, from 0
-batch                           hash of everything answered together with it, images included
-prompt, gen_kwargs, answer      input and output, as lmms-eval has them
-failed                          only where the model cannot read the prompt: why; the answer is
-                                empty then, and all counts are 0
-visual_tokens, kept_tokens      patch tokens before pruning, and those the decoder got
-mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
-withdrawn_from                  first decoder layer without visual tokens, or null
-prefill_flops, prefill_flops_unpruned
-                                null where the decoder's FLOPs are not known; the first with
-                                the cost of the method's probes
-seconds                         of the batch, waiting for its images included, per item; the
-                                first question about an image pays for what all of them share
-cpu_seconds                     the same in processor time of this process, which other work on
-                                the machine changes less
-peak_memory_mib                 of the process so far, on GPUs if it uses any
-pictures                        hash of the images or the video, or null: items about the same
-                                ones are no independent draws
+A line has these keys:
+
+    task, split, doc_id, repeat     the item; repeat counts questions about one document, from 0
+    batch                           hash of everything answered together with it, images included
+    prompt, gen_kwargs, answer      input and output, as lmms-eval has them
+    failed                          only where the model cannot read the prompt: why; the answer is
+                                    empty then, and all counts are 0
+    visual_tokens, kept_tokens      patch tokens before pruning, and those the decoder got
+    mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
+    withdrawn_from                  first decoder layer without visual tokens, or null
+    prefill_flops, prefill_flops_unpruned
+                                    null where the decoder's FLOPs are not known; the first with
+                                    the cost of the method's probes
+    seconds                         of the batch, waiting for its images included, per item; the
+                                    first question about an image pays for what all of them share
+    cpu_seconds                     the same in processor time of this process, which other work on
+                                    the machine changes less
+    peak_memory_mib                 of the process so far, on GPUs if it uses any
+    pictures                        hash of the images or the video, or null: items about the same
+                                    ones are no independent draws
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ _FRAME = SimpleNamespace(image_aspect_ratio="square")
 def preview(upload: Upload) -> Image.Image:
     """Return a small view of an upload: the image, or the frames in rows."""
     if not upload.is_video:
-        picture = upload.images[0].copy()
-        picture.thumbnail((800, 800))
-        return picture
+        small = upload.images[0].copy()
+        small.thumbnail((800, 800))
+        return small
     cells = [(f"frame {i}", _small(frame)) for i, frame in enumerate(upload.images, start=1)]
     return contact_sheet(_rows(cells), f"{len(cells)} frames, evenly spaced")
 

@@ -104,7 +104,7 @@ class Studio:
         """Yield the progress of the answer, then the outcome.
 
         Args:
-            question: what is asked.
+            question: with its image or video.
             method: a name of the registry, or A+B.
             ratio: share of the visual tokens to keep; no effect on vanilla.
             stop: may be set by another thread at any time.

@@ -62,7 +62,7 @@ def test_frames_of_a_video_are_spread_over_it(name: str, tmp_path: Path) -> None
     ("name", "content", "message"),
     [
         ("a.png", b"", "file 'a.png' must be an image"),
-        ("a.png", b"<svg></svg>" * 9, "file 'a.png' must be an image (PNG, JPEG"),
+        ("a.png", b"<svg></svg>" * 9, r"file 'a.png' must be an image \(PNG, JPEG"),
         ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(50), "got something else"),
         ("a.mp4", b"#EXTM3U\n/etc/passwd\n", "got something else"),
         ("a.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "got something else"),
