@@ -26,7 +26,7 @@ YAML = {
     "nested": ("[" * 20_000, "nested too deeply"),
     "nested blocks": ("- " * 20_000, "nested too deeply"),
     "alias bomb": (LAUGHS, "more than 100,000 values"),
-    "its own alias": ("a: &a [*a]", "an alias stands inside of what it stands for"),
+    "its own alias": ("a: &a [*a]", "an alias contains itself"),
     "twice": ("tau: 1\nratio: 2\ntau: 3", "key 'tau' is there twice, again in line 3"),
     "twice inside": ("a: {b: 1, 'b': 2}", "key 'b' is there twice"),
     "no boolean": ("a: !!bool perhaps", "not valid YAML"),
