@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -19,10 +19,7 @@ from llava_todre.files import configs, parse_yaml, read_mapping
 from llava_todre.load_options import LoadOptions
 from llava_todre.version import __version__
 
-if TYPE_CHECKING:
-    from llava_todre.request import VLM, Answer
-
-# Commands import what they use when they run: `todre --help` should not wait for torch.
+# Commands import what they use when they run, so that `todre --help` does not wait for torch.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,21 +33,21 @@ def _run(arguments: list[str]) -> int:
     options = parsed[parsed.command]
     for key, value in vars(options).items():
         if value == "" and key != "question":  # "" would be the working folder
-            raise TodreError(f"{key} '' is empty; leave it out or give a value.")
+            raise TodreError(f"{key} must have a value or be left out, got ''.")
     _COMMANDS[parsed.command](options)
     return 0
 
 
 class _Parser(ArgumentParser):
-    """A parser whose errors are one line, like all others, and that knows ``--debug``."""
+    """A parser with ``--debug`` and errors of one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Add what all commands share."""
+        """Add ``--debug``."""
         super().__init__(*args, **kwargs)
         self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Namespace:
-        """Read a file for ``--config``, unless it is none: a pipe, or a key that is there twice."""
+        """Read a file for ``--config``; a pipe or a repeated key is an error."""
         read_mapping(Path(str(cfg_path)), "config")
         return super().parse_path(cfg_path, *args, **kwargs)
 
@@ -72,10 +69,10 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
     commands.add_subcommand("generate", _generate_parser(), help="answer a question about images")
     commands.add_subcommand("convert", _convert_parser(), help="save in the layout of llava-hf")
-    commands.add_subcommand("ui", _ui_parser(), help="open a page on which to ask")
+    commands.add_subcommand("ui", _ui_parser(), help="open a web page for questions")
     commands.add_subcommand("demo", _demo_parser(), help="compare methods on the bundled model")
     listing = _Parser()
-    listing.add_argument("method", nargs="?", help="show its options, as a method file has them")
+    listing.add_argument("method", nargs="?", help="print its options as a method file")
     commands.add_subcommand("list", listing, help="list the pruning methods, or options of one")
     return parser
 
@@ -111,7 +108,7 @@ def _loading_fields() -> list[Field[Any]]:
 def _add_loading(parser: ArgumentParser) -> None:
     for each in _loading_fields():
         name, text = f"--{each.name.replace('_', '-')}", each.metadata["help"]
-        text += "; of our class" if each.metadata["own"] else ""
+        text += " (our class only)" if each.metadata["own"] else ""
         if each.default is False:
             parser.add_argument(name, action="store_true", help=text)
         else:
@@ -135,7 +132,7 @@ def _convert_parser() -> ArgumentParser:
 
 
 def _ui_parser() -> ArgumentParser:
-    parser = _Parser(description="Open a page: one question, two methods side by side.")
+    parser = _Parser(description="Open a web page: one question, two methods side by side.")
     add = parser.add_argument
     add("--config", action="config", help="YAML file with any of these options")
     add("--model", type=str | None, help="checkpoint (default: the bundled one)")
@@ -153,9 +150,9 @@ def _demo_parser() -> ArgumentParser:
     methods = "names from `todre list`, A+B combinations, or all"
     add("--methods", nargs="+", default=["random", "todre_v1", "todre"], help=methods)
     add("--ratios", nargs="+", type=float, default=[0.25, 0.10], help="shares of tokens kept")
-    pictures = "held-out pictures, nine questions each; stored results have 96"
+    pictures = "held-out images, nine questions each; stored results have 96"
     add("--num-images", type=int, default=12, help=pictures)
-    add("--out", default="outputs/demo", help="folder for results, table and pictures")
+    add("--out", default="outputs/demo", help="folder for results, table and drawings")
     add("--fresh", action="store_true", help="forget finished runs in that folder")
     add("--ui", action="store_true", help="deprecated: todre ui")
     add("--host", default="127.0.0.1", help="of the page: the address to listen on")
@@ -166,33 +163,34 @@ def _demo_parser() -> ArgumentParser:
 
 
 def method_options(options: Namespace) -> tuple[str, dict[str, Any]]:
-    """Return (name, knobs) from ``--method``, ``--retain-*`` and ``--option``."""
+    """Return name and options of the method from ``--method``, ``--retain-*`` and ``--option``."""
     from llava_todre.pruners.method_file import named_or_from_file
 
-    method, knobs = named_or_from_file(options.method)
+    method, chosen = named_or_from_file(options.method)
     for item in options.option:
         key, equals, value = item.partition("=")
         if not equals:
-            raise TodreError(f"option {item!r} is not of the form KEY=VALUE.")
-        knobs[key.replace("-", "_")] = parse_yaml(value, f"option {key!r}: the value")
+            raise TodreError(f"option must be of the form KEY=VALUE, got {item!r}.")
+        chosen[key.replace("-", "_")] = parse_yaml(value, f"option {key!r}: the value")
     for key in ("retain_ratio", "retain_tokens"):
         if options[key] is not None:
-            knobs[key] = options[key]
-    return method, knobs
+            chosen[key] = options[key]
+    return method, chosen
 
 
 def _generate(options: Namespace) -> None:
     from llava_todre.pruners import create_pruner
+    from llava_todre.report import as_text, report_of
     from llava_todre.request import Request
     from llava_todre.viz import picture_of
     from llava_todre.vlm import load
 
     if options.picture and options.video:
-        raise TodreError("picture is drawn for images only; leave out --picture or --video.")
+        raise TodreError(f"picture must be left out with --video, got {options.picture!r}.")
     if options.fps is not None and not (options.video and options.fps > 0):
-        raise TodreError(f"fps {options.fps} is for --video; allowed: a number above 0.")
-    method, knobs = method_options(options)
-    pruner = create_pruner(method, **knobs)
+        raise TodreError(f"fps must be a number above 0, with --video, got {options.fps}.")
+    method, chosen = method_options(options)
+    pruner = create_pruner(method, **chosen)
     images, seconds = _pictures(options)
     request = Request(options.question, images, options.video, seconds)
     vlm = load(options.model, own_only={"picture": options.picture}, **_loading(options))
@@ -200,23 +198,8 @@ def _generate(options: Namespace) -> None:
     (result,) = vlm.answer([request], max_new_tokens=options.max_new_tokens, timed=True)
     if options.picture:
         _save(picture_of(images, result.stats, vlm.model), options.picture)
-    report = _report(vlm, method, result)
-    print(json.dumps(report) if options.json else _as_text(report))
-
-
-def _report(vlm: VLM, method: str, result: Answer) -> dict[str, Any]:
-    from llava_todre.work import prefill_work
-
-    work = prefill_work(vlm, result.stats)
-    return {
-        "answer": result.text,
-        "method": method,
-        **result.stats.as_dict(),
-        "prefill_flops": work and work.flops,
-        "probe_flops": work and work.probe_flops,
-        "prefill_flops_unpruned": work and work.unpruned_flops,
-        "stages_ms": {stage: round(ms, 2) for stage, ms in result.stages_ms.items()},
-    }
+    report = report_of(vlm, method, result)
+    print(json.dumps(report) if options.json else as_text(report))
 
 
 def _pictures(options: Namespace) -> tuple[Sequence[Any], Sequence[float]]:
@@ -228,7 +211,7 @@ def _pictures(options: Namespace) -> tuple[Sequence[Any], Sequence[float]]:
     is_one_file = len(options.image) == 1 and os.path.isfile(first)
     if options.video and is_one_file and not is_image_file(first):
         if options.fps is not None:
-            raise TodreError(f"fps {options.fps} is for frames given as images; leave it out.")
+            raise TodreError(f"fps must be left out with a video file, got {options.fps}.")
         return read_clip(first, options.max_frames)
     images = [load_image(path, allow_urls=options.allow_urls) for path in options.image]
     seconds = [number / options.fps for number in range(len(images))] if options.fps else []
@@ -258,47 +241,6 @@ def _save(picture: Any, path: str) -> None:
         raise TodreError(f"picture {path!r} cannot be written: {error}") from None
 
 
-def _as_text(report: dict[str, Any]) -> str:
-    kept, total = report["kept_tokens"], report["visual_tokens"]
-    lines = [
-        report["answer"],
-        "",
-        f"method     {report['method']}",
-        f"tokens     {kept} of {total} visual tokens kept ({kept / total:.1%}) before the decoder, "
-        f"{report['newline_tokens']} newline, {report['text_tokens']} text",
-        f"per layer  {report['mean_visual_tokens']:.1f} visual tokens, newlines included, "
-        "mean over decoder layers",
-        f"prefill    {_prefill(report)}",
-    ]
-    for probe in report["probes"]:
-        seen = []
-        if probe["text_to_visual"] is not None:
-            seen = [
-                f"text to visual {probe['text_to_visual']:.3f}",
-                f"visual to text {probe['visual_to_text']:.3f}",
-            ]
-        seen.append(f"{probe['dropped']} tokens dropped")
-        lines.append(f"probe      after layer {probe['layer']}: {', '.join(seen)}")
-    start = report["withdrawn_from"]
-    where = "never" if start is None else f"from layer {start} on"
-    lines.append(f"withdrawn  {where}")
-    times = ", ".join(f"{stage} {ms:.1f}" for stage, ms in report["stages_ms"].items())
-    lines.append(f"time (ms)  {times}")
-    return "\n".join(lines)
-
-
-def _prefill(report: dict[str, Any]) -> str:
-    spent, unpruned = report["prefill_flops"], report["prefill_flops_unpruned"]
-    if spent is None:
-        return "FLOPs of this decoder are not known"
-    probes = report["probe_flops"] / spent
-    included = f", {probes:.1%} of it for the method's probes" if probes >= 0.001 else ""
-    return (
-        f"{spent / unpruned:.1%} of the FLOPs of the unpruned decoder prefill "
-        f"({spent:.3g} of {unpruned:.3g}{included})"
-    )
-
-
 def _ui(options: Namespace) -> None:
     from llava_todre.ui.serve import serve
 
@@ -309,8 +251,8 @@ def _demo(options: Namespace) -> None:
     usual = _demo_parser().get_defaults()
     for key in _COMPARISON_ONLY if options.ui else _PAGE_ONLY:
         if options[key] != usual[key]:
-            place = "the comparison; leave it or --ui out" if options.ui else "the page; add --ui"
-            raise TodreError(f"{key} {options[key]!r} is for {place}.")
+            place = "with" if options.ui else "without"
+            raise TodreError(f"{key} must be left out {place} --ui, got {options[key]!r}.")
     if options.ui:
         from llava_todre.ui.serve import serve
 
@@ -334,7 +276,7 @@ def _demo(options: Namespace) -> None:
 
 
 def _comparison() -> Callable[..., None]:
-    """Return the demo, which lies next to the package in a checkout and is not installed."""
+    """Return the demo, which only a checkout has."""
     try:
         compare: Callable[..., None] = importlib.import_module("eval.demo.command").compare
     except ModuleNotFoundError as error:
@@ -362,7 +304,7 @@ def _list(options: Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-    print("\nprunes: before the decoder, inside it, or both; text: what goes depends on the text.")
+    print("\nprunes: before the decoder, inside it, or both; text: whether it reads the text.")
     print(COMBINATION)
     print(f"\nmethod files: {configs('methods')}\ntask files for lmms-eval: {configs('tasks')}")
 

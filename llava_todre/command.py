@@ -1,6 +1,6 @@
-"""What every command does with what goes wrong: one line on standard error, and an exit status.
+"""Errors of every command: one line on standard error, and an exit status.
 
-This file imports next to nothing: it must be there before whatever takes seconds to import.
+It imports no torch: it must work before the slow imports.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llava_todre.errors import TodreError
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 _NOBODY_READS = 141
-"""The same for SIGPIPE: whoever read our output, such as ``head -1``, has enough."""
+"""The same for SIGPIPE: the reader of our output, such as ``head -1``, is done."""
 _LONGEST = 300
 
 
@@ -40,10 +40,10 @@ def run_command(program: str, call: Callable[[], int], debug: bool = False) -> i
     except Exception as error:
         if debug:
             raise
-        return _end(program, f"error: {_told(error)}", 1)
+        return _end(program, f"error: {_one_line(error)}", 1)
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """Return one line about an error."""
     text = " ".join(str(error).split())
     if isinstance(error, TodreError):
@@ -51,7 +51,7 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:  # such as a full disk
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return str(TodreError(f"{' -> '.join(map(repr, names)) or 'output'}: {error.strerror}."))
-    # Not foreseen, so say how to find out more.
+    # Unexpected, so say how to find out more.
     return f"{type(error).__name__}: {text[:_LONGEST]} (--debug shows where)"
 
 
@@ -63,7 +63,7 @@ def _end(program: str, text: str, status: int) -> int:
 
 
 def _forget_output() -> None:
-    """Let the interpreter not try again, at its end, to write what could not be written."""
+    """Keep the interpreter from writing again at exit what could not be written."""
     try:
         sys.stdout.flush()
     except OSError:

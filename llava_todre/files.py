@@ -1,7 +1,7 @@
-"""Files: YAML and JSON from anywhere, and writing that leaves the whole file or none.
+"""Reading untrusted YAML and JSON, and writing files whole or not at all.
 
-What is read may be damaged, hostile or something else altogether: it becomes its content or one
-TodreError that names the file, after a bounded amount of work.
+A file may be damaged or hostile: reading it gives its content or one TodreError that names it,
+after a bounded amount of work.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ def read_text(file: Path, key: str, most: int = _YAML_BYTES) -> str:
         check_regular(file, key)
         size = file.stat().st_size
         if size > most:
-            raise TodreError(f"{where} has {size:,} bytes; allowed: {most:,} at most.")
+            raise TodreError(f"{where} must have {most:,} bytes at most, got {size:,}.")
         return file.read_text(encoding="utf-8")
     except OSError as error:
         raise TodreError(f"{where} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise TodreError(f"{where} is not a text in UTF-8: {error}") from None
+        raise TodreError(f"{where} must be UTF-8 text: {error}") from None
     except TodreError:
         raise
     except ValueError as error:  # a NUL in the path
@@ -184,11 +184,11 @@ for _tag in ("int", "float"):
 
 
 def _num_nodes(node: Any, known: dict[int, int | None]) -> int:
-    """Return how many values a node stands for, those behind aliases each time."""
+    """Return how many values a node stands for, those of aliases each time."""
     if id(node) in known:
         count = known[id(node)]
         if count is None:
-            raise yaml.YAMLError("an alias stands inside of what it stands for")
+            raise yaml.YAMLError("an alias contains itself")
         return count
     known[id(node)] = None
     count = 1

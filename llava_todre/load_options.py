@@ -1,6 +1,6 @@
 """How a model is loaded: one list of options for the API, the command line, the page and lmms-eval.
 
-This file imports next to nothing: the command line shows these options without loading torch.
+It imports no torch, so the command line can show these options fast.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def _option(default: Any, help: str, own: bool = False, typed: bool = True) -> A
 
     Args:
         default: its value when left out.
-        help: what it means.
+        help: for ``--help``.
         own: whether only our own class has it.
-        typed: whether it can be written on a command line of ours.
+        typed: whether our command line has it.
     """
     return field(default=default, metadata={"help": help, "own": own, "typed": typed})
 
@@ -30,7 +30,7 @@ class LoadOptions:
 
     backend: str = _option("auto", "llava: our class; transformers: its own; auto: by model")
     revision: str | None = _option(None, "revision of a hub id: branch, tag or commit")
-    model_base: str | None = _option(None, "what a LoRA or projector-only model is laid over")
+    model_base: str | None = _option(None, "base model of a LoRA or projector-only checkpoint")
     load_8bit: bool = _option(False, "quantise the decoder (bitsandbytes, LLM.int8)")
     load_4bit: bool = _option(False, "quantise the decoder (bitsandbytes, NF4)")
     quantization_config: Any = _option(None, "any that transformers has, instead", typed=False)
@@ -78,6 +78,6 @@ class LoadOptions:
         for key, value in {**given, **(more or {})}.items():
             if value != usual.get(key):
                 raise TodreError(
-                    f"{key} {value!r} is for our own class, which is not used for {path!r}; "
-                    "leave it out."
+                    f"{key} must be left out for {path!r}, which a class of transformers runs, got "
+                    f"{value!r}."
                 )

@@ -1,4 +1,4 @@
-"""Where a number comes from: code, versions and machine, to be stored beside every result."""
+"""Where a number comes from: code, versions and machine, stored with every result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 SOURCES = ("llava_todre", "eval", "configs", "checkpoints/mini")
-"""What a result depends on; changes elsewhere do not make it dirty."""
+"""What a result depends on; changes elsewhere do not count as dirty."""
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 
 

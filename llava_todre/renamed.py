@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from typing import Any
 
 
 def renamed(old: str, new: str) -> Any:
-    """Return what an old name stands for, with a DeprecationWarning to whoever uses it.
+    """Return the value of an old name for a module's ``__getattr__``, with a DeprecationWarning.
 
     Args:
         old: full name, for the message.
-        new: full name of what to use instead.
+        new: full name of the replacement.
     """
-    warn_renamed(old, new, depth=4)
+    # `from package import name` looks the name up twice, at first inside the import system.
+    if sys._getframe(2).f_code.co_name != "_handle_fromlist":
+        warn_renamed(old, new, depth=4)
     module, _, name = new.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
@@ -23,8 +26,8 @@ def warn_renamed(old: str, new: str, depth: int = 3) -> None:
     """Warn about an old name.
 
     Args:
-        old: what was used.
-        new: what to use instead.
-        depth: frames from here to whoever used it.
+        old: the name used.
+        new: the replacement.
+        depth: frames from here to the caller to warn.
     """
     warnings.warn(f"{old} is deprecated; use {new}.", DeprecationWarning, stacklevel=depth)

@@ -1,4 +1,4 @@
-"""What a model is asked and what it answers, whichever class runs it."""
+"""Question, answer, and the interface of every model."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Request:
     text. Or what :meth:`VLM.prepare` made of them."""
     is_video: bool = False
     seconds: Sequence[float] = ()
-    """When each frame of a video is seen, from the start of the video; empty where not known. Only
-    some models of transformers read it."""
+    """Time stamp of each frame of a video; empty where not known. Only some models of transformers
+    read it."""
 
     def __post_init__(self) -> None:
         """Check the types, once for every front end."""
@@ -59,22 +59,19 @@ class Answer:
 
 
 class VLM(ABC):
-    """A vision-language model with one pruning method, ready to be asked.
-
-    Our own class and the classes of transformers look the same from here.
-    """
+    """A vision-language model with one pruning method, of our own class or of transformers."""
 
     model: Any
     """The model itself: ours, or one of transformers."""
     tokenizer: Any
     processor: Any
-    """What makes pixels of images."""
+    """The image processor, or the processor of a transformers model."""
     decoder: Any
     """The part of the model that has ``layers``."""
     template: Any
     """Name of the conversation template."""
     draws_tokens = False
-    """Whether it is known what part of an image each token sees."""
+    """Whether the part of an image that each token covers is known."""
 
     @property
     @abstractmethod
@@ -82,7 +79,7 @@ class VLM(ABC):
         """What happened to the tokens of each sample of the latest call."""
 
     @abstractmethod
-    def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
+    def set_pruner(self, method: str | Pruner, **options: Any) -> Pruner:
         """Choose the method of all later answers, by name and options or as an object."""
 
     @abstractmethod
@@ -111,7 +108,7 @@ class VLM(ABC):
         return self.answer([about(images, question)], **kwargs)[0]
 
     def prepare(self, request: Request) -> Request:
-        """Return the request with as much done as needs no model; another thread may do it."""
+        """Return the request with everything done that needs no model; safe in another thread."""
         return request
 
     @property
@@ -145,16 +142,16 @@ def call_settings(
         model: that will run.
         requests: the batch.
         max_new_tokens: longest answer.
-        kwargs: what else ``generate`` is to be given; greedy unless it says otherwise.
+        kwargs: further arguments of ``generate``; greedy unless they say otherwise.
 
     Raises:
-        TodreError: something that is no request, or a setting that is unknown or out of range.
+        TodreError: not a list of requests, or a setting that is unknown or out of range.
     """
     if not isinstance(requests, Sequence) or not all(isinstance(r, Request) for r in requests):
         raise TodreError(f"requests must be a list of Request, got {type(requests).__name__}.")
     for option in ("num_return_sequences", "return_dict_in_generate"):
         if option in kwargs:
-            raise TodreError(f"{option} is not accepted here; call model.generate for that.")
+            raise TodreError(f"{option} must be left out here; call model.generate for it.")
     require_known(kwargs)
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     return checked(model, {"do_sample": False, "max_new_tokens": max_new_tokens, **kwargs})

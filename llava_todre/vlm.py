@@ -54,8 +54,8 @@ def load(
     Args:
         path: folder or hub id.
         options: how; the defaults of :class:`LoadOptions` when None.
-        own_only: what else the caller wants that only our own class can do, by name; refused where
-            another one runs the checkpoint.
+        own_only: further requests by name that only our own class can fulfil; an error where a
+            class of transformers runs the checkpoint.
         changes: fields of ``options`` by name, such as ``dtype="bfloat16"``.
 
     Raises:
@@ -76,7 +76,7 @@ def load(
 
 
 def runs_stock(path: str, options: LoadOptions) -> bool:
-    """Return whether a class of transformers is to run a checkpoint."""
+    """Return whether a class of transformers runs a checkpoint."""
     return uses_stock(options.backend, path, options.revision, options.model_base)
 
 
@@ -107,9 +107,9 @@ class OwnModel(VLM):
         stats: Sequence[PruneStats] = self.model.last_stats
         return stats
 
-    def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
+    def set_pruner(self, method: str | Pruner, **options: Any) -> Pruner:
         """Choose the method of all later answers; see ``LlavaLlamaForCausalLM.set_pruner``."""
-        pruner: Pruner = self.model.set_pruner(method, **knobs)
+        pruner: Pruner = self.model.set_pruner(method, **options)
         return pruner
 
     def prepare(self, request: Request) -> Request:
@@ -152,7 +152,7 @@ class OwnModel(VLM):
         with model.clock.timing(timed) as stages:
             visuals = _encode(model, requests, cache)
             questions = [request.question.replace(DEFAULT_IMAGE_TOKEN, " ") for request in requests]
-            # Handed over one by one, so that nothing here holds unpruned tokens in the prefill.
+            # Passed one by one, so that nothing here holds unpruned tokens during prefill.
             images: Any = (visuals.pop(0) for _ in range(len(visuals)))
             output = model.generate(
                 ids,
@@ -268,7 +268,7 @@ def _encode(
         views = [_views(model, group, key[0]) for key, group in new.items()]
     modalities = ["video" if key[0] else "image" for key in new]
     parts = [slice(index, index + 1) for index in range(len(new))]
-    # What is remembered is encoded by itself: its numbers must not depend on its company.
+    # What is cached is encoded by itself: its numbers must not depend on the rest of the batch.
     for part in parts if cache is not None else [slice(None)]:
         encoded = model.encode_images(
             [view.pixels for view in views[part]],
@@ -284,10 +284,10 @@ def _encode(
 
 
 def _keyed(requests: Sequence[Request], lasting: bool) -> list[tuple[Any, Group]]:
-    """Return what stands at each placeholder, with what tells it apart from others."""
+    """Return the images at each placeholder, with a key that identifies them."""
     name = lasting_identity if lasting else identity
-    pictures = {id(item): item for request in requests for item in request.images}
-    names = {key: name(item) for key, item in pictures.items()}
+    images = {id(item): item for request in requests for item in request.images}
+    names = {key: name(item) for key, item in images.items()}
     return [
         ((request.is_video, *(names[id(item)] for item in group)), group)
         for request in requests
@@ -298,7 +298,7 @@ def _keyed(requests: Sequence[Request], lasting: bool) -> list[tuple[Any, Group]
 def _groups(request: Request) -> list[Group]:
     """Return the images for each placeholder of a request."""
     if request.is_video and not request.images:
-        raise TodreError("images is empty; a video needs at least one frame.")
+        raise TodreError("images must hold at least one frame of the video, got none.")
     return [list(request.images)] if request.is_video else [[item] for item in request.images]
 
 

@@ -1,4 +1,4 @@
-"""What the prefill of one prompt costs, as the command line, the page and results show it."""
+"""FLOPs of the prefill of one prompt, for the command line, the page and results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PrefillWork:
     flops: int
     """Of decoder layers, vocabulary head and the method's probes."""
     probe_flops: int
-    """Of the probes alone: what the method looks at between layers."""
+    """Of the method's probes between layers alone."""
     unpruned_flops: int
     """Of the same prompt with all visual tokens, without a method."""
 

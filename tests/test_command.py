@@ -90,9 +90,9 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(module: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["convert", "--model", "x", "--out", ""], "out '' is empty"),
-        (["demo", "--out="], "out '' is empty"),
-        (["generate", "--model", "", "--image", "x", "--question", "y"], "model '' is empty"),
+        (["convert", "--model", "x", "--out", ""], "out must have a value or be left out, got ''"),
+        (["demo", "--out="], "out must have a value or be left out, got ''"),
+        (["generate", "--model", "", "--image", "x", "--question", "y"], "model must have a value"),
         (["demo", "--num-images", "1000000000000"], "num_images 1000000000000 is out of range"),
         (["demo", "--num-images", "-1"], "num_images -1 is out of range"),
     ],

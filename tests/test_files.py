@@ -26,7 +26,7 @@ YAML = {
     "nested": ("[" * 20_000, "nested too deeply"),
     "nested blocks": ("- " * 20_000, "nested too deeply"),
     "alias bomb": (LAUGHS, "more than 100,000 values"),
-    "its own alias": ("a: &a [*a]", "an alias stands inside of what it stands for"),
+    "its own alias": ("a: &a [*a]", "an alias contains itself"),
     "twice": ("tau: 1\nratio: 2\ntau: 3", "key 'tau' is there twice, again in line 3"),
     "twice inside": ("a: {b: 1, 'b': 2}", "key 'b' is there twice"),
     "no boolean": ("a: !!bool perhaps", "not valid YAML"),
@@ -87,14 +87,14 @@ def test_what_is_no_text_file_is_refused_at_once(
         (pipe, "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
         (tmp_path, "not a regular file"),
-        (binary, "not a text in UTF-8"),
+        (binary, "must be UTF-8 text"),
         (tmp_path / "gone", "No such file"),
         (tmp_path / "a\0b", "null"),
     ):
         with pytest.raises(TodreError, match=said) as raised:
             read(file, "config")
         assert str(raised.value).startswith(f"config {str(file)!r} ")
-    with pytest.raises(TodreError, match="has 303 bytes; allowed: 300 at most"):
+    with pytest.raises(TodreError, match="must have 300 bytes at most, got 303"):
         files.read_text(large, "config", 300)
 
 

@@ -34,7 +34,7 @@ FLOORS = [
     ["model"],
     ["image_cache"],
     ["request"],
-    ["hf", "viz"],
+    ["hf", "report", "viz"],
     ["vlm", "generate"],
     ["lmms_plugin"],
     ["ui"],
@@ -46,8 +46,8 @@ CORE = {
     *("PIL", "yaml", "jsonargparse", "tqdm"),
     *("jinja2", "packaging"),  # which those above need themselves
 }
-# lmms-eval imports the first, and finds its base there.
-_OF_LMMS_EVAL = ("llava_todre.lmms_plugin.model", "llava_todre.lmms_plugin.response_cache")
+# lmms-eval imports it, and finds its base there.
+_OF_LMMS_EVAL = ("llava_todre.lmms_plugin.model",)
 MACHINE_PATH = re.compile(r"(?<![\w.~>])(/(home|root|work|mnt|Users|scratch)/|[A-Z]:\\)")
 
 

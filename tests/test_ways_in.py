@@ -173,7 +173,7 @@ def test_frames_are_the_same_whichever_way_a_clip_comes_in(command: Any) -> None
     frames = read_clip(str(SIDEWAYS), 2).frames
     upright = read_clip(str(UPRIGHT), 2).frames
     item: Any = SimpleNamespace(doc_id=0, task="task")
-    for others in (read_upload(SIDEWAYS, 2).images, shown_of(item, [str(SIDEWAYS)], 2).pictures):
+    for others in (read_upload(SIDEWAYS, 2).images, shown_of(item, [str(SIDEWAYS)], 2).images):
         assert all(np.array_equal(a, b) for a, b in zip(frames, others, strict=True))
     for one, other in zip(frames, upright, strict=True):
         assert np.abs(np.asarray(one, np.int16) - np.asarray(other)).mean() < 1.5
@@ -188,7 +188,7 @@ def test_frames_are_the_same_whichever_way_a_clip_comes_in(command: Any) -> None
     [
         ([SIDEWAYS], "got a video (in a shell --video"),
         ([SIDEWAYS, UPRIGHT, "--video"], "got a video"),
-        ([SIDEWAYS, "--video", "--fps", "2"], "fps 2.0 is for frames given as images"),
+        ([SIDEWAYS, "--video", "--fps", "2"], "fps must be left out with a video file, got 2.0"),
         ([SIDEWAYS, "--video", "--max-frames", "0"], "must be a whole number above 0, got 0"),
         ([CASES / "README.md", "--video"], "README.md' cannot be read: Invalid data"),
         ([CASES / "none.mp4", "--video"], "none.mp4' does not exist"),

@@ -153,7 +153,8 @@ def test_commands_methods_and_api(installed: SimpleNamespace) -> None:
 
 def test_the_command_is_there(installed: SimpleNamespace) -> None:
     assert installed.run("todre", "--version").strip()
-    assert "--port" in installed.run("todre", "demo", "--help")
+    for command in ("demo", "ui"):
+        assert "--port" in installed.run("todre", command, "--help")
 
 
 def test_lmms_eval_finds_the_model_and_its_tasks(installed: SimpleNamespace) -> None:

@@ -1,34 +1,14 @@
-"""Answers on disk, one JSON line per item, so that an interrupted run goes on where it stopped.
+"""Answers on disk, one JSON line per item, so that an interrupted run resumes where it stopped.
 
     <log_dir>/current                                    fingerprint of the latest run
     <log_dir>/<fingerprint>/settings.json                what the fingerprint stands for
-    <log_dir>/<fingerprint>/unused.txt                   answers that the start before left, and why
-                                                         they do not count
-    <log_dir>/<fingerprint>/<task>.<split>.rank<r>.jsonl what process r answered
+    <log_dir>/<fingerprint>/unused.txt                   answers of the start before that are not
+                                                         used, and why
+    <log_dir>/<fingerprint>/<task>.<split>.rank<r>.jsonl answers of process r
 
-A line is an item and its answer:
-
-    task, split, doc_id, repeat     the item; repeat counts questions about one document, from 0
-    batch                           hash of all that was asked together with it, pictures included
-    prompt, gen_kwargs, answer      what went in and came out, as lmms-eval has it
-    failed                          only where the model cannot read the prompt: why; the answer is
-                                    empty then, and all counts are 0
-    visual_tokens, kept_tokens      patch tokens before pruning, and those the decoder got
-    mean_visual_tokens_per_layer    patch and newline tokens, mean over decoder layers
-    withdrawn_from                  first decoder layer without visual tokens, or null
-    prefill_flops, prefill_flops_unpruned
-                                    null where the decoder's FLOPs are not known; the first with
-                                    what the method's probes cost
-    seconds                         of the batch, waiting for its pictures included, per item; the
-                                    first question about a picture pays for what all of them share
-    cpu_seconds                     the same in time that the processors computed for this process,
-                                    which other work on the machine changes less
-    peak_memory_mib                 of the process so far, on GPUs if it uses any
-    pictures                        hash of the pictures or the video, or null: items about the same
-                                    ones are no independent draws
-
-Every process writes to a file of its own and reads those of all. A line that a kill cut short, or
-that is damaged otherwise, is as if it were not there: its item is answered again.
+A line is an item and its answer, see :mod:`~llava_todre.lmms_plugin.answer_line`. Every
+process writes a file of its own and reads those of all. A line that a kill cut short, or that is
+damaged otherwise, counts as missing: its item is answered again.
 """
 
 from __future__ import annotations
@@ -51,15 +31,8 @@ Line = dict[str, Any]
 Place = tuple[str, int, int]
 """Hash of the batch, ``doc_id``, ``repeat``."""
 _TEXTS = ("task", "split", "batch", "prompt", "answer")
-_NUMBERS = (
-    "doc_id",
-    "repeat",
-    "visual_tokens",
-    "kept_tokens",
-    "mean_visual_tokens_per_layer",
-    "seconds",
-    "peak_memory_mib",
-)
+_COUNTS = ("visual_tokens", "kept_tokens", "mean_visual_tokens_per_layer")
+_NUMBERS = ("doc_id", "repeat", *_COUNTS, "seconds", "peak_memory_mib")
 _OR_NULL = ("withdrawn_from", "prefill_flops", "prefill_flops_unpruned")
 
 
@@ -67,7 +40,7 @@ class AnswerLog:
     """The answers of one run, from this start and from earlier ones."""
 
     def __init__(self, log_dir: Path, fingerprint: str, rank: int, settings: Line) -> None:
-        """Open the log of the run with that fingerprint; rank 0 says that it is the current one.
+        """Open the log of the run with that fingerprint; rank 0 records it as the current one.
 
         Args:
             log_dir: may hold the logs of several runs.
@@ -80,27 +53,28 @@ class AnswerLog:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = error.strerror
-            raise TodreError(f"log_dir {str(log_dir)!r} cannot be used: {reason}.") from None
+            raise TodreError(
+                f"log_dir must be a folder to write to, got {str(log_dir)!r}: {error.strerror}."
+            ) from None
         if rank == 0:
             if not (self._folder / "settings.json").exists():
-                self._say_what_is_unused(log_dir, settings)
+                self._warn_of_unused(log_dir, settings)
             write_whole(self._folder / "settings.json", json.dumps(settings, indent=1))
             write_whole(log_dir / "current", fingerprint)
 
-    def _say_what_is_unused(self, log_dir: Path, settings: Line) -> None:
-        """Tell that the answers of the latest start are of no use to this one, if it left any."""
+    def _warn_of_unused(self, log_dir: Path, settings: Line) -> None:
+        """Warn if answers of the latest start are not used by this one, and say why."""
         try:
             before = log_dir / (log_dir / "current").read_text()
             made_by = json.loads((before / "settings.json").read_text())
             count = sum(1 for file in before.glob("*.jsonl") for _ in _lines(file))
         except (OSError, ValueError, RecursionError):
             return
+        if count == 0:
+            return
         # As it will be read back: tuples are lists, and all else is text.
         now = json.loads(json.dumps(settings, default=str))
         changed = what_changed(made_by, now) if isinstance(made_by, dict) else ""
-        if count == 0:
-            return
         line = (
             f"{count} answers of an earlier start are not used, because what made them has "
             f"changed: {changed or 'not recorded'}. They stay in {before}."
@@ -119,7 +93,7 @@ class AnswerLog:
         return self._finished[task, split]
 
     def append(self, lines: Sequence[Line]) -> None:
-        """Store the answers of a batch; they are safe from a kill when this returns."""
+        """Store the answers of a batch; they survive a kill once this returns."""
         files: dict[Path, str] = {}
         for line in lines:
             stem = _stem(line["task"], line["split"])
@@ -137,15 +111,15 @@ def _append(file: Path, text: str) -> None:
         end = stream.seek(0, os.SEEK_END)
         if end > 0:
             stream.seek(end - 1)
-            text = text if stream.read(1) == b"\n" else "\n" + text  # behind a torn line
+            text = text if stream.read(1) == b"\n" else "\n" + text  # after a cut-off line
         stream.write(text.encode())
 
 
 def read_answers(log_dir: Path) -> list[Line]:
     """Return the lines of the latest run, one per item, ordered by task, split, doc and repeat.
 
-    A run that was started with another limit or other documents before left lines of its own here:
-    pick those whose ``doc_id`` was scored.
+    Earlier starts with another limit or other documents left their lines here too: pick those
+    whose ``doc_id`` was scored.
     """
     try:
         folder = log_dir / (log_dir / "current").read_text()

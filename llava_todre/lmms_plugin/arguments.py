@@ -1,7 +1,7 @@
 """From ``--model_args`` to a pruning method, and from the seed of a run to that of one item.
 
-lmms-eval splits ``a=1,b=x`` at commas and turns what looks like a number or a truth value into one;
-everything else arrives as text.
+lmms-eval splits ``a=1,b=x`` at commas and converts numbers and truth values; everything else
+arrives as text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
 
 from llava_todre.errors import TodreError, unknown
 from llava_todre.files import parse_yaml
@@ -27,7 +29,7 @@ LOADING = [each for each in dataclasses.fields(LoadOptions) if each.name != "qua
 def text(key: str, value: Any) -> str | None:
     """Return an argument that is a name or a path; None when it was not given."""
     if isinstance(value, (bool, float)):  # its spelling is lost: "1e5" became 100000.0
-        raise TodreError(f"{key} {value!r} is not text; put it in quotes: {key}='...'.")
+        raise TodreError(f"{key} must be text, in quotes: {key}='...', got {value!r}.")
     if isinstance(value, str) and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
         return value[1:-1]
     return None if value is None else str(value)
@@ -55,18 +57,18 @@ def item_counts(value: Any) -> dict[str, int]:
     for part in filter(None, str(value).split(";")):
         task, _, count = part.rpartition(":")
         if not task:
-            raise TodreError(f"num_items {part!r} is not of the form task:96.")
+            raise TodreError(f"num_items must be of the form task:96;other:3000, got {part!r}.")
         counts[task] = whole("num_items", count)
     return counts
 
 
 def option(value: Any) -> Any:
-    """Return an option of a method as the method knows it.
+    """Return an option of a method, converted from text.
 
     A list is written ``[0.5,0.875]`` or ``0.5;0.875``; text is read as YAML.
     """
     if isinstance(value, float) and value < 0 and value.is_integer():
-        return int(value)  # lmms-eval takes "-1" for a float
+        return int(value)  # lmms-eval reads "-1" as a float
     if not isinstance(value, str):
         return value
     if ";" in value:
@@ -98,20 +100,20 @@ def build_pruner(
             ``method`` and any of its options.
         options: model arguments that are not the model's own; they override the file's.
         seed: of the run; when None, that of the file, or else ``default_seed``.
-        arguments: the model's own arguments, which a misspelt option may have meant.
-        default_seed: see there.
+        arguments: names of the model's own arguments, for the message about a misspelt one.
+        default_seed: where neither says.
     """
-    method, knobs = named_or_from_file(method)
+    method, settings = named_or_from_file(method)
     _check_names(method, options, arguments)
-    knobs |= {key: option(value) for key, value in options.items()}
-    of_file = knobs.pop("seed", default_seed)
+    settings |= {key: option(value) for key, value in options.items()}
+    of_file = settings.pop("seed", default_seed)
     chosen = of_file if seed is None else seed
     require_int("seed", chosen)
-    return with_seed(create_pruner(method, **knobs), chosen), chosen
+    return with_seed(create_pruner(method, **settings), chosen), chosen
 
 
 def _check_names(method: str, options: Mapping[str, Any], arguments: Iterable[str]) -> None:
-    """Refuse what neither the model nor the method knows, with the names of both."""
+    """Raise a TodreError for an option that neither the model nor the method has."""
     known = set(arguments)
     for name in method.split("+"):
         if name not in PRUNERS:
@@ -126,11 +128,20 @@ def _check_names(method: str, options: Mapping[str, Any], arguments: Iterable[st
 # ---------------------------------------------------------------------- seeds
 
 
+def seed_of_lmms_eval() -> int:
+    """Return lmms-eval's ``--seed``, with which it seeded torch; 0 where torch was not seeded.
+
+    An unseeded torch starts from a number beyond 32 bits, the range of lmms-eval's seeds.
+    """
+    seed = torch.initial_seed()
+    return seed if seed < 2**32 else 0
+
+
 def draws(pruner: Pruner) -> bool:
-    """Return whether the method draws at random, so that its seed matters."""
+    """Return whether the method is random, so that its seed matters."""
     if any(draws(part) for part in _parts(pruner).values()):
         return True
-    # Where only the first token may be drawn, another rule for it leaves nothing to chance.
+    # A method in which only the first token (the pivot) can be random.
     return hasattr(pruner, "seed") and getattr(pruner, "pivot", "random") == "random"
 
 

@@ -1,22 +1,26 @@
-"""The processes of a run: who is who, where each one's model goes, and how much memory it used."""
+"""The processes of a run: ranks, devices, memory, and those that share one model."""
 
 from __future__ import annotations
 
 import resource
+import traceback
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from llava_todre.errors import TodreError
+from llava_todre.lmms_plugin.requests import Item, Key
 from llava_todre.model.placement import spreads
 
-_RANKS = ("NO", "MULTI_CPU", "MULTI_GPU")
+_SUPPORTED = ("NO", "MULTI_CPU", "MULTI_GPU")
 
 
 def join_processes() -> Any:
-    """Return the accelerator: who is who among the processes of this run, and on which device."""
+    """Return the accelerator: rank, number of processes, and device of this one."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -24,10 +28,10 @@ def join_processes() -> Any:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     accelerator = Accelerator(kwargs_handlers=[patience])
     kind = accelerator.distributed_type.value
-    if kind not in _RANKS:
+    if kind not in _SUPPORTED:
         raise TodreError(
-            f"processes of type {kind!r} are not supported; allowed: {', '.join(_RANKS)}, where "
-            "each process holds the whole model, or with tp_plan an equal part of it."
+            f"processes must be of type {', '.join(_SUPPORTED)}, got {kind!r}: each process holds "
+            "the whole model, or with tp_plan an equal part of it."
         )
     return accelerator
 
@@ -35,47 +39,45 @@ def join_processes() -> Any:
 def placement(
     accelerator: Any, device: str | None, device_map: str | None, tp_plan: str | None = None
 ) -> dict[str, Any]:
-    """Return where this process's model goes, as ``load_pretrained_model`` takes it.
+    """Return where this process's model goes, as loading options.
 
     Args:
         accelerator: from :func:`join_processes`.
-        device: asked for, or None.
-        device_map: asked for instead, or None.
-        tp_plan: how one model is split among the processes, or None.
+        device: requested device, or None.
+        device_map: requested instead, or None.
+        tp_plan: how one model is split over the processes, or None.
 
     Raises:
-        TodreError: what was asked for does not fit the number of processes or their devices.
+        TodreError: the request does not fit the number of processes or their devices.
     """
     if tp_plan is not None:
         return {"device": device or "auto", "device_map": device_map, "tp_plan": tp_plan}
     if device is not None and device_map is not None:
         raise TodreError(
-            f"device {device!r} and device_map {device_map!r} were both given; allowed: one."
+            f"device must be left out with a device_map, got {device!r} and {device_map!r}."
         )
     if accelerator.num_processes == 1:
         return {"device": device or "auto", "device_map": device_map}
     if spreads(device_map):
         raise TodreError(
-            f"device_map {device_map!r} with {accelerator.num_processes} processes: each would "
-            "take all GPUs; allowed: one process, or no device_map."
+            f"device_map must be left out with {accelerator.num_processes} processes, got "
+            f"{device_map!r}: each would take all GPUs."
         )
     own = accelerator.device
     wanted = (device or device_map or "auto").partition(":")[0]
     if wanted not in ("auto", own.type):
         raise TodreError(
-            f"device {wanted!r} with {accelerator.num_processes} processes that accelerate put on "
-            f"{own.type!r}; for CPU set ACCELERATE_USE_CPU=true for the launcher."
+            f"device must be {own.type!r}, where accelerate put the {accelerator.num_processes} "
+            f"processes, got {wanted!r}; for CPU start them with ACCELERATE_USE_CPU=true."
         )
     return {"device": own}
 
 
 def all_counts(own: Counter[str]) -> Counter[str]:
-    """Return the sum of what all processes of this run count."""
+    """Return the sum of the counts of all processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return own
-    told: list[Counter[str]] = [Counter()] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, own)
-    return sum(told, Counter())
+    return sum(_gathered(own, torch.distributed.get_world_size()), Counter())
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -84,3 +86,72 @@ def peak_memory_mib(device: torch.device) -> float:
         gpus = range(torch.cuda.device_count())
         return sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Team:
+    """The processes that hold one model together (tensor parallelism).
+
+    lmms-eval distributes the items over its processes, as if each held a whole model. Here every
+    process runs its part of the model on all items, in the same order, and returns the answers to
+    its own share, so lmms-eval scores and writes as usual. A process with a whole model is a team
+    of its own.
+    """
+
+    def __init__(self, size: int, rank: int) -> None:
+        """Set size and rank.
+
+        Args:
+            size: 1, or the number of all processes.
+            rank: of this process; unused with a size of 1.
+        """
+        self.size = size
+        self.writes = size == 1 or rank == 0
+        """Whether this process writes the log for all."""
+
+    def items(self, own: Mapping[Key, Item]) -> dict[Key, Item]:
+        """Return the items of all, ordered as in one process: by task, then document.
+
+        Args:
+            own: the share of this process; lmms-eval gives each some item of every task.
+        """
+        if self.size == 1:
+            return dict(own)
+        visuals = {item.task: item.doc_to_visual for item in own.values()}
+        lines = [(item.key, item.prompt, item.gen_kwargs) for item in own.values()]
+        items: dict[Key, Item] = {}
+        shares: list[list[tuple[Key, str, dict[str, Any]]]] = _gathered(lines, self.size)
+        for share in shares:
+            for key, prompt, gen_kwargs in share:
+                items.setdefault(key, Item(*key, prompt, gen_kwargs, visuals[key[0]]))
+        tasks = list(dict.fromkeys(item.task for item in items.values()))
+        ordered = sorted(items.values(), key=lambda item: (tasks.index(item.task), item.key))
+        return {item.key: item for item in ordered}
+
+    def agreed(self, value: Any) -> Any:
+        """Return the value of the first process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """End this process when the block fails, upon which torchrun ends the others.
+
+        lmms-eval would print the error and exit with 0, while the others wait for an answer.
+        """
+        try:
+            yield
+        except Exception:
+            if self.size == 1:
+                raise
+            traceback.print_exc()
+            raise SystemExit(1) from None
+
+
+def _gathered(own: Any, size: int) -> list[Any]:
+    """Return a value of every process, by rank."""
+    values: list[Any] = [None] * size
+    torch.distributed.all_gather_object(values, own)
+    return values

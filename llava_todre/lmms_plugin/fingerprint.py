@@ -1,7 +1,7 @@
-"""What the answers of a run depend on, besides what is asked.
+"""What the answers of a run depend on, apart from the questions.
 
-The model is hashed as it stands in memory, so it does not matter where it was loaded from, or from
-how many files: equal weights, equal fingerprint.
+The model is hashed in memory, so it does not matter from which files it was loaded: equal weights,
+equal fingerprint.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(vlm: VLM, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return a short name for a run, and what it stands for.
 
-    Runs on processors of the same kind ("cpu", "cuda") share a name; their rounding may differ
-    between two models of it.
+    Runs on devices of the same type ("cpu", "cuda") share a name, although rounding may differ
+    between two of them.
 
     Args:
         vlm: model with its weights, tokenizer and processor.
@@ -44,7 +44,7 @@ def fingerprint(vlm: VLM, settings: Mapping[str, Any]) -> tuple[str, dict[str, A
         "config": _digest(json.dumps(config, sort_keys=True, default=str)),
         "generation_config": _digest(str(vlm.model.generation_config)),
         "image_processor": _digest(str(vlm.processor)),
-        "tokenizer": _digest(_words(vlm.tokenizer)),
+        "tokenizer": _digest(_content(vlm.tokenizer)),
         "source": digests("llava_todre.lmms_plugin.model"),
         "versions": _versions(),
         "device": vlm.device.type,
@@ -52,8 +52,8 @@ def fingerprint(vlm: VLM, settings: Mapping[str, Any]) -> tuple[str, dict[str, A
     return _digest(json.dumps(parts, sort_keys=True, default=str)), parts
 
 
-def _words(tokenizer: Any) -> str:
-    """Return all that a tokenizer knows, without what its last call left in it."""
+def _content(tokenizer: Any) -> str:
+    """Return the content of a tokenizer, without the state that its last call left."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -84,8 +84,8 @@ def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
 def _checksum(tensor: Tensor) -> list[int]:
     """Return one number per chunk: the bits of the values, weighted by place, modulo 2**64.
 
-    Computed where the tensor is, in whole numbers, so it is the same everywhere. One that is split
-    over processes is put together for it, in all of them.
+    Computed on the tensor's device, in whole numbers, so it is the same everywhere. A tensor that
+    is split over processes is gathered first, in all of them.
     """
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()

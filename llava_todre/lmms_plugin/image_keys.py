@@ -1,7 +1,7 @@
-"""Which documents show the same picture, told without decoding one.
+"""Which documents show the same image, found without decoding any.
 
-A guess that is wrong costs speed, never an answer: what is computed once for several questions is
-looked up by the pictures themselves.
+A wrong guess costs speed, never an answer: what is computed once for several questions is looked up
+by the images themselves.
 """
 
 from __future__ import annotations
@@ -16,22 +16,20 @@ from typing import Any
 Place = tuple[str, str]
 """Task and split."""
 
-_LOOKED_AT = 1000
-_ABOUT_PICTURES = re.compile(r"image|img|picture|video", re.IGNORECASE)
+_SAMPLE = 1000
+_OF_IMAGES = re.compile(r"image|img|picture|video", re.IGNORECASE)
 
 
-def picture_keys(documents: Any) -> Callable[[int], str | None]:
-    """Return a function from ``doc_id`` to what stands for the pictures of that document.
+def image_keys(documents: Any) -> Callable[[int], str | None]:
+    """Return a function from ``doc_id`` to a hash of the images of that document.
 
-    It is a hash of all columns that are about images or videos, as they are stored; None where
-    there is no such column, nothing in them, or where the documents are not a table.
+    It covers all columns named after images or videos, as they are stored. None where there is no
+    such column, nothing in them, or where the documents are not a table.
 
     Args:
         documents: a ``datasets.Dataset``, or any sequence.
     """
-    names = [
-        name for name in getattr(documents, "column_names", ()) if _ABOUT_PICTURES.search(name)
-    ]
+    names = [name for name in getattr(documents, "column_names", ()) if _OF_IMAGES.search(name)]
     if not names or not hasattr(documents, "with_format"):
         return lambda doc_id: None
     stored = documents.select_columns(names).with_format("arrow")  # undecoded
@@ -45,27 +43,24 @@ def picture_keys(documents: Any) -> Callable[[int], str | None]:
     return key
 
 
-def share_pictures(
+def shared_images(
     keys: Mapping[Place, Callable[[int], str | None]], sizes: Mapping[Place, int]
 ) -> set[Place]:
-    """Return the data sets in which a picture is likely to be shown by several documents.
+    """Return the data sets in which several documents probably show the same image.
 
-    Their first documents tell: the same, whatever the limit of a run and the share of a process.
+    Judged by their first documents, so the result is the same for any limit of a run and share of a
+    process.
 
     Args:
-        keys: by task and split, what :func:`picture_keys` returned.
+        keys: by task and split, what :func:`image_keys` returned.
         sizes: number of documents.
     """
     found = {
-        place: [key(doc_id) for doc_id in range(min(sizes[place], _LOOKED_AT))]
+        place: list(filter(None, map(key, range(min(sizes[place], _SAMPLE)))))
         for place, key in keys.items()
     }
-    counts = Counter(key for of_place in found.values() for key in of_place if key)
-    return {
-        place
-        for place, of_place in found.items()
-        if any(key is not None and counts[key] > 1 for key in of_place)
-    }
+    counts = Counter(key for of_place in found.values() for key in of_place)
+    return {place for place, of_place in found.items() if any(counts[key] > 1 for key in of_place)}
 
 
 def _hash(value: Any) -> str:

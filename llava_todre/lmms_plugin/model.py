@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import logging
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from lmms_eval.api.model import lmms
+from lmms_eval.caching.response_cache import ResponseCache
 from tqdm import tqdm
 
 from llava_todre.errors import PromptTooLongError, TodreError
 from llava_todre.image_cache import ImageCache
+from llava_todre.lmms_plugin import NAME, answer_line
 from llava_todre.lmms_plugin.answer_log import AnswerLog, Line
 from llava_todre.lmms_plugin.arguments import (
     LOADING,
@@ -25,42 +26,37 @@ from llava_todre.lmms_plugin.arguments import (
     draws,
     item_counts,
     item_seed,
+    seed_of_lmms_eval,
     take_loading,
     text,
     whole,
     with_seed,
 )
 from llava_todre.lmms_plugin.distributed import (
+    Team,
     all_counts,
     join_processes,
     peak_memory_mib,
     placement,
 )
 from llava_todre.lmms_plugin.fingerprint import fingerprint
-from llava_todre.lmms_plugin.image_keys import picture_keys, share_pictures
-from llava_todre.lmms_plugin.prefetch import ahead
+from llava_todre.lmms_plugin.image_keys import image_keys, shared_images
 from llava_todre.lmms_plugin.requests import (
     Batch,
     Item,
     Key,
     Shown,
+    ahead,
     batches_of,
-    cut,
     generation,
     items_of,
     shown_of,
 )
-from llava_todre.lmms_plugin.response_cache import tell_response_cache
-from llava_todre.lmms_plugin.tensor_parallel import Team
 from llava_todre.load_options import LoadOptions
 from llava_todre.model.images import Picture
 from llava_todre.model.prompt import AUTO
 from llava_todre.request import Answer, Request, Views
-from llava_todre.stats import PruneStats
 from llava_todre.vlm import load, runs_stock
-from llava_todre.work import prefill_work
-
-logger = logging.getLogger(__name__)
 
 
 class LlavaTodre(lmms):
@@ -93,17 +89,17 @@ class LlavaTodre(lmms):
                 the method's file, or else PyTorch's, which lmms-eval's ``--seed`` sets. Every item
                 draws for itself.
             num_items: ``task:96;other:3000``: how many items each task has; anything else is an
-                error before the first answer. None takes what there is.
+                error before the first answer. None accepts any number.
             options: fields of :class:`~llava_todre.load_options.LoadOptions`, and options of the
-                method. With several processes only the kind of ``device`` counts: each takes the
+                method. With several processes only the type of ``device`` counts: each takes the
                 GPU of its local rank. With ``tp_plan`` all of them work on every item.
 
         Raises:
-            TodreError: one line saying which argument is wrong, and what is allowed.
+            TodreError: one line saying which argument is wrong, and what is expected.
         """
         super().__init__()
         if pretrained is None:
-            raise TodreError("pretrained is missing; give a folder or a hub id.")
+            raise TodreError("pretrained must be a folder or a hub id, got None.")
         loading = take_loading(options)
         own = {*inspect.signature(LlavaTodre).parameters} - {"options"}
         own |= {each.name for each in LOADING}
@@ -131,7 +127,7 @@ class LlavaTodre(lmms):
         self._device = self.vlm.device
         self._log: AnswerLog | None = None
         self._views: dict[str, Sequence[Picture | Views]] = {}
-        tell_response_cache(self._fingerprint)
+        _name_in_response_cache(self._fingerprint)
 
     @property
     def device(self) -> torch.device:
@@ -149,38 +145,34 @@ class LlavaTodre(lmms):
         return [answers[key] for key in keys]
 
     def _check_num_items(self, items: Mapping[Key, Item]) -> None:
-        """Raise unless all processes together have as many items as they were told."""
+        """Raise unless all processes together have as many items as ``num_items`` says."""
         if self.num_items is None:
             return
         found = all_counts(Counter(item.task for item in items.values() if item.repeat == 0))
         for task, expected in self.num_items.items():
             if found[task] != expected:
                 raise TodreError(
-                    f"task {task!r} has {found[task]} items here; the suite expects {expected}. If "
-                    "the data is right, correct the suite."
+                    f"task {task!r} must have {expected} items as in the suite, got {found[task]}; "
+                    "if the data is right, correct the suite."
                 )
 
     def _answers(self, items: Mapping[Key, Item]) -> dict[Key, str]:
         self._open_log()
         batches = self._batches(list(items.values()))
         answers: dict[Key, str] = {}
-        # One thread looks at documents, always the same: tasks of lmms-eval may keep state.
-        with (
-            tqdm(
-                total=len(items), disable=self.rank != 0, unit="item", desc="llava_todre"
-            ) as progress,
-            ahead(self._look_at, batches) as looked_at,
-        ):
-            cache = ImageCache()
+        cache = ImageCache()
+        bar = tqdm(total=len(items), disable=self.rank != 0, unit="item", desc=NAME)
+        # Documents are read in one thread, always the same: tasks of lmms-eval may keep state.
+        with bar, closing(ahead(self._prepare, batches)) as prepared:
             for batch in batches:
-                start = Moment()
-                look = next(looked_at)
-                lines = self._team.agreed(look.finished)
+                start = answer_line.clocks()
+                ready = next(prepared)
+                lines = self._team.agreed(ready.finished)
                 if lines is None:
-                    lines = self._compute(batch, look, cache, start)
+                    lines = self._compute(batch, ready, cache, start)
                 for item, line in zip(batch.items, lines, strict=True):
                     answers[item.key] = line["answer"]
-                progress.update(len(batch.items))
+                bar.update(len(batch.items))
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
@@ -191,7 +183,7 @@ class LlavaTodre(lmms):
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> NoReturn:
-        """Refuse: what is dropped in a first round may be asked about in a second."""
+        """Refuse: a second round may ask about tokens dropped in the first."""
         raise NotImplementedError(
             "llava_todre answers one question at a time; tasks of several rounds "
             "(output_type generate_until_multi_round) are not supported."
@@ -200,89 +192,87 @@ class LlavaTodre(lmms):
     # ------------------------------------------------------------------ one batch
 
     def _batches(self, items: Sequence[Item]) -> list[Batch]:
-        """Return what is answered together, questions about one picture side by side."""
+        """Return what is answered together, questions about one image in sequence."""
         if draws(self.pruner):  # every item has a seed of its own, and so tokens of its own
             return batches_of(items, 1, lambda item: None)
         places = dict.fromkeys((item.task, item.split) for item in items)
         documents = {place: self.task_dict[place[0]][place[1]] for place in places}
-        keys = {place: picture_keys(each) for place, each in documents.items()}
+        keys = {place: image_keys(each) for place, each in documents.items()}
         sizes = {place: len(each) for place, each in documents.items()}
         return batches_of(
             items,
             self.batch_size,
             lambda item: keys[item.task, item.split](item.doc_id),
-            share_pictures(keys, sizes),
+            shared_images(keys, sizes),
         )
 
-    def _look_at(self, batch: Batch) -> Look:
-        """Return what a batch shows, or its lines where the log has them."""
-        with _named(batch):
+    def _prepare(self, batch: Batch) -> Prepared:
+        """Return the inputs of a batch, or its lines where the log has them."""
+        with batch.named():
             shown = [self._shown(item) for item in batch.items]
             name = batch.name(shown)
-            lines = [
-                self._log.finished(item.task, item.split).get((name, item.doc_id, item.repeat))
-                if self._log
-                else None
-                for item in batch.items
-            ]
-            if all(lines):
-                return Look(name, finished=[line for line in lines if line])
-            pairs = zip(batch.items, shown, strict=True)
-            requests = [self._request(item, visuals) for item, visuals in pairs]
-            return Look(name, requests, [visuals.name for visuals in shown])
+            if self._log:
+                lines = [
+                    self._log.finished(item.task, item.split).get((name, item.doc_id, item.repeat))
+                    for item in batch.items
+                ]
+                if all(lines):
+                    return Prepared(name, finished=[line for line in lines if line])
+            requests = [self._request(*pair) for pair in zip(batch.items, shown, strict=True)]
+            return Prepared(name, requests, [images.name for images in shown])
 
     def _shown(self, item: Item) -> Shown:
         document = self.task_dict[item.task][item.split][item.doc_id]
         return shown_of(item, item.doc_to_visual(document), self.max_frames)
 
     def _request(self, item: Item, shown: Shown) -> Request:
-        """Return a question with its views made; equal pictures are the same object for a while."""
-        pictures = [shown.pictures] if shown.is_video else [(one,) for one in shown.pictures]
+        """Return a question with its views; equal images are the same object for a while."""
+        groups = [shown.images] if shown.is_video else [(one,) for one in shown.images]
         views: list[Picture | Views] = []
-        for digest, group in zip(shown.digests, pictures, strict=True):
+        for digest, group in zip(shown.digests, groups, strict=True):
             known = self._views.pop(digest, None)
             if known is None:
                 known = self.vlm.prepare(Request("", group, shown.is_video)).images
             self._views[digest] = known  # the latest is the last
             views += known
-        while len(self._views) > max(len(pictures), self.batch_size):
+        while len(self._views) > max(len(groups), self.batch_size):
             self._views.pop(next(iter(self._views)))
         return Request(item.prompt, views, shown.is_video, shown.seconds)
 
-    def _compute(self, batch: Batch, look: Look, cache: ImageCache, start: Moment) -> list[Line]:
+    def _compute(
+        self, batch: Batch, ready: Prepared, cache: ImageCache, start: Mapping[str, float]
+    ) -> list[Line]:
         """Return the lines of a batch and log them.
 
         Args:
             batch: the items.
-            look: what they show.
-            cache: of the pictures before.
-            start: when the wait for this batch began.
+            ready: their inputs.
+            cache: of earlier images.
+            start: the clocks when the wait for this batch began.
         """
         settings, until = generation(batch.items[0].gen_kwargs, self.max_new_tokens)
         if draws(self.pruner):
             (item,) = batch.items
             self.vlm.set_pruner(with_seed(self.pruner, item_seed(self.seed, item.doc_id)))
         if settings["do_sample"]:
-            torch.manual_seed(item_seed(self.seed, look.name))
-        with _named(batch):
-            shared = cache if batch.asks_again else None
-            given = self._given(look.requests, shared, settings)
-        spent = {key: now / len(batch.items) for key, now in Moment().since(start).items()}
+            torch.manual_seed(item_seed(self.seed, ready.name))
+        with batch.named():
+            given = self._given(ready.requests, cache if batch.shares_images else None, settings)
+        now = answer_line.clocks()
+        cost = {key: (now[key] - start[key]) / len(batch.items) for key in now}
+        cost["peak_memory_mib"] = peak_memory_mib(self.device)
         lines = [
             {
-                "task": item.task,
-                "split": item.split,
-                "doc_id": item.doc_id,
-                "repeat": item.repeat,
-                "batch": look.name,
-                "prompt": item.prompt,
-                "gen_kwargs": dict(item.gen_kwargs),
-                **(_unread(result) if isinstance(result, str) else self._told(result, until)),
-                **spent,
-                "peak_memory_mib": peak_memory_mib(self.device),
-                "pictures": pictures,
+                **answer_line.of_item(item),
+                **{"batch": ready.name, "pictures": images},
+                **(
+                    answer_line.of_failure(result)
+                    if isinstance(result, str)
+                    else answer_line.of_answer(result, until, self.vlm)
+                ),
+                **cost,
             }
-            for item, result, pictures in zip(batch.items, given, look.pictures, strict=True)
+            for item, result, images in zip(batch.items, given, ready.images, strict=True)
         ]
         if self._log:
             self._log.append(lines)
@@ -293,7 +283,7 @@ class LlavaTodre(lmms):
     ) -> list[Answer | str]:
         """Return the answers to a batch; for a prompt the model cannot read, why.
 
-        Where one is too long, the others are asked one by one.
+        Where one is too long, each is answered by itself.
         """
         try:
             return [*self.vlm.answer(requests, image_cache=cache, **settings)]
@@ -301,20 +291,6 @@ class LlavaTodre(lmms):
             if len(requests) == 1:
                 return [str(error)]
         return [given for request in requests for given in self._given([request], cache, settings)]
-
-    def _told(self, result: Answer, until: tuple[str, ...]) -> Line:
-        """Return the answer and what it took."""
-        stats: PruneStats = result.stats
-        work = prefill_work(self.vlm, stats)
-        return {
-            "answer": cut(result.text, until),
-            "visual_tokens": stats.visual_tokens,
-            "kept_tokens": stats.kept_tokens,
-            "mean_visual_tokens_per_layer": stats.mean_visual_tokens,
-            "withdrawn_from": stats.withdrawn_from,
-            "prefill_flops": work and work.flops,
-            "prefill_flops_unpruned": work and work.unpruned_flops,
-        }
 
     def _fingerprint(self) -> tuple[str, dict[str, Any]]:
         """Return a name for all that answers depend on, and what it stands for."""
@@ -338,57 +314,32 @@ class LlavaTodre(lmms):
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Now, on the clock, and in the time that this process has computed."""
-
-    seconds: float = field(default_factory=time.perf_counter)
-    cpu_seconds: float = field(default_factory=time.process_time)
-
-    def since(self, start: Moment) -> dict[str, float]:
-        """Return what has passed since an earlier moment."""
-        return {
-            "seconds": self.seconds - start.seconds,
-            "cpu_seconds": self.cpu_seconds - start.cpu_seconds,
-        }
-
-
-@dataclass(frozen=True)
-class Look:
+class Prepared:
     """What is known about a batch before the model runs."""
 
     name: str
     requests: list[Request] = field(default_factory=list)
-    pictures: list[str | None] = field(default_factory=list)
-    """Per item what stands for its pictures."""
+    images: list[str | None] = field(default_factory=list)
+    """Per item a hash of its images."""
     finished: list[Line] | None = None
     """The lines of an earlier start."""
 
 
-def _unread(reason: str) -> Line:
-    """Return the line of an item whose prompt the model cannot read."""
-    counts = ("visual_tokens", "kept_tokens", "mean_visual_tokens_per_layer")
-    flops = ("prefill_flops", "prefill_flops_unpruned")
-    nothing = dict.fromkeys((*counts, *flops), 0)
-    return {"answer": "", "failed": reason, **nothing, "withdrawn_from": None}
+def _name_in_response_cache(fingerprint: Callable[[], tuple[str, Any]]) -> None:
+    """Let lmms-eval's response caches (``--use_cache``) know our model by its fingerprint, too.
 
+    lmms-eval 0.7.3 looks answers up by the text after ``--model_args``. The same text may name
+    another model or method later: a YAML file with other options, a folder with other weights,
+    another version of this package, or another ``--seed``.
 
-def seed_of_lmms_eval() -> int:
-    """Return lmms-eval's ``--seed``, which it gave to torch; 0 where nobody seeded torch.
-
-    Without a seed torch begins with a number that no one types, beyond the 32 bits of NumPy's.
+    Args:
+        fingerprint: of the model; called only when a cache is opened, as it reads all weights.
     """
-    seed = torch.initial_seed()
-    return seed if seed < 2**32 else 0
+    create = getattr(ResponseCache.create, "__wrapped__", ResponseCache.create)
 
+    @functools.wraps(create)
+    def create_for(*args: Any, model: str = "", **kwargs: Any) -> ResponseCache:
+        name = f"{model} {fingerprint()[0]}" if model == NAME else model
+        return create(*args, model=name, **kwargs)
 
-@contextmanager
-def _named(batch: Batch) -> Iterator[None]:
-    """Say which documents a failure is about."""
-    try:
-        yield
-    except Exception:
-        places = sorted({(item.task, item.split) for item in batch.items})
-        for task, split in places:
-            documents = [i.doc_id for i in batch.items if (i.task, i.split) == (task, split)]
-            logger.error("task %s, split %s, documents %s failed", task, split, documents)
-        raise
+    ResponseCache.create = create_for

@@ -1,18 +1,21 @@
-"""What one call of lmms-eval asks for: items, the batches they form, what each of them shows.
+"""One call of lmms-eval: its items, the batches they form, and the images of each.
 
-Batches depend on the requests alone, never on what is finished already: so an interrupted run
-computes every answer in the same company, and thus with the same rounding, as one that was not.
+Batches depend on the requests alone, never on what is finished already, so an interrupted run
+computes every answer in the same batch, and thus with the same rounding, as one that was not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -20,6 +23,9 @@ from llava_todre.errors import TodreError, unknown
 from llava_todre.model.images import picture_digest
 from llava_todre.video import read_clip
 
+logger = logging.getLogger(__name__)
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 _SAMPLING = ("temperature", "top_p", "top_k")
 _SEARCH = ("num_beams", "repetition_penalty")
 _KNOWN = (*_SAMPLING, *_SEARCH, "max_new_tokens", "do_sample", "until", "image_aspect_ratio")
@@ -39,12 +45,12 @@ class Item:
     """Counts the questions about this document, from 0."""
     prompt: str
     gen_kwargs: dict[str, Any]
-    """The task's; never changed, as lmms-eval looks at them again."""
+    """The task's; never changed, as lmms-eval reads them again."""
     doc_to_visual: Callable[[Any], Any]
 
     @property
     def key(self) -> Key:
-        """What no other item of a call shares."""
+        """Unique among the items of a call."""
         return self.task, self.split, self.doc_id, self.repeat
 
 
@@ -52,7 +58,7 @@ def items_of(requests: Iterable[Any]) -> tuple[dict[Key, Item], list[Key]]:
     """Return the items of a call in order, and for each request the item that answers it.
 
     With several processes lmms-eval repeats the last request where a process has fewer than the
-    others. Nobody reads these answers, so they are not computed again.
+    others. It drops these answers, so they are not computed again.
     """
     items: dict[Key, Item] = {}
     keys: list[Key] = []
@@ -74,41 +80,54 @@ class Batch:
     """Items that are answered together."""
 
     items: tuple[Item, ...]
-    asks_again: bool
-    """Whether it is from data in which several documents show the same picture."""
+    shares_images: bool
+    """Whether it is from data in which several documents show the same image."""
 
     def name(self, shown: Sequence[Shown]) -> str:
-        """Return a hash of everything that is asked."""
-        asked: list[Any] = [self.asks_again]
+        """Return a hash of all inputs."""
+        inputs: list[Any] = [self.shares_images]
         for item, visuals in zip(self.items, shown, strict=True):
-            asked.append([*item.key, item.prompt, item.gen_kwargs, *visuals.digests])
-        return hashlib.sha256(_as_json(asked).encode()).hexdigest()[:16]
+            inputs.append([*item.key, item.prompt, item.gen_kwargs, *visuals.digests])
+        return _hash(inputs)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Log which documents a failure in the block is about."""
+        try:
+            yield
+        except Exception:
+            places: dict[tuple[str, str], list[int]] = {}
+            for item in self.items:
+                places.setdefault((item.task, item.split), []).append(item.doc_id)
+            for (task, split), documents in sorted(places.items()):
+                logger.error("task %s, split %s, documents %s failed", task, split, documents)
+            raise
 
 
 def batches_of(
     items: Iterable[Item],
     size: int,
-    picture_key: Callable[[Item], str | None],
+    image_key: Callable[[Item], str | None],
     sharing: Container[tuple[str, str]] = (),
 ) -> list[Batch]:
     """Return batches of items with equal generation arguments, in order.
 
-    Items about the same picture come one after the other, whatever their task.
+    Items about the same image follow each other, whatever their task.
 
     Args:
         items: all of them.
         size: items of a batch.
-        picture_key: what stands for the pictures of an item; None for unknown.
-        sharing: tasks and splits in which several documents show the same picture.
+        image_key: identifies the images of an item; None for unknown.
+        sharing: tasks and splits in which several documents show the same image.
     """
     groups: dict[Any, dict[Any, list[Item]]] = {}
     for item in items:
         again = (item.task, item.split) in sharing
-        by_picture = groups.setdefault((again, _as_json(item.gen_kwargs)), {})
-        by_picture.setdefault(picture_key(item) or item.key, []).append(item)
+        by_image = groups.setdefault((again, _as_json(item.gen_kwargs)), {})
+        by_image.setdefault(image_key(item) or item.key, []).append(item)
     batches = []
-    for (again, _), by_picture in groups.items():
-        ordered = [item for same in by_picture.values() for item in same]
+    for (again, _), by_image in groups.items():
+        ordered = [item for same in by_image.values() for item in same]
         for start in range(0, len(ordered), size):
             batches.append(Batch(tuple(ordered[start : start + size]), again))
     return batches
@@ -119,8 +138,8 @@ def generation(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return arguments for ``generate`` and the strings that end an answer.
 
-    As LLaVA does, an answer is drawn at random only where the task gives a temperature above 0.
-    ``image_aspect_ratio`` is for models that have no such setting of their own.
+    As in LLaVA, an answer is sampled only where the task gives a temperature above 0.
+    ``image_aspect_ratio`` is ignored: it is for models without such a setting of their own.
 
     Args:
         gen_kwargs: the task's.
@@ -147,30 +166,47 @@ def cut(answer: str, until: Iterable[str]) -> str:
     return answer.strip()
 
 
-# ---------------------------------------------------------------------- what is shown
+def ahead(make: Callable[[Given], Made], things: Iterable[Given]) -> Generator[Made, None, None]:
+    """Yield ``make(thing)`` for each; another thread makes the next one meanwhile.
+
+    A thread rather than processes: decoding and resizing release the interpreter lock, and what
+    lmms-eval knows about a document cannot be sent to a process.
+    """
+    waiting: deque[Future[Made]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        for thing in things:
+            waiting.append(pool.submit(make, thing))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------- images and videos
 
 
 @dataclass(frozen=True)
 class Shown:
-    """The pictures of an item, or the frames of its video."""
+    """The images of an item, or the frames of its video."""
 
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     is_video: bool
     digests: tuple[str, ...]
-    """A hash of every picture, or of the video file."""
+    """A hash of every image, or of the video file."""
     seconds: tuple[float, ...] = ()
-    """When each frame of the video is seen, as far as the file tells."""
+    """Time stamp of each frame of the video, if the file has them."""
 
     @property
     def name(self) -> str | None:
-        """What stands for all of it, the same for every item that shows it; None for nothing."""
-        if not self.digests:
-            return None
-        return hashlib.sha256(_as_json(self.digests).encode()).hexdigest()[:16]
+        """A hash of all of it, the same for every item that shows it; None without images."""
+        return _hash(self.digests) if self.digests else None
 
 
 def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Shown:
-    """Return what an item shows.
+    """Return the images of an item.
 
     Args:
         item: for messages.
@@ -190,10 +226,14 @@ def shown_of(item: Item, visuals: Sequence[Any] | None, max_frames: int) -> Show
     if not all(isinstance(visual, Image.Image) for visual in given):
         kinds = ", ".join(sorted({type(visual).__name__ for visual in given}))
         raise TodreError(
-            f"document {item.doc_id} of {item.task} shows {len(given)} things of type {kinds}; "
-            "allowed: PIL images, one video file, or nothing."
+            f"document {item.doc_id} of {item.task} must show PIL images, one video file or "
+            f"nothing, got {len(given)} of type {kinds}."
         )
-    return Shown(tuple(given), False, tuple(picture_digest(picture) for picture in given))
+    return Shown(tuple(given), False, tuple(picture_digest(image) for image in given))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(_as_json(value).encode()).hexdigest()[:16]
 
 
 def _as_json(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The page of ``todre ui``: one question, two methods, side by side.
 
-``uploads`` reads what visitors send, ``session`` holds the model and answers piece by piece,
-``progress`` reports progress and stops, ``drawing`` and ``chart`` make the pictures, ``summary``
-the words next to them, and ``handler`` puts one question to both methods. Only ``page``, where
-everything has its place, and ``serve``, which opens it, know gradio.
+``serve`` opens the page with ``gate`` in front, ``page`` lays it out, ``handler`` puts one question
+to both methods, ``session`` holds the model, ``progress`` reports and stops, ``uploads`` reads
+files, ``drawing`` and ``chart`` draw, and ``summary`` makes the tables. Only ``page`` and ``serve``
+use gradio.
 """

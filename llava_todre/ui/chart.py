@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from llava_todre.pruners import Combined, Pruner
 from llava_todre.stats import Probe
 
-TO_VISUAL, TO_TEXT = "#0072b2", "#d55e00"  # told apart by colour-blind readers too
+TO_VISUAL, TO_TEXT = "#0072b2", "#d55e00"  # safe for colour-blind readers
 _WIDTH, _HEIGHT = 360, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 40, 42
 _TICKS = 4
 
 _Scale = Callable[[float], float]
-"""From a layer, or a share, to a place in the drawing."""
+"""From a layer, or a share, to a coordinate."""
 
 
 def ratio_chart(
@@ -34,7 +34,7 @@ def ratio_chart(
         return _LEFT + (layer + 0.5) / num_layers * (_WIDTH - _LEFT - _RIGHT)
 
     def y(value: float) -> float:
-        # Always up to 1, so that both sides of the page can be compared.
+        # Always up to 1, so that both sides can be compared.
         return _HEIGHT - _BOTTOM - value * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [_grid(num_layers, x, y)]
@@ -62,7 +62,7 @@ def ratio_chart(
 
 
 def threshold(pruner: Pruner) -> float | None:
-    """Return the ``tau`` by which a method withdraws, if it has one."""
+    """Return the withdrawal threshold ``tau`` of a method, if it has one."""
     inside = pruner.inside if isinstance(pruner, Combined) else pruner
     return getattr(inside, "tau", None)
 

@@ -1,4 +1,4 @@
-"""The kept tokens of an answer, drawn on what the visitor sent."""
+"""The kept tokens of an answer, drawn on the upload."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _FRAME = SimpleNamespace(image_aspect_ratio="square")
 
 
 def preview(upload: Upload) -> Image.Image:
-    """Return what was read, small: the image, or the frames in rows."""
+    """Return a small view of an upload: the image, or the frames in rows."""
     if not upload.is_video:
-        picture = upload.images[0].copy()
-        picture.thumbnail((800, 800))
-        return picture
+        small = upload.images[0].copy()
+        small.thumbnail((800, 800))
+        return small
     cells = [(f"frame {i}", _small(frame)) for i, frame in enumerate(upload.images, start=1)]
     return contact_sheet(_rows(cells), f"{len(cells)} frames, evenly spaced")
 
@@ -33,7 +33,7 @@ def kept_picture(upload: Upload, stats: PruneStats, model: Any) -> Image.Image:
     """Return the image, or the frames in rows, with dropped tokens dimmed.
 
     Args:
-        upload: what was asked about.
+        upload: the image or video.
         stats: of the answer.
         model: our class, for its config and the size of its views.
     """
@@ -52,7 +52,7 @@ def kept_picture(upload: Upload, stats: PruneStats, model: Any) -> Image.Image:
 
 
 def frame_stats(video: ImageStats, index: int) -> ImageStats:
-    """Return what happened to the tokens of one frame, as if it were an image of its own.
+    """Return the statistics of one frame, as of a separate image.
 
     Args:
         video: of the whole video.

@@ -1,8 +1,7 @@
-"""Who may talk to the page, and how much may be sent: checked before gradio sees a request.
+"""Access to the page, and the size of requests: checked before gradio sees them.
 
-A page of another site can make its visitor's browser send requests here: under a name of its own
-that leads to this machine (DNS rebinding), which ``Host`` gives away, or across sites, which
-``Origin`` gives away.
+Another site can make a visitor's browser send requests here: under a name of its own that resolves
+to this machine (DNS rebinding), which ``Host`` shows, or across sites, which ``Origin`` shows.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _PORTS = {"http": 80, "https": 443}
 _MIB = 2**20
 MOST_BYTES = _MIB
-"""Of a request that is no upload: a question and where everything stands on the page."""
+"""Of a request that is no upload: a question and the state of the page."""
 FORM_BYTES = 2**16
 """What a form adds to the file it sends."""
 
@@ -43,7 +42,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """ASGI application around another one; answers itself what that one must not see."""
+    """ASGI middleware that answers what the application must not see."""
 
     def __init__(
         self, app: App, host: str, uploads: Path, upload_bytes: int, total_bytes: int
@@ -99,9 +98,9 @@ class Gate:
         return None
 
     def is_own(self, hosts: list[str], origins: list[str]) -> bool:
-        """Return whether a request means this page, and comes from it or from no page at all.
+        """Return whether a request is for this page, and comes from it or from no page at all.
 
-        The port may be another one, as behind a tunnel; an origin must have that of the host.
+        The port may differ, as after a tunnel; an origin must have that of the host.
 
         Args:
             hosts: what its ``Host`` headers say.
@@ -128,8 +127,8 @@ class Gate:
         if held + self._promised + size > self._total_bytes + FORM_BYTES:
             most = self._total_bytes / _MIB
             return (
-                f"The uploads of this page hold {held / _MIB:.0f} MiB, allowed: {most:g} MiB; they "
-                "are removed an hour after they came."
+                f"The uploads of this page must have at most {most:g} MiB together, got "
+                f"{held / _MIB:.0f} MiB; they are removed after an hour."
             )
         return ""
 
@@ -143,14 +142,14 @@ def _bytes_of(file: Path) -> int:
 
 def _size(headers: dict[bytes, list[str]]) -> int | None:
     """Return the bytes of a request's body; None where it does not say."""
-    told = headers.get(b"content-length", ["0"])
-    if b"transfer-encoding" in headers or len(told) != 1 or not told[0].isdecimal():
+    stated = headers.get(b"content-length", ["0"])
+    if b"transfer-encoding" in headers or len(stated) != 1 or not stated[0].isdecimal():
         return None
-    return int(told[0])
+    return int(stated[0])
 
 
 def _place(url: str) -> tuple[str, int] | None:
-    """Return host and port; None of what names more than these, or is damaged."""
+    """Return host and port; None if the URL holds more than these, or is damaged."""
     try:
         parts = urlsplit(url)
         port, name = parts.port, parts.hostname

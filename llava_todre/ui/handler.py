@@ -1,6 +1,6 @@
-"""One visitor's question to both methods, as news for the parts of the page.
+"""One visitor's question to both methods, as updates of the page.
 
-News are dictionaries from the id of a part, like ``status`` or ``left-answer``, to what it shows.
+An update maps the id of a part, such as ``status`` or ``left-answer``, to its new content.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from threading import Event
 from typing import Any
 
 from llava_todre.errors import TodreError
-from llava_todre.ui import summary as facts
+from llava_todre.ui import summary
 from llava_todre.ui.drawing import kept_picture
 from llava_todre.ui.progress import Stopped
 from llava_todre.ui.session import Outcome, Question, Step, Studio
@@ -21,18 +21,18 @@ from llava_todre.ui.uploads import Upload, read_upload
 
 SIDES = ("Left", "Right")
 RESULTS = ("answer", "kept", "facts", "chart")
-"""What there is of each side; the id of a part is, for example, ``left-kept``."""
+"""Parts of each side; the id of one is, for example, ``left-kept``."""
 _LOG = logging.getLogger(__name__)
 
-News = dict[str, Any]
+Update = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the visitor has set."""
+    """The visitor's choices."""
 
     path: str | Path | None
-    """The file to look at."""
+    """The image or video."""
     question: str
     max_new_tokens: int
     num_frames: int
@@ -47,52 +47,52 @@ def part(side: str, name: str) -> str:
     return f"{side.lower()}-{name}"
 
 
-def visit(studio: Studio, settings: Settings, stop: Event) -> Iterator[News]:
-    """Yield news until both sides have answered, one has failed, or ``stop`` is set.
+def visit(studio: Studio, settings: Settings, stop: Event) -> Iterator[Update]:
+    """Yield updates until both sides have answered, one has failed, or ``stop`` is set.
 
-    Nothing is raised: what goes wrong is news, too.
+    Nothing is raised: errors are updates, too.
     """
     try:
-        yield {"status": facts.progress("Reads the file.")}
+        yield {"status": summary.progress("Reads the file.")}
         if settings.path is None:
-            raise TodreError("There is nothing to look at: upload a file, or pick an example.")
+            raise TodreError("There is no image yet: upload a file, or pick an example.")
         upload = read_upload(settings.path, settings.num_frames)
         question = Question(
             upload, settings.question, settings.max_new_tokens, settings.every_layer
         )
         for side, (method, ratio) in zip(SIDES, settings.wanted, strict=True):
-            for news in studio.answer(question, method, ratio, stop):
+            for update in studio.answer(question, method, ratio, stop):
                 yield (
-                    _step(side, method, news)
-                    if isinstance(news, Step)
-                    else _outcome(studio, side, upload, news)
+                    _step(side, method, update)
+                    if isinstance(update, Step)
+                    else _outcome(studio, side, upload, update)
                 )
-        yield {"status": facts.progress("Stopped." if stop.is_set() else "Done.")}
+        yield {"status": summary.progress("Stopped." if stop.is_set() else "Done.")}
     except Stopped:
-        yield {"status": facts.progress("Stopped.")}
+        yield {"status": summary.progress("Stopped.")}
     except Exception as error:
-        yield {"status": facts.alert(reason(error))}
+        yield {"status": summary.alert(reason(error))}
 
 
 def reason(error: Exception) -> str:
-    """Return one line for the visitor; what nobody foresaw goes to the log as well."""
+    """Return one line for the visitor; unexpected errors go to the log as well."""
     if isinstance(error, TodreError):
         return str(error)
     _LOG.error("the demo page failed", exc_info=error)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _step(side: str, method: str, step: Step) -> News:
-    line = facts.progress(f"{side}, {method}: {step.line}.")
+def _step(side: str, method: str, step: Step) -> Update:
+    line = summary.progress(f"{side}, {method}: {step.line}.")
     return {"status": line, part(side, "answer"): step.text}
 
 
-def _outcome(studio: Studio, side: str, upload: Upload, outcome: Outcome) -> News:
+def _outcome(studio: Studio, side: str, upload: Upload, outcome: Outcome) -> Update:
     vlm = studio.vlm
     shown = {
         "answer": outcome.text,
         "kept": kept_picture(upload, outcome.stats, vlm.model) if vlm.draws_tokens else None,
-        "facts": facts.facts(outcome, vlm),
-        "chart": facts.chart(outcome, len(outcome.stats.prompt_tokens_per_layer)),
+        "facts": summary.facts_table(outcome, vlm),
+        "chart": summary.chart(outcome, len(outcome.stats.prompt_tokens_per_layer)),
     }
     return {part(side, name): value for name, value in shown.items()}

@@ -1,4 +1,4 @@
-"""The page itself, in gradio: what a visitor can set, and where everything appears.
+"""The page itself, in gradio: inputs, outputs, and what connects them.
 
 Nothing on it comes from another server, and nothing about its visitors goes to one.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from llava_todre.catalogue import COMBINATION
 from llava_todre.errors import TodreError
 from llava_todre.model.checkpoint import bundled_checkpoint
-from llava_todre.ui import summary as facts
+from llava_todre.ui import summary
 from llava_todre.ui.drawing import preview
 from llava_todre.ui.handler import RESULTS, SIDES, Settings, part, reason, visit
 from llava_todre.ui.session import Studio, has_budget
@@ -25,9 +25,9 @@ _FRAMES, _MOST_FRAMES = 8, 32
 _TOKENS, _MOST_TOKENS = 64, 512
 _KEEP_UPLOADS_S = 3600
 _INTRO = """# Two methods, one question
-Ask about a picture or a short video, and see what each method keeps of it, what it costs, and what
-is answered. In the pictures dropped tokens are dimmed; yellow frames are kept tokens of the
-thumbnail, which see the whole picture coarsely.
+Ask about an image or a short video, and compare what each method keeps, what it costs, and its
+answer. Dropped tokens are dimmed; yellow frames are kept tokens of the thumbnail, which cover the
+whole image coarsely.
 
 Model: **{name}**. {note}"""
 CSS = """
@@ -65,7 +65,7 @@ def build_page(gr: Any, studio: Studio, name: str, note: str = "") -> Any:
 
 
 class _Page:
-    """The parts of the page by name, and what happens when a visitor touches them."""
+    """The parts of the page by name, and their events."""
 
     def __init__(self, gr: Any, studio: Studio) -> None:
         """Place all parts, from top to bottom."""
@@ -76,7 +76,7 @@ class _Page:
         self.chosen, self.stopper = gr.State(path), gr.State(None)
         with gr.Row():
             with gr.Column(min_width=280):
-                self._place_picture(label, path)
+                self._place_input(label, path)
             with gr.Column(min_width=280):
                 self._place_question(question)
         self.status = gr.HTML(elem_id="status")
@@ -85,7 +85,7 @@ class _Page:
             for side in SIDES:
                 self.parts |= _results(gr, side)
 
-    def _place_picture(self, label: str | None, path: str | None) -> None:
+    def _place_input(self, label: str | None, path: str | None) -> None:
         gr = self.gr
         self.file = gr.File(
             label="Upload an image or a short video",
@@ -98,9 +98,9 @@ class _Page:
         )
         self.shown = gr.Image(
             preview(read_upload(path, 1)) if path else None,
-            label="What the model is shown",
-            show_label=False,  # it would lie on the picture
-            alt_text="the picture, or the frames of the video, that was chosen",
+            label="Input of the model",
+            show_label=False,  # it would cover the image
+            alt_text="the image, or the frames of the video, that was chosen",
             elem_id="shown",
             interactive=False,
             height=270,
@@ -128,11 +128,11 @@ class _Page:
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop")
 
     def connect(self) -> None:
-        """Say what each part does."""
+        """Connect the events."""
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         seen = [self.chosen, self.shown, self.example, self.status, self.file]
         for uploaded in (self.file.upload, self.file.clear):
-            uploaded(self._look, [self.file, self.frames], seen, **quiet)
+            uploaded(self._show, [self.file, self.frames], seen, **quiet)
         for method, share in self.choices:
             method.change(self._budget, method, share, queue=False, **quiet)
         seen = [self.chosen, self.shown, self.text, self.status, self.file]
@@ -150,35 +150,35 @@ class _Page:
         asked.then(self._run, inputs, outputs, concurrency_limit=1, **quiet)
         self.stop.click(self._end, self.stopper, self.stop, queue=False, **quiet)
 
-    def _look(self, sent: str | None, num_frames: int) -> dict[Any, Any]:
+    def _show(self, sent: str | None, num_frames: int) -> dict[Any, Any]:
         """Show what was uploaded."""
         if sent is None:
             return {self.chosen: None, self.shown: None, self.status: ""}
-        news: dict[Any, Any] = {self.chosen: sent, self.example: None, self.status: ""}
+        update: dict[Any, Any] = {self.chosen: sent, self.example: None, self.status: ""}
         try:
-            return news | {self.shown: preview(read_upload(sent, int(num_frames)))}
+            return update | {self.shown: preview(read_upload(sent, int(num_frames)))}
         except Exception as error:
-            problem = facts.alert(reason(error))
+            problem = summary.alert(reason(error))
             nothing = dict.fromkeys((self.chosen, self.shown, self.file))
-            return news | nothing | {self.status: problem}
+            return update | nothing | {self.status: problem}
 
     def _pick(self, label: str) -> dict[Any, Any]:
         """Show an example."""
         path, question = self.examples[label]
         picture = preview(read_upload(path, 1))
-        news = {self.chosen: path, self.shown: picture, self.text: question}
-        return news | {self.status: "", self.file: None}
+        update = {self.chosen: path, self.shown: picture, self.text: question}
+        return update | {self.status: "", self.file: None}
 
     def _budget(self, method: str | None) -> Any:
         return self.gr.update(interactive=has_budget(method or ""))
 
     def _begin(self, earlier: Event | None) -> dict[Any, Any]:
-        """Make way for a question."""
+        """Clear the page for a question."""
         if earlier is not None:
-            earlier.set()  # asked twice at once: the later one counts
+            earlier.set()  # a second click: the later question counts
         return {
             **dict.fromkeys(self.parts.values()),
-            self.status: facts.progress("Waits for its turn."),
+            self.status: summary.progress("Waiting for other questions."),
             self.stopper: Event(),
             self.ask: self.gr.update(interactive=False),
             self.stop: self.gr.update(interactive=True),
@@ -190,8 +190,8 @@ class _Page:
         names = [method or "" for method in pairs[::2]]
         wanted = list(zip(names, pairs[1::2], strict=True))
         settings = Settings(sent, words, int(longest), int(num_frames), bool(measured), wanted)
-        for news in visit(self.studio, settings, event):
-            yield {self.parts[key]: value for key, value in news.items()}
+        for update in visit(self.studio, settings, event):
+            yield {self.parts[key]: value for key, value in update.items()}
         done, off = self.gr.update(interactive=True), self.gr.update(interactive=False)
         yield {self.ask: done, self.stop: off}
 

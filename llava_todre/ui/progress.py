@@ -1,4 +1,4 @@
-"""Watching a model at work from another thread: which layer runs, which words come, and stop."""
+"""Progress of a running model: the layer, the text so far, and a way to stop."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 
 Tell = Callable[[str], None]
-"""Called with one line about what goes on."""
+"""Called with one line of progress."""
 
 
 class Stopped(Exception):
-    """Someone asked to stop before the first token came."""
+    """Stopped before the first token."""
 
 
 class Words:
-    """A streamer for ``generate`` that reads the answer anew with every token.
+    """A streamer for ``generate`` that decodes the whole answer with every token.
 
-    Also a stopping criterion, because after the first token stopping means to keep what there is.
+    Also a stopping criterion: after the first token, stopping keeps the text so far.
     """
 
     def __init__(self, tokenizer: Any, say: Callable[[str], None], stop: Event) -> None:
         """Start with no token.
 
         Args:
-            tokenizer: for reading ids.
+            tokenizer: decodes ids.
             say: called with the text so far.
             stop: ends the answer after the token at hand.
         """
@@ -40,7 +40,7 @@ class Words:
         self._prompt_is_next = True
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt first, then one token after the other."""
+        """Receive the prompt first, then one token after the other."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
@@ -49,10 +49,10 @@ class Words:
         self.say(self.tokenizer.decode(self.ids, skip_special_tokens=True).strip())
 
     def end(self) -> None:
-        """Do nothing: whoever called ``generate`` has the answer now."""
+        """Do nothing: ``generate`` returns the answer."""
 
     def __call__(self, ids: Tensor, scores: Any, **rest: Any) -> Tensor:
-        """Return (B,) bool, whether to end here."""
+        """Return (B,) bool, whether to stop."""
         del scores, rest
         return torch.full((len(ids),), self.stop.is_set(), device=ids.device)
 
@@ -61,14 +61,14 @@ class Words:
 def watching(
     model: nn.Module, decoder_layers: nn.ModuleList, words: Words, tell: Tell, stop: Event
 ) -> Iterator[None]:
-    """Say before every layer of the tower and of the prefill what runs, and stop there if asked.
+    """Report every layer of the tower and of the prefill before it runs, or stop there.
 
     Args:
-        model: whatever holds layers in module lists.
+        model: holds its layers in module lists.
         decoder_layers: those of the decoder.
-        words: knows whether the first token has come.
-        tell: gets the line.
-        stop: raises :class:`Stopped` in the thread that runs the model.
+        words: of the answer; nothing is reported after its first token.
+        tell: receives the line.
+        stop: if set, :class:`Stopped` is raised in the thread that runs the model.
     """
 
     def before(line: str) -> Callable[..., None]:
@@ -84,7 +84,7 @@ def watching(
     handles = []
     for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for number, layer in enumerate(layers, start=1):
-            stage = "reads the prompt" if layers is decoder_layers else "looks at the picture"
+            stage = "reads the prompt" if layers is decoder_layers else "encodes the image"
             line = f"{stage}, layer {number} of {len(layers)}"
             handles.append(layer.register_forward_pre_hook(before(line)))
     try:

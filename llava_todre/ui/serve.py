@@ -1,4 +1,4 @@
-"""Opening the page: to this machine only, unless told otherwise, and without any other server."""
+"""Serving the page: to this machine by default, and without any other server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -23,8 +23,8 @@ from llava_todre.ui.uploads import LIMITS
 LOCAL = "127.0.0.1"
 PORT = 7860
 _WAITING = 16
-_BUNDLED_NOTE = """The bundled model has learnt drawn scenes like the examples, and nothing else; it
-shows how the methods work and is no evidence about larger models."""
+_BUNDLED_NOTE = """The bundled model was trained on drawn scenes like the examples only; it shows
+how the methods work and is no evidence about larger models."""
 
 
 def serve(model_path: str | None, *, host: str = LOCAL, port: int = PORT, **options: Any) -> None:
@@ -39,37 +39,35 @@ def serve(model_path: str | None, *, host: str = LOCAL, port: int = PORT, **opti
     Raises:
         TodreError: gradio is missing, the checkpoint cannot be loaded, or the port is taken.
     """
-    _check_address(host, port)  # all this before minutes of loading
+    _check_address(host, port)  # before minutes of loading
     _gradio()
     studio = Studio(model_path or str(bundled_checkpoint()), **options)
     note = _BUNDLED_NOTE if model_path is None else ""
     if not studio.vlm.draws_tokens:
-        note += " What part of a picture each token sees is not known here, so nothing is drawn."
+        note += " Which part of an image each token covers is not known here: nothing is drawn."
     local = is_loopback(host)
     reach = "this machine" if local else "whoever can reach this machine"
-    with _ended_as_by_ctrl_c():
-        page = open_page(studio, model_path or "bundled mini model", note, host, port)
-        try:
-            print(f"http://{_written(host)}:{port} shows the page, to {reach}; Ctrl-C ends it.")
-            if not local:
-                print("Warning: there is no password and no TLS; others can read what is sent.")
-            sys.stdout.flush()
-            Event().wait()
-        except KeyboardInterrupt:
-            pass  # the way to end it
-        finally:
-            studio.close()
-            page.close(verbose=False)
+    with (
+        _ended_as_by_ctrl_c(),
+        open_page(studio, model_path or "bundled mini model", note, host, port),
+        closing(studio),
+        suppress(KeyboardInterrupt),  # the usual end
+    ):
+        print(f"http://{_written(host)}:{port} shows the page, to {reach}; Ctrl-C ends it.")
+        if not local:
+            print("Warning: there is no password and no TLS; others can read what is sent.")
+        sys.stdout.flush()
+        Event().wait()
 
 
 @contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """Let those who end the process end the page first, so that nothing of it is left."""
+    """Let SIGTERM and SIGHUP end the page first, so that nothing of it is left."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    asked = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    before = {number: signal.signal(number, signal.default_int_handler) for number in asked}
+    ends = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ends}
     try:
         yield
     finally:
@@ -80,7 +78,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 def _check_address(host: str, port: int) -> None:
     """Raise a TodreError unless this machine can listen there."""
     if not 1 <= port <= 65535:
-        raise TodreError(f"port {port} is out of range; allowed: 1 to 65535.")
+        raise TodreError(f"port must be from 1 to 65535, got {port}.")
     try:
         if not host.strip("[]"):
             raise OSError
@@ -95,60 +93,50 @@ def _check_address(host: str, port: int) -> None:
 
 def _cannot_be_used(host: str, port: int) -> TodreError:
     return TodreError(
-        f"port {port} of {host or repr(host)} cannot be used; allowed: a free port of an address "
-        "that this machine has, such as 127.0.0.1."
+        f"port must be free, on an address of this machine such as 127.0.0.1, got {port} of "
+        f"{host or repr(host)}."
     )
 
 
 def _written(host: str) -> str:
-    """Return a host as addresses of pages have it: IPv6 in brackets."""
+    """Return a host as in a URL: IPv6 in brackets."""
     address = address_of(host)
     return host if address is None or address.version == 4 else f"[{address}]"
 
 
-class _Uploads:
-    """A folder that only this user can read, for all that gradio stores while the page is open."""
+@contextmanager
+def _private_uploads() -> Iterator[None]:
+    """Let all that gradio stores go to a folder of this user, removed at the end.
 
-    def __init__(self) -> None:
-        """Make it the process's folder for temporary files, which is where gradio puts uploads."""
-        self._before = tempfile.tempdir
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="llava_todre-", ignore_cleanup_errors=True
-        )
-        tempfile.tempdir = self._folder.name
-
-    def remove(self) -> None:
-        """Remove it with all that is in it."""
-        if tempfile.tempdir == self._folder.name:
-            tempfile.tempdir = self._before
-        self._folder.cleanup()
+    It is the process's folder for temporary files meanwhile, which is where gradio puts uploads.
+    """
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="llava_todre-", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
+@contextmanager
 def open_page(
     studio: Studio, name: str, note: str = "", host: str = LOCAL, port: int = PORT
-) -> Any:
-    """Serve the page in threads of its own; returns gradio's Blocks, whose ``close`` ends it.
+) -> Iterator[None]:
+    """Serve the page in threads of its own until the block ends.
 
     Raises:
         TodreError: gradio is missing, or the port is taken.
     """
     gr = _gradio()
     _check_address(host, port)
-    uploads = _Uploads()  # before gradio asks where they go
-    try:
+    with _private_uploads():
         page = build_page(gr, studio, name, note)
         _launch(gr, page, host, port)
-    except BaseException:
-        uploads.remove()
-        raise
-    close = page.close
-
-    def close_all(verbose: bool = True) -> None:
-        close(verbose)
-        uploads.remove()
-
-    page.close = close_all
-    return page
+        try:
+            yield
+        finally:
+            page.close(verbose=False)
 
 
 def _launch(gr: Any, page: Any, host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""One model, one question at a time: the answer as it grows, then everything there is to show."""
+"""One model, one question at a time: the growing answer, then the outcome."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from llava_todre.ui.progress import Stopped, Tell, Words, watching
 from llava_todre.ui.uploads import Upload
 from llava_todre.vlm import load
 
-_LOOK_S = 0.05
-"""How often a visitor's screen is brought up to date, at most."""
+_UPDATE_S = 0.05
+"""Seconds between two updates of a visitor's page, at least."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What both sides are asked."""
+    """The question to both sides."""
 
     upload: Upload
     text: str
     max_new_tokens: int = 64
     every_layer: bool = True
-    """Whether a pass of its own measures the attention ratios after every layer."""
+    """Whether an extra pass measures the attention ratios after every layer."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """How far an answer is."""
+    """Progress of an answer."""
 
     line: str
     text: str = ""
@@ -45,11 +45,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """An answer and how it came about."""
+    """An answer, its statistics and times."""
 
     text: str
     name: str
-    """The method, and the share of tokens it was given to keep, if any."""
+    """The method, with its share of tokens if it takes one."""
     pruner: Pruner
     stats: PruneStats
     new_tokens: int
@@ -59,14 +59,14 @@ class Outcome:
     ratios: tuple[Probe, ...] = ()
     """One probe per layer that held visual tokens; () when they were not measured."""
     no_ratios: str = ""
-    """Why they were not."""
+    """Why they were not measured."""
 
 
 class Studio:
-    """A model that answers one question after the other, in a thread of its own."""
+    """A model that answers one question after the other, in its own thread."""
 
     def __init__(self, path: str, **options: Any) -> None:
-        """Load, and answer once, so that the first visitor does not measure the start-up.
+        """Load, and answer once, so that the first times are those of a warm model.
 
         Args:
             path: folder or hub id.
@@ -77,7 +77,7 @@ class Studio:
         """
         self.vlm = load(path, **options)
         self._stop = Event()
-        """Of the answer at work."""
+        """Of the current answer."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
         self.vlm.set_pruner("uniform", retain_tokens=1)
         self.vlm.ask(Image.new("RGB", (64, 64), "white"), "What is this?", max_new_tokens=1)
@@ -94,19 +94,19 @@ class Studio:
         return True
 
     def close(self) -> None:
-        """Stop the answer at work, and take no more questions."""
+        """Stop the current answer, and take no more questions."""
         self._stop.set()
         self._worker.shutdown(cancel_futures=True)
 
     def answer(
         self, question: Question, method: str, ratio: float, stop: Event
     ) -> Iterator[Step | Outcome]:
-        """Yield how far the answer is, now and then, and at last the outcome.
+        """Yield the progress of the answer, then the outcome.
 
         Args:
-            question: what is asked.
+            question: with its image or video.
             method: a name of the registry, or A+B.
-            ratio: share of the visual tokens that is kept; without effect on vanilla.
+            ratio: share of the visual tokens to keep; no effect on vanilla.
             stop: may be set by another thread at any time.
 
         Raises:
@@ -126,13 +126,13 @@ class Studio:
         work = self._worker.submit(self._answer, question, method, ratio, stop, tell, say)
         shown = None
         try:
-            while not wait([work], timeout=_LOOK_S).done:
+            while not wait([work], timeout=_UPDATE_S).done:
                 if latest != shown:
                     shown = latest
                     yield shown
             yield work.result()
         finally:
-            if not work.done():  # nobody listens any more
+            if not work.done():  # the visitor has left
                 stop.set()
 
     def _answer(
@@ -148,13 +148,13 @@ class Studio:
         pruner = create_pruner(method, **({"retain_ratio": ratio} if budget else {}))
         name = f"{method} {ratio:.0%}" if budget else method
         ratios: tuple[Probe, ...] = ()
-        reason = "" if question.every_layer else "not asked for"
-        if question.every_layer:  # first, so that the times of the answer are those of a warm model
+        reason = "" if question.every_layer else "not requested"
+        if question.every_layer:  # first, so that the answer is timed on a warm model
             try:
                 ratios = self._ratios(question, pruner, stop, tell)
             except TodreError as error:
                 reason = str(error)
-        tell("prepares the picture")
+        tell("prepares the image")
         start = time.perf_counter()
         given, words = self._run(question, pruner, question.max_new_tokens, stop, tell, say)
         end = time.perf_counter()
@@ -208,5 +208,5 @@ class Studio:
 
 
 def has_budget(method: str) -> bool:
-    """Return whether a method takes a share; the unpruned model takes none, not even all."""
+    """Return whether a method takes a share of tokens; the unpruned model does not."""
     return method.partition("+")[0] != "vanilla"

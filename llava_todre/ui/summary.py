@@ -1,4 +1,4 @@
-"""What stands beside an answer, as small pieces of HTML. All text from outside is escaped."""
+"""The table, chart and messages of an answer as HTML; text from outside is escaped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llava_todre.ui.session import Outcome
 from llava_todre.work import HasDecoder, prefill_work
 
 _STAGES = {
-    "views": "cutting the picture",
+    "views": "cutting the image",
     "vision": "vision tower",
     "selection": "selection",
     "prefill": "prefill",
@@ -19,11 +19,11 @@ _STAGES = {
 }
 
 
-def facts(outcome: Outcome, model: HasDecoder) -> str:
-    """Return tokens, work, times and what left inside the decoder as one table.
+def facts_table(outcome: Outcome, model: HasDecoder) -> str:
+    """Return tokens, FLOPs, times and what the decoder dropped as one table.
 
     Args:
-        outcome: one side's.
+        outcome: of one side.
         model: that answered, for counting FLOPs.
     """
     stats = outcome.stats
@@ -56,12 +56,12 @@ def chart(outcome: Outcome, num_layers: int) -> str:
 
 
 def progress(line: str) -> str:
-    """Return the line about what goes on; screen readers speak it when it changes."""
+    """Return the status line; screen readers speak it when it changes."""
     return f'<p role="status" class="progress">{escape(line)}</p>' if line else ""
 
 
 def alert(message: str) -> str:
-    """Return what went wrong."""
+    """Return an error message."""
     return f'<p role="alert" class="problem">{escape(message)}</p>'
 
 

@@ -1,7 +1,7 @@
-"""What a visitor may send: one image, or one short video; everything else gets a clear answer.
+"""Reading uploads: one image, or one short video; anything else is a clear error.
 
-A file is what its first bytes say, never what its name says. That also keeps the decoders off
-formats that make them open other files, or addresses, on the visitor's behalf.
+The format is read from the first bytes, never from the name. That also excludes formats that make
+decoders open other files or addresses.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Upload:
     """One image, or the frames of one video."""
 
     images: Sequence[Image.Image]
-    """RGB, as they are shown; frames in order."""
+    """RGB, upright; frames in order."""
     is_video: bool = False
     seconds: Sequence[float] = ()
-    """When each frame is seen; empty where not known."""
+    """Time stamp of each frame; empty where not known."""
 
 
 def read_upload(path: str | Path, num_frames: int, limits: Limits = LIMITS) -> Upload:
@@ -72,37 +72,37 @@ def read_upload(path: str | Path, num_frames: int, limits: Limits = LIMITS) -> U
     except OSError as error:
         raise TodreError(f"file {path.name!r} cannot be read: {error.strerror}.") from None
     if size == 0:
-        raise TodreError(f"file {path.name!r} is empty; allowed: {_ALLOWED}.")
+        raise TodreError(f"file {path.name!r} must be {_EXPECTED}, got an empty file.")
     most = limits.video_bytes if is_video else limits.image_bytes
     if size > most:
         kind = "a video" if is_video else "an image"
         raise TodreError(
-            f"file {path.name!r} has {size / _MIB:.1f} MiB; allowed for {kind}: up to "
-            f"{most / _MIB:g} MiB."
+            f"file {path.name!r} must have at most {most / _MIB:g} MiB as {kind}, got "
+            f"{size / _MIB:.1f} MiB."
         )
     if not is_video:
         return Upload([_read_image(path, limits)])
     _check_video(path, limits)
     try:
-        # Not the copy that is kept for later: visitors' videos are large, and come once or twice.
+        # Uncached: visitors' videos are large, and used once or twice.
         clip = read_clip.__wrapped__(str(path), num_frames)
         return Upload(clip.frames, is_video=True, seconds=clip.seconds)
     except TodreError as error:
         raise TodreError(str(error).replace(str(path), path.name)) from None
 
 
-_ALLOWED = f"an image ({', '.join(IMAGE_FORMATS)}) or a short video ({', '.join(VIDEO_FORMATS)})"
+_EXPECTED = f"an image ({', '.join(IMAGE_FORMATS)}) or a short video ({', '.join(VIDEO_FORMATS)})"
 
 
 def _read_image(path: Path, limits: Limits) -> Image.Image:
     try:
         return decode_image(path, repr(path.name), IMAGE_FORMATS, limits.pixels)
     except Image.UnidentifiedImageError:
-        raise TodreError(f"file {path.name!r} is neither of what is allowed: {_ALLOWED}.") from None
+        raise TodreError(f"file {path.name!r} must be {_EXPECTED}, got something else.") from None
 
 
 def _check_video(path: Path, limits: Limits) -> None:
-    """Look at the packets of a video without decoding any."""
+    """Check the packets of a video without decoding any."""
     try:
         import av
     except ImportError:
@@ -110,14 +110,14 @@ def _check_video(path: Path, limits: Limits) -> None:
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise TodreError(f"video {path.name!r} has no pictures, only sound or text.")
+                raise TodreError(f"video {path.name!r} must have images, got only sound or text.")
             stream = container.streams.video[0]
             width = round(stream.codec_context.width * pixel_aspect(stream))
             height = stream.codec_context.height
             if width * height > limits.frame_pixels:
                 raise TodreError(
-                    f"video {path.name!r} has frames of {width} x {height} pixels; allowed: up to "
-                    f"{limits.frame_pixels / 1e6:.1f} million."
+                    f"video {path.name!r} must have frames of at most "
+                    f"{limits.frame_pixels / 1e6:.1f} million pixels, got {width} x {height}."
                 )
             count, first, last = 0, None, 0.0
             for packet in container.demux(stream):
@@ -127,11 +127,11 @@ def _check_video(path: Path, limits: Limits) -> None:
                     first, last = time if first is None else first, max(time, last)
                 if count > limits.frames or last - (first or 0.0) > limits.seconds:
                     raise TodreError(
-                        f"video {path.name!r} is too long; allowed: up to {limits.seconds:g} "
-                        f"seconds and {limits.frames} frames."
+                        f"video {path.name!r} must have at most {limits.seconds:g} seconds and "
+                        f"{limits.frames} frames, got more."
                     )
             if count == 0:
-                raise TodreError(f"video {path.name!r} holds no frame; give a video with pictures.")
+                raise TodreError(f"video {path.name!r} must have at least one frame, got none.")
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TodreError(f"video {path.name!r} is damaged: {reason}.") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llava_todre.errors import TodreError
 from llava_todre.lmms_plugin.answer_log import AnswerLog, read_answers
 
 LINE = {
@@ -52,3 +53,13 @@ def test_a_damaged_line_is_as_if_it_were_not_there(kind: str, tmp_path: Path) ->
     assert [doc_id for _, doc_id, _ in again.finished("gqa", "test")] == [1]
     again.append([LINE])
     assert [line["doc_id"] for line in read_answers(tmp_path)] == [0, 1]
+
+
+def test_reading_a_log_takes_the_latest_run_and_each_item_once(tmp_path: Path) -> None:
+    old, new = AnswerLog(tmp_path, "old", 0, {}), AnswerLog(tmp_path, "new", 0, {})
+    old.append([LINE | {"answer": "old"}])
+    new.append([LINE | {"doc_id": 1, "answer": "first"}, LINE | {"answer": "zero"}])
+    new.append([LINE | {"doc_id": 1, "batch": "c", "answer": "second"}])
+    assert [entry["answer"] for entry in read_answers(tmp_path)] == ["zero", "second"]
+    with pytest.raises(TodreError, match="log_dir .* holds no log"):
+        read_answers(tmp_path / "elsewhere")

@@ -156,8 +156,8 @@ def test_other_numbers_of_items_than_told_end_the_run_before_the_first_answer(
     assert len(build(documents, num_items="shapes:2").generate_until(twice)) == 4
     monkeypatch.setattr(OwnModel, "answer", lambda *_, **__: 1 / 0)
     for told, said in (
-        ("shapes:3;", "task 'shapes' has 2 items here; the suite expects 3"),
-        ("shapes:2;colours:9", "task 'colours' has 0 items here"),
+        ("shapes:3;", "task 'shapes' must have 3 items as in the suite, got 2"),
+        ("shapes:2;colours:9", "task 'colours' must have 9 items .* got 0"),
     ):
         with pytest.raises(TodreError, match=said):
             build(documents, num_items=told).generate_until(requests_for(documents, [0, 1]))

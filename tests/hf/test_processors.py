@@ -219,7 +219,7 @@ def test_lmms_eval_and_the_shell_show_a_file_s_own_times(family, backend_of, tmp
     shown = shown_of(None, [str(clip)], 4)  # type: ignore[arg-type]
     assert shown.seconds == pytest.approx([0, 0.6, 1.2, 1.8])
     backend = backend_of(family)
-    request = Request("What?", shown.pictures, shown.is_video, shown.seconds)
+    request = Request("What?", shown.images, shown.is_video, shown.seconds)
     (answer,) = backend.answer([request], max_new_tokens=4)
     files = [str(tmp_path / f"{i}.png") for i in range(4)]
     for file, frame in zip(files, shown.pictures, strict=True):
@@ -309,4 +309,4 @@ def test_frames_per_second_belong_to_a_video(capsys):
     command = ["generate", "--model", "none", "--question", "?", "--image", "none.png"]
     for wrong in (["--fps", "2"], ["--video", "--fps", "0"]):
         assert main([*command, *wrong]) == 1
-        assert "is for --video; allowed: a number above 0" in capsys.readouterr().err
+        assert "fps must be a number above 0, with --video" in capsys.readouterr().err

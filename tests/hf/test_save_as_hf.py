@@ -94,7 +94,7 @@ def test_the_command_line_asks_either_class(
     for option in (["--picture", "x.png"], ["--protocol", "paper"], ["--template", "plain"]):
         stock = ["--model", str(folder), "--backend", "transformers", *option]
         assert main([*fixed, *stock]) == 1
-        assert f"{option[0][2:]} '{option[1]}' is for our own class" in capsys.readouterr().err
+        assert f"{option[0][2:]} must be left out for" in capsys.readouterr().err
 
 
 def test_a_mixed_batch_has_text_several_images_and_places_of_its_own(

@@ -61,9 +61,8 @@ def free_port() -> int:
 def address(studio: Studio) -> Iterator[str]:
     """Where the page is served."""
     port = free_port()
-    page = open_page(studio, "bundled mini model", port=port)
-    yield f"http://127.0.0.1:{port}/"
-    page.close(verbose=False)
+    with open_page(studio, "bundled mini model", port=port):
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +164,14 @@ def test_broken_uploads_are_named_and_the_page_goes_on(visitor: Visitor, tmp_pat
     whole = tmp_path / "whole.jpg"
     Image.open(SCENE).convert("RGB").resize((640, 640)).save(whole)
     broken = {
-        "text.png": (b"this is no picture\n" * 50, "is neither of what is allowed"),
+        "text.png": (
+            b"this is no picture\n" * 50,
+            "must be an image (PNG, JPEG",
+        ),
         "half.jpg": (whole.read_bytes()[:4000], "'half.jpg' is closed, damaged or unreadable"),
-        "empty.mp4": (b"", "'empty.mp4' is empty"),
+        "empty.mp4": (b"", "short video (MP4, MOV, WebM, MKV, AVI), got an empty file"),
         "cut.mp4": (clip(tmp_path / "clip.mp4").read_bytes()[:600], "'cut.mp4' is damaged"),
-        "large.png": (b"\x89PNG\r\n\x1a\n" + bytes(21 << 20), "allowed for an image: up to 20 MiB"),
+        "large.png": (b"\x89PNG\r\n\x1a\n" + bytes(21 << 20), "20 MiB as an image, got 21.0 MiB"),
     }
     for name, (content, message) in broken.items():
         (tmp_path / name).write_bytes(content)
@@ -177,7 +179,7 @@ def test_broken_uploads_are_named_and_the_page_goes_on(visitor: Visitor, tmp_pat
         visitor.says(message)
         assert str(tmp_path) not in visitor.status and "gradio" not in visitor.status
         visitor.press("ask")
-        visitor.says("There is nothing to look at")
+        visitor.says("There is no image yet")
     visitor.send(whole)
     visitor.until(lambda: visitor.status == "", "the problem is gone")
     visitor.press("ask")

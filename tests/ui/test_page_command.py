@@ -19,12 +19,12 @@ from llava_todre.ui.uploads import Limits
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ui", "--num-images", "3"], "num_images 3 is for the comparison"),
-        (["--ui", "--methods", "todre"], "methods ['todre'] is for the comparison"),
-        (["--port", "8000"], "port 8000 is for the page; add --ui"),
-        (["--host", "0.0.0.0"], "host '0.0.0.0' is for the page; add --ui"),
-        (["--ui", "--port", "99999"], "port 99999 is out of range; allowed: 1 to 65535"),
-        (["--ui", "--port", "0"], "port 0 is out of range"),
+        (["--ui", "--num-images", "3"], "num_images must be left out with --ui, got 3"),
+        (["--ui", "--methods", "todre"], "methods must be left out with --ui, got ['todre']"),
+        (["--port", "8000"], "port must be left out without --ui, got 8000"),
+        (["--host", "0.0.0.0"], "host must be left out without --ui, got '0.0.0.0'"),
+        (["--ui", "--port", "99999"], "port must be from 1 to 65535, got 99999"),
+        (["--ui", "--port", "0"], "port must be from 1 to 65535, got 0"),
         (["--ui", "--model", "no/such/folder"], "no/such/folder"),
         (["--ui", "--backend", "lava"], "Did you mean 'llava'?"),
     ],
@@ -54,7 +54,7 @@ def test_a_taken_port_is_named(
         taken.listen()
         port = taken.getsockname()[1]
         assert main(["ui", "--port", str(port)]) == 1
-    assert f"port {port} of 127.0.0.1 cannot be used" in capsys.readouterr().err
+    assert f"got {port} of 127.0.0.1" in capsys.readouterr().err
 
 
 def upload(port: int, content: bytes) -> urllib.request.Request:

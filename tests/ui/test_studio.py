@@ -63,7 +63,7 @@ def test_an_answer_and_its_statistics_are_those_of_a_plain_call(
     assert given.new_tokens == 4  # three digits and the end
     holding = [layer for layer, count in enumerate(plain.stats.visual_tokens_per_layer) if count]
     assert [probe.layer for probe in given.ratios] == holding
-    assert outcome(studio, method, 0.1, every_layer=False).no_ratios == "not asked for"
+    assert outcome(studio, method, 0.1, every_layer=False).no_ratios == "not requested"
 
 
 def test_progress_names_tower_and_prompt_and_the_words_as_they_come(studio: Studio) -> None:
@@ -111,9 +111,9 @@ def test_who_stops_listening_stops_the_model(studio: Studio) -> None:
     ("changes", "message"),
     [
         ({"wanted": [("tudre", 0.1), ("todre", 0.1)]}, "Did you mean &#x27;todre&#x27;?"),
-        ({"wanted": [("todre", 0.0), ("todre", 0.1)]}, "0 < retain_ratio <= 1, got 0.0"),
+        ({"wanted": [("todre", 0.0), ("todre", 0.1)]}, "0 &lt; retain_ratio &lt;= 1, got 0.0"),
         ({"question": "  "}, "question &#x27;  &#x27; is empty"),
-        ({"path": None}, "There is nothing to look at"),
+        ({"path": None}, "There is no image yet"),
         ({"path": "<b>.png"}, "&lt;b&gt;.png"),
     ],
 )
