@@ -29,7 +29,7 @@ from llava_todre.stats import PruneStats
 _STACK = "_todre_attachments"
 
 
-def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
+def attach(model: Any, method: str | Pruner = "todre", **options: Any) -> Pruner:
     """Let ``model.generate`` prune visual tokens from now on; returns the method.
 
     Signature and return type of ``generate`` stay. Attaching again covers the earlier method until
@@ -39,7 +39,7 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
         model: a vision-language model of transformers, e.g. ``LlavaNextForConditionalGeneration``,
             or of the original ``llava`` package; or a ``PeftModel`` around one.
         method: a name from ``todre list``, A+B, or a method object.
-        knobs: options of the method.
+        options: options of the method.
 
     Raises:
         TodreError: a model that is not supported, a wrong option, or a method that needs something
@@ -47,7 +47,7 @@ def attach(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Pruner:
     """
     model = unwrapped(model)
     kind = OriginalAttachment if family_of(model) is ORIGINAL else Attachment
-    pruner = resolve(method, knobs)
+    pruner = resolve(method, options)
     with turn(model):
         stack = model.__dict__.get(_STACK, [])
         own = stack[0].own if stack else getattr(model, "generate", None)
@@ -67,12 +67,12 @@ def detach(model: Any) -> None:
 
 
 @contextmanager
-def prune(model: Any, method: str | Pruner = "todre", **knobs: Any) -> Iterator[Any]:
+def prune(model: Any, method: str | Pruner = "todre", **options: Any) -> Iterator[Any]:
     """Prune while the block runs; see :func:`attach` for the arguments.
 
     What is attached or detached within the block stays so.
     """
-    attach(model, method, **knobs)
+    attach(model, method, **options)
     own = _stack(model)[-1]
     try:
         yield model

@@ -202,7 +202,7 @@ def uses_stock(
     """Return whether transformers' own class is to run a checkpoint.
 
     Args:
-        backend: llava, transformers, or auto: :func:`runs_as_stock` decides.
+        backend: llava, transformers, or auto: :func:`needs_stock` decides.
         path: folder or hub id.
         revision: branch, tag or commit on the hub.
         model_base: what the checkpoint is laid over, if it is a part of a model.
@@ -213,11 +213,11 @@ def uses_stock(
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS)
     if backend == "auto" and model_base is not None:  # ours knows the original's parts
-        return runs_as_stock(model_base, needs_part=True)
-    return backend == "transformers" or (backend == "auto" and runs_as_stock(path, revision))
+        return needs_stock(model_base, needs_part=True)
+    return backend == "transformers" or (backend == "auto" and needs_stock(path, revision))
 
 
-def runs_as_stock(path: str, revision: str | None = None, needs_part: bool = False) -> bool:
+def needs_stock(path: str, revision: str | None = None, needs_part: bool = False) -> bool:
     """Return whether a checkpoint is one that transformers' own classes run, and ours does not.
 
     Our class runs LLaVA-1.5 and LLaVA-NeXT on Llama or Mistral decoders, in either layout, as far

@@ -53,9 +53,9 @@ class StockModel(VLM):
         """What happened to the tokens of each sample of the latest call."""
         return last_stats(self.model)
 
-    def set_pruner(self, method: str | Pruner, **knobs: Any) -> Pruner:
+    def set_pruner(self, method: str | Pruner, **options: Any) -> Pruner:
         """Choose the method of all later answers; returns it. See :func:`llava_todre.hf.attach`."""
-        pruner = resolve(method, knobs)
+        pruner = resolve(method, options)
         with turn(self.model):  # not between a call of another thread and its statistics
             attach(self.model, pruner)  # raises before the active one is gone
             detach(self.model)

@@ -1,1 +1,1 @@
-"""LLaVA in the original's terms: images, vision tower, merging, decoder, loading."""
+"""LLaVA in the original's terms: images, vision tower, projector, prompts, checkpoints."""

@@ -1,4 +1,4 @@
-"""The KV cache: the one module that knows how transformers passes and stores keys and values.
+"""The KV cache: the one module that knows how transformers stores keys and values.
 
 Symbols: B batch, M tokens that a layer holds, G key heads, E head width.
 """

@@ -22,7 +22,7 @@ from tiny import FAMILIES, QWEN
 from eval.pages.models import MATRIX, YES
 from llava_todre import VLM, Request, TodreError, hf, vlm
 from llava_todre.cli import main
-from llava_todre.hf.load import load_stock_model, runs_as_stock
+from llava_todre.hf.load import load_stock_model, needs_stock
 from llava_todre.hf.stock import StockModel
 from llava_todre.hf.video_metadata import TIMED, metadata_of
 from llava_todre.lmms_plugin.requests import shown_of
@@ -226,7 +226,7 @@ def test_lmms_eval_and_the_shell_show_a_file_s_own_times(family, backend_of, tmp
         frame.save(file)
     command = ["generate", "--model", backend.model.config._name_or_path, "--question", "What?"]
     command += "--option tau=1.0 probe_depths=[0.5] --retain-ratio 0.25 --max-new-tokens 4".split()
-    assert runs_as_stock(backend.model.config._name_or_path)
+    assert needs_stock(backend.model.config._name_or_path)
     command += ["--video", "--json", "--image", *files]
     assert main([*command, "--fps", str(1 / 0.6)]) == 0
     assert json.loads(capsys.readouterr().out)["answer"] == answer.text

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from eval.mini.heldout import held_out
 from llava_todre import Request, TodreError, answer, load_pretrained_model
 from llava_todre.cli import main
-from llava_todre.hf.load import load_stock_model, runs_as_stock
+from llava_todre.hf.load import load_stock_model, needs_stock
 from llava_todre.hf.stock import StockModel
 from llava_todre.model.export_hf import save_as_hf
 from llava_todre.vlm import Answer
@@ -205,8 +205,8 @@ def test_ours_reads_it_back(folder: Path, ours: tuple[Any, Any]) -> None:
 
 
 def test_a_checkpoint_goes_to_the_class_that_runs_it(folder: Path) -> None:
-    assert not runs_as_stock(str(MINI)) and not runs_as_stock(str(folder))
-    assert not runs_as_stock("no/such-checkpoint-anywhere")
+    assert not needs_stock(str(MINI)) and not needs_stock(str(folder))
+    assert not needs_stock("no/such-checkpoint-anywhere")
 
 
 @pytest.mark.parametrize(("model_type", "decoder"), [("qwen2_5_vl", None), ("llava_next", "qwen2")])
@@ -217,7 +217,7 @@ def test_other_families_and_decoders_are_stock(
         {"text_config": {"model_type": decoder}} if decoder else {}
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert runs_as_stock(str(tmp_path))
+    assert needs_stock(str(tmp_path))
 
 
 def test_what_cannot_be_saved_is_one_line(ours: tuple[Any, Any], tmp_path: Path) -> None:
