@@ -119,7 +119,7 @@ def test_pixels_become_square(
 def test_the_limit_of_a_visitor_counts_the_pixels_that_are_shown(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4", Fraction(2))
     assert read_upload(path, 1, Limits(frame_pixels=192 * 64)).is_video
-    with pytest.raises(TodreError, match="frames of 192 x 64 pixels"):
+    with pytest.raises(TodreError, match="million pixels, got 192 x 64"):
         read_upload(path, 1, Limits(frame_pixels=192 * 64 - 1))
 
 

@@ -37,8 +37,11 @@ def test_bundled_scenes_and_own_questions(
         (["--samples", "nowhere.jsonl"], "'nowhere.jsonl' cannot be read"),
         (["--samples", "bad"], "keys image and question"),
         (["--samples", "empty"], "holds no questions"),
-        (["--num-samples", "1", "--eta", "-1"], "eta -1"),
-        (["--num-samples", "1", "--first", "10"], "first 10 is out of range"),
+        (["--num-samples", "1", "--eta", "-1"], "eta must be a number, eta >= 0, got -1.0"),
+        (
+            ["--num-samples", "1", "--first", "10"],
+            "first must be a whole number, 1 <= first <= 9, got 10",
+        ),
     ],
 )
 def test_mistakes_are_named(

@@ -130,7 +130,7 @@ def test_what_is_not_json_is_one_line(
 ) -> None:
     file = tmp_path / "run.json"
     file.write_bytes(content)
-    assert re.search("is not JSON|is not a text", refused(file, capsys))
+    assert re.search("is not JSON|must be UTF-8 text", refused(file, capsys))
 
 
 def test_what_is_no_file_of_a_run_is_one_line(tmp_path: Path) -> None:

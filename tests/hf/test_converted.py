@@ -241,7 +241,10 @@ def test_a_conversion_that_is_killed_can_be_repeated(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for out, message in (("", "out '' is empty"), ("/proc/out", "cannot be written")):
+    for out, message in (
+        ("", "out must have a value or be left out, got ''"),
+        ("/proc/out", "cannot be written"),
+    ):
         assert main(["convert", "--model", str(checkpoint("v15")), "--out", out]) == 1
         error = capsys.readouterr().err
         assert message in error and "--debug" not in error

@@ -219,7 +219,7 @@ def test_a_text_prompt_whose_mask_hides_all_is_refused(model):
         ([[0, 120]], "is not usable"),
         ([[80]], "is not usable"),
         ("ab", "is not usable"),
-        ([[120, 80]], "image tokens where its next image has"),  # (width, height)
+        ([[120, 80]], "72 tokens of its next image, .*, got 70"),  # (width, height)
     ],
 )
 def test_sizes_of_stock_models_are_checked(model, sizes, message):
