@@ -12,7 +12,7 @@ DEMO_OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(RATIOS),--ratios $(
   $(if $(IMAGES),--num-images $(IMAGES)) $(if $(OUT),--out "$(OUT)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test test-oldest test-processors test-torchao check lint types format reproduce-mini bench figures train-mini docs readme clean
+.PHONY: help setup lock demo test test-slow test-oldest test-processors test-torchao check lint types format reproduce-mini bench figures train-mini docs readme clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -64,6 +64,9 @@ SHARED := -n auto --dist worksteal
 
 test: $(STAMP) ## run the tests (offline, CPU)
 	@$(PYTEST) $(SHARED)
+
+test-slow: $(STAMP) ## the tests that take minutes: more of the same, kept out of CI
+	@$(PYTEST) $(SHARED) -m slow
 
 # The oldest supported transformers and hub package, with the other packages of the environment.
 OLDEST := 5.17.0

@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_todre.renamed import renamed
 
-_NAMES = ("Answer", "Memory", "Request", "Views", "answer", "ask", "prepare")
+_NAMES = ("Answer", "Memory", "Picture", "Request", "Views", "answer", "ask", "prepare")
 
 
 def __getattr__(name: str) -> Any:

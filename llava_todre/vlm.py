@@ -212,6 +212,7 @@ def answer(
         generate_kwargs: passed to ``generate``, e.g. ``num_beams``; greedy unless given otherwise.
     """
     if memory is not None:
+        _require_one(image_cache)
         warn_renamed("memory=", "image_cache=")
         image_cache = memory
     return OwnModel(model, tokenizer, template).answer(
@@ -232,6 +233,7 @@ def ask(
 ) -> Answer:
     """Answer one question about one or several images; see :func:`answer` for ``kwargs``."""
     if "memory" in kwargs:
+        _require_one(kwargs.get("image_cache"))
         warn_renamed("memory=", "image_cache=")
         kwargs["image_cache"] = kwargs.pop("memory")
     return answer(model, tokenizer, [about(images, question)], **kwargs)[0]
@@ -322,3 +324,9 @@ def _can_stop(tokenizer: Any, stop: str) -> bool:
 
 def _left_padded(rows: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+
+
+def _require_one(image_cache: ImageCache | None) -> None:
+    """Raise a TodreError if ``image_cache`` is given next to its old name."""
+    if image_cache is not None:
+        raise TodreError("memory is the old name of image_cache; give image_cache alone.")

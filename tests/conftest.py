@@ -18,6 +18,8 @@ from torch import Tensor, nn
 # Triton reads this when it is first imported, which transformers may do: without a GPU its kernels
 # run in Python, on tensors of the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+# No test needs the hub; one that tries waits for its retries.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from llava_todre.model.export_hf import save_as_hf
 from llava_todre.model.llava import LlavaConfig, LlavaLlamaForCausalLM

@@ -95,6 +95,11 @@ def test_every_method_file_runs(
     assert "vanilla" in capsys.readouterr().out
 
 
+def test_a_combination_has_no_method_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "random+vtw"]) == 1
+    assert "method 'random+vtw' is unknown" in capsys.readouterr().err
+
+
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()

@@ -443,5 +443,9 @@ def test_old_names_work_and_warn_once(loaded: tuple[Any, Any], images: list[Imag
             run()
         assert [each.filename for each in w] == [__file__]
     assert cache._images, "the old keyword does what the new one does"
+    with pytest.raises(TodreError, match="give image_cache alone"):
+        answer(model, tokenizer, [], memory=cache, image_cache=cache)
+    with pytest.raises(TodreError, match="give image_cache alone"):
+        ask(model, tokenizer, images[0], "what", memory=cache, image_cache=cache)
     with pytest.raises(AttributeError):
         old.nothing  # noqa: B018

@@ -22,7 +22,7 @@ from eval.mini import fixtures, held_out
 
 ROOT = Path(__file__).parents[1]
 MINI = ROOT / "checkpoints" / "mini"
-MOST_LINES = 18_300
+MOST_LINES = 18_400
 """Of Python in the wheel: it holds the library, nothing that needs a checkout."""
 LIBRARY = """\
 import contextlib, importlib.util, io, re, sys

@@ -136,7 +136,10 @@ class Attachment:
             inputs: what the processor returns for it.
         """
         with turn(self.model):
-            ids = inputs["input_ids"]
+            ids = inputs.get("input_ids")
+            if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
+                got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+                raise TodreError(f"input_ids must be those of one prompt, (1, L), got {got}.")
             given = {**inputs, "attention_mask": self._real(ids, inputs).long()}
             _, (visuals,), captured = self._captured_prompts(ids, given)
             (features,) = self._features([visuals], captured)
@@ -179,15 +182,24 @@ class Attachment:
     ) -> Outcome:
         """Prune a call whose images were encoded before."""
         check(self.model, decoder_of(self.model), kwargs, inside=bool(self.probe_layers))
-        refuse(self.model, [key for key in self.family.inputs if "pixel" in key], kwargs, "encoded")
+        pixels = [key for key in self.family.inputs if "pixel" in key]
+        refuse(self.model, [*pixels, "inputs_embeds"], kwargs, "encoded")
+        shown: Sequence[Any] = encoded
+        for image in shown:
+            if not isinstance(image, EncodedImage):
+                raise TodreError(f"encoded must hold what encode returns, got {image!r:.60}.")
+        store: Any = prefixes
+        if not isinstance(store, PrefixStore | None):
+            kind = type(store).__name__
+            raise TodreError(f"prefixes must be a PrefixStore (cache.prefixes), got {kind}.")
         real = self._real(ids, kwargs)
         visuals = find_visuals(ids, real, self._placeholders, layouts_of(encoded))
         images = in_prompts(encoded, visuals)
         given = {key: kwargs[key] for key in kwargs.keys() - self._consumed}
         given |= {"input_ids": ids, "attention_mask": real.long()}
         with torch.no_grad():
-            shown = given | position_inputs(ids, visuals, images)
-            captured = with_deepstack(capture(self.model, self.family, shown, ()), visuals, images)
+            read = given | position_inputs(ids, visuals, images)
+            captured = with_deepstack(capture(self.model, self.family, read, ()), visuals, images)
             features = [[image.features for image in row] for row in images]
             return self._run(given, (ids, real), visuals, captured, features, prefixes)
 
@@ -197,7 +209,7 @@ class Attachment:
         read: tuple[Tensor, Tensor],
         visuals: Visuals,
         captured: DecoderInputs,
-        features: Sequence[Sequence[ImageFeatures]],
+        features: list[list[ImageFeatures]],
         prefixes: PrefixStore | None = None,
     ) -> Outcome:
         """Prune the prompts and call ``generate`` with what is left.
@@ -207,11 +219,13 @@ class Attachment:
             read: (B, L) ids, and which of them count.
             visuals: where the images stand in each prompt.
             captured: what the decoder would have read of the prompts.
-            features: the images of each prompt as Stage 1 reads them.
+            features: the images of each prompt as Stage 1 reads them; released before generating.
             prefixes: a store of the prompts' first parts.
         """
         ids, real = read
         prompts = prune_batch(ids, real, visuals, captured.embeds, features, self.pruner)
+        for of_prompt in features:
+            of_prompt.clear()
         settings = {key: given[key] for key in given.keys() - self._consumed}
         call = PrunedCall.of(self.model, self.pruner, prompts, captured, ids, settings, prefixes)
         with call.hooks(decoder_of(self.model)):

@@ -129,7 +129,7 @@ def features_of(
     return ImageFeatures(
         embeds[visual.columns[~layout.is_newline]],
         layout,
-        newline=embeds[newlines[0]] if len(newlines) else None,
+        newline=embeds[newlines[0]].clone() if len(newlines) else None,
         needs=needs,
         vision={
             need: of_tokens(value) for need, value in captured.measured.items() if need[0] != STATES

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.caching.response_cache import ResponseCache
 from tqdm import tqdm
 
-from llava_todre.errors import PromptTooLongError, TodreError
+from llava_todre.errors import PromptTooLongError, TodreError, unknown
 from llava_todre.image_cache import ImageCache
 from llava_todre.lmms_plugin import NAME, answer_line
 from llava_todre.lmms_plugin.answer_log import AnswerLog, Line
@@ -53,6 +53,7 @@ from llava_todre.lmms_plugin.requests import (
     shown_of,
 )
 from llava_todre.load_options import LoadOptions
+from llava_todre.model.chat_template import TEMPLATES
 from llava_todre.model.images import Picture
 from llava_todre.model.prompt import AUTO
 from llava_todre.request import Answer, Request, Views
@@ -118,6 +119,8 @@ class LlavaTodre(lmms):
         with self._team.together():
             path = text("pretrained", pretrained) or ""
             chosen = LoadOptions.of(None, {**loading, **placement(self.accelerator, *places)})
+            if chosen.template not in TEMPLATES:
+                raise unknown("template", chosen.template, TEMPLATES)
             if runs_stock(path, chosen):  # runs name a template for every model
                 chosen = replace(chosen, template=AUTO)
             self.vlm = load(path, chosen)

@@ -21,7 +21,7 @@ from llava_todre.pruners.base import (
     plain,
 )
 from llava_todre.pruners.cdpruner import CDPruner
-from llava_todre.pruners.combined import Combined, Observed
+from llava_todre.pruners.combined import Combined, Observed, Wrapper
 from llava_todre.pruners.controls import Random, Vanilla
 from llava_todre.pruners.dart import DART
 from llava_todre.pruners.divprune import DivPrune
@@ -147,7 +147,7 @@ def resolve(method: str | Pruner, options: Mapping[str, Any]) -> Pruner:
         return create_pruner(method, **options)
     if not options:
         return method
-    if isinstance(method, Combined):
+    if isinstance(method, Wrapper):
         raise TodreError(
             f"options of a combination belong to its stages: expected none next to the object, or "
             f"'A+B' by name, got {', '.join(options)}."

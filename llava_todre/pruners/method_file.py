@@ -8,9 +8,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from llava_todre.errors import TodreError
+from llava_todre.errors import TodreError, unknown
 from llava_todre.files import read_mapping
-from llava_todre.pruners import create_pruner
+from llava_todre.pruners import PRUNERS, create_pruner
 from llava_todre.pruners.options import options_of
 
 
@@ -40,6 +40,8 @@ def named_or_from_file(method: str) -> tuple[str, dict[str, Any]]:
 
 def method_yaml(name: str) -> str:
     """Return the method file of a method: every option with its default, help and range."""
+    if name not in PRUNERS:
+        raise unknown("method", name, PRUNERS)
     pruner = create_pruner(name)
     method = type(pruner)
     head = _comment(f"{method.about.paper}. Budget: {method.about.budget_note}.")

@@ -134,7 +134,8 @@ def prune_images(
     Raises:
         TodreError: an image was encoded without something the method needs.
     """
-    if texts is not None or similarities is not None:
+    trains = torch.is_grad_enabled() and any(image.features.requires_grad for image in images)
+    if texts is not None or similarities is not None or trains:
         return _pruned(images, pruner, texts, similarities)
     new = {
         id(image): image for image in images if all(known != pruner for known, _ in image.latest)

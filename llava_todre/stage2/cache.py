@@ -47,8 +47,10 @@ class PrunedCache(DynamicCache):
         Raises:
             TodreError: its layers cannot differ in length.
         """
-        if type(cache) is DynamicCache:
-            cache.__class__ = cls
+        kind = type(cache)
+        if isinstance(cache, DynamicCache) and not isinstance(cache, cls):
+            both = cls if kind is DynamicCache else type(kind.__name__, (cls, kind), {})
+            cache.__class__ = both
         if not isinstance(cache, cls):
             raise TodreError(
                 f"{CACHE_ARGUMENT} must be a DynamicCache, got {type(cache).__name__}."

@@ -55,7 +55,7 @@ class PruningLlamaModel(LlamaModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
-            past_key_values = PrunedCache(self.config)
+            past_key_values = PrunedCache(self.config, pruning)
         if position_ids is None:
             seen = seen_tokens(past_key_values)
             length = inputs_embeds.shape[1]

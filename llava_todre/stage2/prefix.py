@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,8 @@ class PrefixStore:
         for prefix in prefixes:
             found = next((known for known in latest if known[0].equals(prefix)), None)
             if found is None:
-                found = prefix, _computed(prefix, decoder)
+                kept = replace(prefix, embeds=prefix.embeds.new_empty(0), inputs={})
+                found = kept, _computed(prefix, decoder)
             else:
                 self.hits += 1
                 latest.remove(found)

@@ -755,6 +755,7 @@ def test_a_method_may_be_a_file_or_two_joined(tmp_path):
         ({"max_frames": 0}, r"max_frames .*\b0\b"),
         ({"max_new_tokens": 2.5}, "(?=.*2.5)max_new_tokens .*whole number"),
         ({"template": "vicuna"}, "template 'vicuna' is unknown"),
+        ({"template": "x", "backend": "transformers"}, "template 'x' is unknown"),
         ({"protocol": "papr"}, "protocol 'papr' is unknown"),
         ({"seed": "one"}, "(?=.*'one')seed .*whole number"),
         ({"revision": 1e5}, "revision must be text, .* got 100000.0"),

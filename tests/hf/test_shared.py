@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -215,7 +216,7 @@ NEEDS_TORCHVISION = pytest.mark.skipif(not HAS_TORCHVISION, reason="its processo
     ],
 )
 def test_requests_share_what_they_show(family, method, monkeypatch):
-    model = StockModel(model_of(family), processor_of(family))
+    model = StockModel(copy.deepcopy(model_of(family)), processor_of(family))
     model.set_pruner(method.split(",")[0], **(METHODS | AFRESH)[method])
     requests = [Request(text, [picture]) for picture in pictures(2) for text in QUESTIONS]
     requests += [Request("Which?", pictures(3)[1:]), Request("Which one then?", pictures(3)[1:])]
@@ -245,7 +246,7 @@ def test_requests_share_what_they_show(family, method, monkeypatch):
 
 
 def test_what_fresh_calls_refuse_is_refused():
-    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    model = StockModel(copy.deepcopy(model_of("llava_next")), processor_of("llava_next"))
     model.set_pruner("divprune", retain_ratio=0.25)
     requests, memory = [Request("What is this?", pictures(1))], ImageCache()
     with pytest.raises(TodreError, match="prompt_lookup_num_tokens is not supported"):
@@ -285,6 +286,42 @@ def test_encoded_images_are_all_that_a_prompt_shows():
             answered(model, batched([prompt]), encoded=images * 2)
 
 
+def test_what_is_no_encoded_image_is_one_line():
+    model = model_of("llava_next")
+    (prompt,) = questions(inputs_for(model, [SHOWN]), [5])
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        images = hf.encode(model, **prompt)
+        for call, message in (
+            (lambda: hf.encode(model), "input_ids must be those of one prompt, .* got NoneType"),
+            (
+                lambda: hf.encode(model, **batched([prompt, prompt])),
+                r"of one prompt, \(1, L\), got \(2, \d+\)",
+            ),
+            (
+                lambda: answered(model, batched([prompt]), encoded=["x"]),
+                "encoded must hold what encode returns, got 'x'",
+            ),
+            (
+                lambda: answered(model, batched([prompt]), encoded=images, prefixes=ImageCache()),
+                "prefixes must be a PrefixStore .* got ImageCache",
+            ),
+        ):
+            with pytest.raises(TodreError, match=message):
+                call()
+
+
+def test_an_encoded_image_and_a_prefix_hold_nothing_of_the_prompt_they_came_with():
+    model = model_of("llava_next")
+    (prompt,) = questions(inputs_for(model, [SHOWN]), [5])
+    store = PrefixStore()
+    with hf.prune(model, "divprune", retain_ratio=0.25):
+        images = hf.encode(model, **prompt)
+        answered(model, batched([prompt]), encoded=images, prefixes=store)
+    newline = images[0].features.newline
+    assert newline is not None and newline.untyped_storage().nbytes() == newline.nbytes
+    assert len(store) == 1 and all(len(prefix.embeds) == 0 for prefix, _ in store._stored)
+
+
 def test_the_seconds_of_a_video_are_those_of_its_encoding():
     model = model_of("qwen2_5_vl")
     (prompt,) = questions(inputs_for(model, [[3, "video", 6]]), [5])
@@ -300,7 +337,7 @@ def test_the_seconds_of_a_video_are_those_of_its_encoding():
 
 
 def test_an_array_painted_over_is_another_image_and_text_takes_no_place():
-    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    model = StockModel(copy.deepcopy(model_of("llava_next")), processor_of("llava_next"))
     shown, memory = np.asarray(pictures(1)[0]).copy(), ImageCache()
     requests = [Request("What is this?", [shown]), Request("Nothing to see.")]
     for expected_hits in (0, 1, 1):
@@ -330,7 +367,7 @@ def test_half_precision_is_shared_too(family):
 
 
 def test_one_cache_serves_threads_and_survives_a_failure():
-    model = StockModel(model_of("llava_next"), processor_of("llava_next"))
+    model = StockModel(copy.deepcopy(model_of("llava_next")), processor_of("llava_next"))
     model.set_pruner("todre", **METHODS[WITHDRAWING])
     requests = [Request(text, [image]) for image in pictures(2) for text in QUESTIONS]
     memory = ImageCache()

@@ -355,6 +355,23 @@ def test_an_image_in_a_later_turn(tiny_llava):
         )  # fmt: skip
 
 
+class OwnCache(DynamicCache):
+    """A caller's own kind of cache."""
+
+
+@torch.no_grad()
+def test_a_cache_of_the_caller_keeps_its_class(tiny_llava):
+    model = tiny_llava()
+    model.set_pruner("vtw", retain_ratio=0.5)
+    ids, images, sizes = torch.tensor([[1, IMAGE, 5]]), [pixels_of(model, SIZES[0])], SIZES[:1]
+    expected = model(ids, images=images, image_sizes=sizes).logits
+    cache = OwnCache(config=model.config)
+    found = model(ids, images=images, image_sizes=sizes, past_key_values=cache).logits
+    assert torch.equal(found, expected) and isinstance(cache, OwnCache)
+    lengths = {layer.keys.shape[2] for layer in cache.layers}
+    assert len(lengths) == 2, "fewer tokens in later layers"
+
+
 # ---------------------------------------------------------------- errors
 
 ONE = torch.tensor([[1, IMAGE, 5]])

@@ -162,11 +162,11 @@ def test_the_store_forgets_what_was_not_asked_about_for_longest(tiny_llava: Mode
         logits(model, batch([[1, -200, 7]], [visual]), prefixes=store)
         assert (len(store), store.hits) == (1, hits)
     config = model.config
-    ((prefix, _),) = store._stored
+    ((_, layers),) = store._stored
     width = 2 * config.num_hidden_layers * config.hidden_size * 4 // (
         config.num_attention_heads // config.num_key_value_heads
     )  # fmt: skip
-    assert store.num_bytes == width * len(prefix.embeds)
+    assert store.num_bytes == width * layers[0][0].shape[2]
     with pytest.raises(TodreError, match="max_prefixes must be 1 or more, got 0"):
         PrefixStore(0)
 
