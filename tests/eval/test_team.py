@@ -35,11 +35,11 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes did, the second of which failed at last; forked, they import nothing."""
+    """What two new processes did, the second of which failed at last."""
     folder = tmp_path_factory.mktemp("split")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    start = multiprocessing.get_context("fork").Process
+    start = multiprocessing.get_context("spawn").Process
     processes = [start(target=one_of_two, args=(rank, port, folder)) for rank in (0, 1)]
     for process in processes:
         process.start()

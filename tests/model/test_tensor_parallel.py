@@ -47,6 +47,7 @@ def one_of_two(rank: int, port: int, checkpoint: Path) -> None:
     torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
     os.environ |= {name: str(value) for name, value in torchrun.items()}
+    torch.set_num_threads(1)
     observed = observe(str(checkpoint), tp_plan="auto")
     torch.save(observed, checkpoint.parent / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -54,10 +55,10 @@ def one_of_two(rank: int, port: int, checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def split(checkpoint: Path) -> list[dict[str, Any]]:
-    """What each of the two processes saw; forked, they import nothing again."""
+    """What each of two new processes saw; a fork of one that has computed may fail."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    start = multiprocessing.get_context("fork").Process
+    start = multiprocessing.get_context("spawn").Process
     processes = [start(target=one_of_two, args=(rank, port, checkpoint)) for rank in (0, 1)]
     for process in processes:
         process.start()
