@@ -222,7 +222,7 @@ def test_lmms_eval_and_the_shell_show_a_file_s_own_times(family, backend_of, tmp
     request = Request("What?", shown.images, shown.is_video, shown.seconds)
     (answer,) = backend.answer([request], max_new_tokens=4)
     files = [str(tmp_path / f"{i}.png") for i in range(4)]
-    for file, frame in zip(files, shown.pictures, strict=True):
+    for file, frame in zip(files, shown.images, strict=True):
         frame.save(file)
     command = ["generate", "--model", backend.model.config._name_or_path, "--question", "What?"]
     command += "--option tau=1.0 probe_depths=[0.5] --retain-ratio 0.25 --max-new-tokens 4".split()
