@@ -14,6 +14,7 @@ import torch
 from llava_todre.errors import TodreError
 from llava_todre.flops import DecoderShape
 from llava_todre.image_cache import ImageCache, Views
+from llava_todre.locking import turn
 from llava_todre.model.images import Picture
 from llava_todre.pruners import Pruner
 from llava_todre.settings import checked, require_known, whole
@@ -82,7 +83,7 @@ class VLM(ABC):
     def set_pruner(self, method: str | Pruner, **options: Any) -> Pruner:
         """Choose the method of all later answers, by name and options or as an object."""
 
-    @abstractmethod
+    @torch.no_grad()  # quanto's 4-bit weights do not run in inference mode
     def answer(
         self,
         requests: Sequence[Request],
@@ -102,6 +103,27 @@ class VLM(ABC):
             generate_kwargs: passed to ``generate``, e.g. ``num_beams``; greedy unless given
                 otherwise.
         """
+        settings = call_settings(self.model, requests, max_new_tokens, generate_kwargs)
+        given: Any = image_cache
+        if image_cache is not None:
+            if not isinstance(given, ImageCache):
+                got = type(given).__name__
+                raise TodreError(f"image_cache must be an ImageCache, got {got}.")
+            image_cache.prefixes.claim(self.model)
+        if not requests:
+            return []
+        with turn(self.model):
+            return self._answer(requests, settings, timed, image_cache)
+
+    @abstractmethod
+    def _answer(
+        self,
+        requests: Sequence[Request],
+        settings: dict[str, Any],
+        timed: bool,
+        image_cache: ImageCache | None,
+    ) -> list[Answer]:
+        """Do :meth:`answer` with checked arguments of ``generate``, for one request or more."""
 
     def ask(self, images: Picture | Sequence[Picture], question: str, **kwargs: Any) -> Answer:
         """Answer one question about one or several images; see :meth:`answer` for ``kwargs``."""

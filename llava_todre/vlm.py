@@ -20,7 +20,6 @@ from llava_todre.errors import TodreError, unknown
 from llava_todre.hf.load import load_stock_model, uses_stock
 from llava_todre.image_cache import Group, ImageCache, identity, lasting_identity
 from llava_todre.load_options import LoadOptions
-from llava_todre.locking import turn
 from llava_todre.model.chat_template import TEMPLATES, find_template, known_name
 from llava_todre.model.images import Picture, open_picture, process_images
 from llava_todre.model.llava import LlavaLlamaForCausalLM
@@ -34,7 +33,7 @@ from llava_todre.model.prompt import (
 )
 from llava_todre.pruners import Pruner
 from llava_todre.renamed import warn_renamed
-from llava_todre.request import VLM, Answer, Request, Views, about, call_settings
+from llava_todre.request import VLM, Answer, Request, Views, about
 from llava_todre.stage1.select import ImageFeatures
 from llava_todre.stats import PruneStats
 
@@ -119,29 +118,12 @@ class OwnModel(VLM):
         """
         return prepare(self.model, request)
 
-    @torch.no_grad()  # quanto's 4-bit weights do not run in inference mode
-    def answer(
-        self,
-        requests: Sequence[Request],
-        *,
-        max_new_tokens: int = 64,
-        timed: bool = False,
-        image_cache: ImageCache | None = None,
-        **generate_kwargs: Any,
-    ) -> list[Answer]:
-        """Answer a batch of questions; those about the very same image objects encode them once."""
-        settings = call_settings(self.model, requests, max_new_tokens, generate_kwargs)
-        if not requests:
-            return []
-        with turn(self.model):
-            return self._answer(requests, timed, image_cache, settings)
-
     def _answer(
         self,
         requests: Sequence[Request],
-        timed: bool,
-        cache: ImageCache | None,
         settings: dict[str, Any],
+        timed: bool,
+        image_cache: ImageCache | None,
     ) -> list[Answer]:
         model, tokenizer, stop = self.model, self.tokenizer, self._template.stop
         if stop is not None and _can_stop(tokenizer, stop):  # where an answer does not end with EOS
@@ -150,7 +132,7 @@ class OwnModel(VLM):
             settings = {"tokenizer": tokenizer, **settings}
         ids, mask = self._prompts(requests)
         with model.clock.timing(timed) as stages:
-            visuals = _encode(model, requests, cache)
+            visuals = _encode(model, requests, image_cache)
             questions = [request.question.replace(DEFAULT_IMAGE_TOKEN, " ") for request in requests]
             # Passed one by one, so that nothing here holds unpruned tokens during prefill.
             images: Any = (visuals.pop(0) for _ in range(len(visuals)))
@@ -159,7 +141,7 @@ class OwnModel(VLM):
                 images=images,
                 attention_mask=mask,
                 questions=questions,
-                prefixes=None if cache is None else cache.prefixes,
+                prefixes=None if image_cache is None else image_cache.prefixes,
                 **settings,
             )
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
@@ -256,10 +238,6 @@ def _encode(
     model: LlavaLlamaForCausalLM, requests: Sequence[Request], cache: ImageCache | None
 ) -> list[ImageFeatures]:
     """Return one encoding per placeholder; those of equal images are the same object."""
-    if cache is not None:
-        if not isinstance(cache, ImageCache):
-            raise TodreError(f"image_cache must be an ImageCache, got {type(cache).__name__}.")
-        cache.prefixes.claim(model)
     shown = _keyed(requests, lasting=cache is not None)
     known: dict[Any, ImageFeatures] = {}
     if cache is not None:

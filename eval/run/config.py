@@ -32,6 +32,7 @@ _WORDS = {
     tuple: "a list of names",
 }
 """What messages call a type."""
+_FLOATS = (float, PositiveFloat, Any)
 _KEY = re.compile(r'key "(\w+)')
 
 
@@ -55,7 +56,8 @@ def parsed(cls: type[T], content: Any, where: str, **derived: Any) -> T:
     required = [field.name for field in own if field.default is MISSING]
     check_keys(where, given, names, dict.fromkeys([*required, *content]))
     for key, value in given.items():  # it would read a text as YAML
-        if isinstance(value, str) and not _has(str, hints[key]):
+        is_whole = isinstance(value, float) and not any(_has(kind, hints[key]) for kind in _FLOATS)
+        if is_whole or (isinstance(value, str) and not _has(str, hints[key])):
             raise _wrong(where, key, value, hints[key])
     parser = _parser(cls)  # type: ignore[arg-type]  # a class is hashable
     try:
@@ -65,8 +67,9 @@ def parsed(cls: type[T], content: Any, where: str, **derived: Any) -> T:
         if match is None or match[1] not in hints:
             raise TodreError(f"{where}: {error}") from None
         raise _wrong(where, match[1], content.get(match[1]), hints[match[1]]) from None
-    # Where anything is allowed jsonargparse reads texts as YAML; those stay as they are.
-    return cls(**found | {key: content[key] for key in content if _has(Any, hints[key])})
+    # jsonargparse reads texts as YAML; those stay as they are.
+    texts = {k: v for k, v in content.items() if isinstance(v, str) or _has(Any, hints[k])}
+    return cls(**found | texts)
 
 
 def _has(kind: Any, hint: Any) -> bool:

@@ -27,7 +27,7 @@ from llava_todre.model.checkpoint import first_line
 from llava_todre.model.images import check_elongation, open_picture
 from llava_todre.model.prompt import DEFAULT_IMAGE_TOKEN
 from llava_todre.pruners import Pruner, resolve
-from llava_todre.request import VLM, Answer, Request, call_settings
+from llava_todre.request import VLM, Answer, Request
 from llava_todre.stats import PruneStats
 
 
@@ -64,31 +64,18 @@ class StockModel(VLM):
             self.pruner = pruner
         return pruner
 
-    @torch.no_grad()  # quanto's 4-bit weights do not run in inference mode
-    def answer(
+    def _answer(
         self,
         requests: Sequence[Request],
-        *,
-        max_new_tokens: int = 64,
-        timed: bool = False,
-        image_cache: ImageCache | None = None,
-        **generate_kwargs: Any,
+        settings: dict[str, Any],
+        timed: bool,
+        image_cache: ImageCache | None,
     ) -> list[Answer]:
-        """Answer a batch of questions in the words of the processor's own chat template.
+        """Answer in the processor's own chat template; stages are not measured.
 
-        A video is given as its frames, for Qwen2.5-VL and Qwen3-VL with their seconds. Stages are
-        not measured.
+        A video is given as its frames, for Qwen2.5-VL and Qwen3-VL with their seconds.
         """
         del timed
-        settings = call_settings(self.model, requests, max_new_tokens, generate_kwargs)
-        if not requests:
-            return []
-        with turn(self.model):
-            return self._answer(requests, settings, image_cache)
-
-    def _answer(
-        self, requests: Sequence[Request], settings: dict[str, Any], image_cache: ImageCache | None
-    ) -> list[Answer]:
         if image_cache is None or any_refused(self.model, settings):
             inputs = self._processed(requests)
         else:
@@ -129,11 +116,6 @@ class StockModel(VLM):
 
     def _shared(self, requests: Sequence[Request], image_cache: ImageCache) -> dict[str, Any]:
         """Return the inputs of a call that reads only what is new."""
-        if not isinstance(image_cache, ImageCache):
-            raise TodreError(
-                f"image_cache must be an ImageCache, got {type(image_cache).__name__}."
-            )
-        image_cache.prefixes.claim(self.model)
         try:
             prompts = [self._known(request, image_cache) for request in requests]
         finally:

@@ -321,7 +321,6 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 prepared
             )
-        past_key_values = kwargs.pop(CACHE_ARGUMENT, past_key_values)
         state = state_of(past_key_values)
         if state is not None and (self.training or labels is not None):
             raise TodreError(

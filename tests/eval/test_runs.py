@@ -41,6 +41,7 @@ def names(**changes: Any) -> set[str]:
         ({"suite": "imagge"}, "suite 'imagge' is unknown. Did you mean 'image'?"),
         ({"limit": 0}, "limit must be a whole number, 1 or more or null, got 0"),
         ({"limit": "4"}, "limit must be a whole number, 1 or more or null, got '4'"),
+        ({"limit": 1.0}, "limit must be a whole number, 1 or more or null, got 1.0"),
         ({"limit": 2.5}, "limit must be a whole number, 1 or more or null, got 2.5"),
         ({"batch_size": True}, "batch_size must be a whole number, 1 or more, got True"),
         ({"seed": -1}, "seed must be a whole number, 0 or more, got -1"),
