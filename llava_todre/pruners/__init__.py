@@ -11,13 +11,9 @@ from llava_todre.pruners.base import (
     NEEDS,
     VISION_NEEDS,
     About,
-    DecoderView,
     Keep,
-    LayerView,
     Need,
-    PromptView,
     Pruner,
-    Tally,
     plain,
 )
 from llava_todre.pruners.cdpruner import CDPruner
@@ -38,6 +34,7 @@ from llava_todre.pruners.sparsevlm import SparseVLM, SparseVLMPlus
 from llava_todre.pruners.staged import StagedPruner
 from llava_todre.pruners.todre import Todre, TodreV1
 from llava_todre.pruners.trimtokenator import TrimTokenator
+from llava_todre.pruners.view import DecoderView, LayerView, PromptView, Tally
 from llava_todre.pruners.visionzip import VisionZip
 from llava_todre.pruners.vispruner import VisPruner
 from llava_todre.pruners.vtw import VTW

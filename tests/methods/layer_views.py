@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_todre.pruners.base import DecoderView, Keep, LayerView, PromptView, Pruner
+from llava_todre.pruners.base import Keep, Pruner
+from llava_todre.pruners.view import DecoderView, LayerView, PromptView
 from llava_todre.relevance import attention_rows
 from llava_todre.spans import TokenType
 
